@@ -1,0 +1,553 @@
+//! What a hypervisor is asked to run: everything resolved, nothing left to look for.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use thiserror::Error;
+use vmlab_artifacts::Arch;
+
+use crate::units::{Bytes, MIB};
+
+/// The least memory that a guest can be given. Distribution kernels do not reach their init with less.
+pub const MIN_MEMORY: Bytes = Bytes(96 * MIB);
+
+/// The most memory that a guest can be given: what QEMU's machine types for x86-64 can map.
+pub const MAX_MEMORY: Bytes = Bytes(1024 * 1024 * MIB);
+
+/// The most CPUs: beyond it, QEMU's machine types need an interrupt remapping unit.
+pub const MAX_CPUS: u32 = 255;
+
+/// The longest share tag in bytes: virtio-9p's limit is 31, virtio-fs has 36.
+pub const MAX_TAG: usize = 31;
+
+/// The longest kernel command line in bytes: x86's `COMMAND_LINE_SIZE` less its final NUL.
+pub const MAX_COMMAND_LINE: usize = 2047;
+
+/// A guest's CPUs: `nodes` NUMA nodes, each of `llcs` groups that share a last-level cache, each of
+/// `cores` cores with `threads` threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct Topology {
+    /// NUMA nodes.
+    pub nodes: u32,
+    /// Last-level caches per node.
+    pub llcs: u32,
+    /// Cores per last-level cache.
+    pub cores: u32,
+    /// Threads per core.
+    pub threads: u32,
+}
+
+impl Topology {
+    /// That many single-threaded cores behind one cache, in one node.
+    pub const fn flat(cpus: u32) -> Self {
+        Self { nodes: 1, llcs: 1, cores: cpus, threads: 1 }
+    }
+
+    /// The number of CPUs that the guest sees, or `None` when it overflows.
+    pub fn cpus(self) -> Option<u32> {
+        self.nodes.checked_mul(self.llcs)?.checked_mul(self.cores)?.checked_mul(self.threads)
+    }
+}
+
+impl std::fmt::Display for Topology {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{},{},{},{}", self.nodes, self.llcs, self.cores, self.threads)
+    }
+}
+
+impl std::str::FromStr for Topology {
+    type Err = ConfigError;
+
+    /// Reads `NODES,LLCS,CORES,THREADS`.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::TopologySyntax { text: text.to_owned() };
+        let numbers: Vec<u32> = text
+            .split(',')
+            .map(|part| part.trim().parse().map_err(|_| bad()))
+            .collect::<Result<_, _>>()?;
+        match numbers[..] {
+            [nodes, llcs, cores, threads] => Ok(Self { nodes, llcs, cores, threads }),
+            _ => Err(bad()),
+        }
+    }
+}
+
+/// How guest instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// By the processor itself, through KVM.
+    Kvm,
+    /// By QEMU's translator.
+    Tcg,
+}
+
+impl Accel {
+    /// The name that users and QEMU have for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Accel::Kvm => "kvm",
+            Accel::Tcg => "tcg",
+        }
+    }
+}
+
+/// The virtual machine's board.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// QEMU's `microvm` with PCI Express: little to probe, so it boots fastest.
+    Microvm,
+    /// A PC with the Q35 chip set.
+    Q35,
+}
+
+impl Machine {
+    /// The name that users and QEMU have for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Machine::Microvm => "microvm",
+            Machine::Q35 => "q35",
+        }
+    }
+}
+
+/// How a share reaches the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareTransport {
+    /// QEMU's own 9p server over virtio.
+    NineP,
+}
+
+/// What the guest is connected to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    /// Nothing; the guest has the loopback interface only.
+    #[default]
+    None,
+    /// The outside world, through connections that the host's user makes; nothing gets in.
+    User,
+}
+
+/// The byte channel between host and agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AgentChannel {
+    /// A port of a virtio console device.
+    Virtio,
+    /// The second serial port, for kernels without virtio consoles. Slow.
+    Serial,
+}
+
+/// A host directory that the guest can mount by its tag.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct ShareDevice {
+    /// Name that the guest mounts it by, at most [`MAX_TAG`] bytes.
+    pub tag: String,
+    /// Directory on the host.
+    pub path: PathBuf,
+    /// Whether the server refuses every change.
+    pub read_only: bool,
+    /// How it is carried.
+    pub transport: ShareTransport,
+}
+
+/// The files that a VM boots from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Boot {
+    /// Kernel image, in a form that the hypervisor starts directly.
+    pub image: PathBuf,
+    /// Architecture of the image.
+    pub arch: Arch,
+    /// Initial RAM filesystem.
+    pub initramfs: PathBuf,
+    /// Kernel command line.
+    pub command_line: String,
+}
+
+/// A validated request for a VM. Two equal configurations give equal VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[non_exhaustive]
+pub struct VmConfig {
+    /// What it boots.
+    pub boot: Boot,
+    /// RAM.
+    pub memory: Bytes,
+    /// CPUs.
+    pub topology: Topology,
+    /// Who executes instructions.
+    pub accel: Accel,
+    /// The board.
+    pub machine: Machine,
+    /// Host directories.
+    pub shares: Vec<ShareDevice>,
+    /// Network.
+    pub network: NetworkMode,
+    /// How the agent is reached.
+    pub channel: AgentChannel,
+    /// Further arguments for QEMU, as they are.
+    pub qemu_args: Vec<String>,
+}
+
+/// A request that cannot work, found before anything was started.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The kernel is for another processor.
+    #[error("the kernel {} is for {kernel}, and this host runs {host} guests", path.display())]
+    ArchMismatch {
+        /// The kernel image.
+        path: PathBuf,
+        /// What it is for.
+        kernel: Arch,
+        /// What the hypervisor runs.
+        host: Arch,
+    },
+    /// Too little or too much memory.
+    #[error(
+        "a guest cannot have {asked} of memory: from {MIN_MEMORY} to {MAX_MEMORY} are possible"
+    )]
+    Memory {
+        /// What was asked for.
+        asked: Bytes,
+    },
+    /// No or too many CPUs.
+    #[error("the topology {topology} (nodes, LLCs, cores, threads) is not 1 to {MAX_CPUS} CPUs")]
+    Cpus {
+        /// What was asked for.
+        topology: Topology,
+    },
+    /// More NUMA nodes than memory can be divided among.
+    #[error("{nodes} NUMA nodes cannot share {memory} of memory: each needs a whole number of MiB")]
+    NodeMemory {
+        /// Nodes asked for.
+        nodes: u32,
+        /// Memory asked for.
+        memory: Bytes,
+    },
+    /// Not a topology.
+    #[error("`{text}` is not a topology: NODES,LLCS,CORES,THREADS such as 1,2,4,2")]
+    TopologySyntax {
+        /// What was given.
+        text: String,
+    },
+    /// The machine type cannot do it.
+    #[error("the machine {machine} has no {what}; use --machine q35")]
+    Machine {
+        /// The machine's name.
+        machine: &'static str,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// A file that should be there is not.
+    #[error("the {what} {} cannot be used", path.display())]
+    File {
+        /// What the file is for.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A shared path is not a directory.
+    #[error("{} cannot be shared: it is not a directory", path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Two shares of one name.
+    #[error("two shares have the tag `{tag}`")]
+    DuplicateTag {
+        /// The tag.
+        tag: String,
+    },
+    /// A tag that the device cannot have.
+    #[error("`{tag}` cannot be a share's tag: 1 to {MAX_TAG} letters, digits, `-` or `_`")]
+    Tag {
+        /// The tag.
+        tag: String,
+    },
+    /// A path that cannot be given to QEMU.
+    #[error("{} cannot be shared: its name is not UTF-8, which QEMU's options need", path.display())]
+    PathEncoding {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Kernel arguments too long.
+    #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]
+    CommandLineLength {
+        /// Its length.
+        len: usize,
+    },
+    /// Kernel arguments with control characters.
+    #[error("the kernel command line contains the control character {found:?}")]
+    CommandLineCharacter {
+        /// The first one.
+        found: char,
+    },
+}
+
+/// Collects a [`VmConfig`] and checks it as a whole.
+#[derive(Debug, Clone)]
+pub struct VmConfigBuilder {
+    config: VmConfig,
+}
+
+impl VmConfigBuilder {
+    /// A VM with one CPU and 1 GiB of memory that boots `boot`.
+    pub fn new(boot: Boot) -> Self {
+        Self {
+            config: VmConfig {
+                boot,
+                memory: Bytes(1024 * MIB),
+                topology: Topology::flat(1),
+                accel: Accel::Tcg,
+                machine: Machine::Microvm,
+                shares: Vec::new(),
+                network: NetworkMode::None,
+                channel: AgentChannel::Virtio,
+                qemu_args: Vec::new(),
+            },
+        }
+    }
+
+    /// Sets the RAM.
+    pub fn memory(mut self, memory: Bytes) -> Self {
+        self.config.memory = memory;
+        self
+    }
+
+    /// Sets the CPUs.
+    pub fn topology(mut self, topology: Topology) -> Self {
+        self.config.topology = topology;
+        self
+    }
+
+    /// Sets who executes instructions.
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.config.accel = accel;
+        self
+    }
+
+    /// Sets the board.
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.config.machine = machine;
+        self
+    }
+
+    /// Adds a host directory.
+    pub fn share(mut self, share: ShareDevice) -> Self {
+        self.config.shares.push(share);
+        self
+    }
+
+    /// Sets the network.
+    pub fn network(mut self, network: NetworkMode) -> Self {
+        self.config.network = network;
+        self
+    }
+
+    /// Sets how the agent is reached.
+    pub fn channel(mut self, channel: AgentChannel) -> Self {
+        self.config.channel = channel;
+        self
+    }
+
+    /// Adds arguments for QEMU.
+    pub fn qemu_args(mut self, args: impl IntoIterator<Item = String>) -> Self {
+        self.config.qemu_args.extend(args);
+        self
+    }
+
+    /// Checks everything that can be known before a VM is started.
+    ///
+    /// # Errors
+    /// The first thing that cannot work.
+    pub fn build(self) -> Result<VmConfig, ConfigError> {
+        let config = self.config;
+        if config.boot.arch != Arch::HOST {
+            return Err(ConfigError::ArchMismatch {
+                path: config.boot.image,
+                kernel: config.boot.arch,
+                host: Arch::HOST,
+            });
+        }
+        if config.memory < MIN_MEMORY || config.memory > MAX_MEMORY {
+            return Err(ConfigError::Memory { asked: config.memory });
+        }
+        let topology = config.topology;
+        if !topology.cpus().is_some_and(|cpus| (1..=MAX_CPUS).contains(&cpus)) {
+            return Err(ConfigError::Cpus { topology });
+        }
+        let nodes = u64::from(topology.nodes);
+        if !config.memory.0.is_multiple_of(nodes * MIB) {
+            return Err(ConfigError::NodeMemory { nodes: topology.nodes, memory: config.memory });
+        }
+        if config.machine == Machine::Microvm && topology.nodes > 1 {
+            return Err(ConfigError::Machine { machine: "microvm", what: "NUMA nodes" });
+        }
+        readable("kernel image", &config.boot.image)?;
+        readable("initramfs", &config.boot.initramfs)?;
+        check_command_line(&config.boot.command_line)?;
+        check_shares(&config.shares)?;
+        Ok(config)
+    }
+}
+
+fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
+    std::fs::File::open(path).map(drop).map_err(|source| ConfigError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn check_command_line(line: &str) -> Result<(), ConfigError> {
+    if line.len() > MAX_COMMAND_LINE {
+        return Err(ConfigError::CommandLineLength { len: line.len() });
+    }
+    match line.chars().find(|c| c.is_control()) {
+        Some(found) => Err(ConfigError::CommandLineCharacter { found }),
+        None => Ok(()),
+    }
+}
+
+fn check_shares(shares: &[ShareDevice]) -> Result<(), ConfigError> {
+    let mut tags = HashSet::new();
+    for share in shares {
+        let fits = (1..=MAX_TAG).contains(&share.tag.len());
+        let legal = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if !fits || !share.tag.chars().all(legal) {
+            return Err(ConfigError::Tag { tag: share.tag.clone() });
+        }
+        if !tags.insert(&share.tag) {
+            return Err(ConfigError::DuplicateTag { tag: share.tag.clone() });
+        }
+        if share.path.to_str().is_none() {
+            return Err(ConfigError::PathEncoding { path: share.path.clone() });
+        }
+        match std::fs::metadata(&share.path) {
+            Ok(meta) if meta.is_dir() => {}
+            Ok(_) => return Err(ConfigError::NotADirectory { path: share.path.clone() }),
+            Err(source) => {
+                let path = share.path.clone();
+                return Err(ConfigError::File { what: "shared directory", path, source });
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("kernel"), "k").unwrap();
+        std::fs::write(dir.path().join("initrd"), "i").unwrap();
+        dir
+    }
+
+    fn builder(dir: &Path) -> VmConfigBuilder {
+        VmConfigBuilder::new(Boot {
+            image: dir.join("kernel"),
+            arch: Arch::HOST,
+            initramfs: dir.join("initrd"),
+            command_line: "panic=-1".to_owned(),
+        })
+    }
+
+    fn share(tag: &str, path: &Path) -> ShareDevice {
+        let transport = ShareTransport::NineP;
+        ShareDevice { tag: tag.to_owned(), path: path.to_owned(), read_only: true, transport }
+    }
+
+    #[test]
+    fn a_sound_request_passes() {
+        let dir = dir();
+        let config = builder(dir.path()).share(share("root", dir.path())).build().unwrap();
+        assert_eq!(config.topology.cpus(), Some(1));
+    }
+
+    #[test]
+    fn another_architecture_is_refused() {
+        let dir = dir();
+        let mut builder = builder(dir.path());
+        builder.config.boot.arch = match Arch::HOST {
+            Arch::X86_64 => Arch::Aarch64,
+            Arch::Aarch64 => Arch::X86_64,
+        };
+        assert!(matches!(builder.build(), Err(ConfigError::ArchMismatch { .. })));
+    }
+
+    #[test]
+    fn bounds_are_checked() {
+        let dir = dir();
+        let build = |f: fn(VmConfigBuilder) -> VmConfigBuilder| f(builder(dir.path())).build();
+        assert!(matches!(build(|b| b.memory(Bytes(MIB))), Err(ConfigError::Memory { .. })));
+        assert!(matches!(build(|b| b.memory(Bytes(u64::MAX))), Err(ConfigError::Memory { .. })));
+        assert!(matches!(build(|b| b.topology(Topology::flat(0))), Err(ConfigError::Cpus { .. })));
+        assert!(matches!(
+            build(|b| b.topology(Topology { nodes: 65536, llcs: 65536, cores: 1, threads: 1 })),
+            Err(ConfigError::Cpus { .. })
+        ));
+        let three = Topology { nodes: 3, llcs: 1, cores: 1, threads: 1 };
+        let build_three = |machine, mib| {
+            builder(dir.path()).machine(machine).topology(three).memory(Bytes(mib * MIB)).build()
+        };
+        assert!(matches!(build_three(Machine::Q35, 512), Err(ConfigError::NodeMemory { .. })));
+        assert!(matches!(build_three(Machine::Microvm, 513), Err(ConfigError::Machine { .. })));
+        assert!(build_three(Machine::Q35, 513).is_ok());
+    }
+
+    #[test]
+    fn missing_files_are_named() {
+        let dir = dir();
+        std::fs::remove_file(dir.path().join("initrd")).unwrap();
+        let error = builder(dir.path()).build().unwrap_err().to_string();
+        assert!(error.contains("initramfs") && error.contains("initrd"), "{error}");
+    }
+
+    #[test]
+    fn shares_are_checked() {
+        let dir = dir();
+        let build = |shares: &[ShareDevice]| {
+            shares.iter().fold(builder(dir.path()), |b, s| b.share(s.clone())).build()
+        };
+        let path = dir.path();
+        let twice = [share("a", path), share("a", path)];
+        assert!(matches!(build(&twice), Err(ConfigError::DuplicateTag { .. })));
+        let long = "x".repeat(MAX_TAG + 1);
+        assert!(matches!(build(&[share(&long, path)]), Err(ConfigError::Tag { .. })));
+        assert!(matches!(build(&[share("", path)]), Err(ConfigError::Tag { .. })));
+        assert!(matches!(build(&[share("a,b", path)]), Err(ConfigError::Tag { .. })));
+        let file = path.join("kernel");
+        assert!(matches!(build(&[share("a", &file)]), Err(ConfigError::NotADirectory { .. })));
+        let gone = path.join("gone");
+        assert!(matches!(build(&[share("a", &gone)]), Err(ConfigError::File { .. })));
+    }
+
+    #[test]
+    fn command_lines_are_checked() {
+        assert!(check_command_line(&"x".repeat(MAX_COMMAND_LINE)).is_ok());
+        let long = "x".repeat(MAX_COMMAND_LINE + 1);
+        assert!(matches!(check_command_line(&long), Err(ConfigError::CommandLineLength { .. })));
+        assert!(matches!(
+            check_command_line("a\nb"),
+            Err(ConfigError::CommandLineCharacter { found: '\n' })
+        ));
+    }
+
+    #[test]
+    fn topologies_are_read() {
+        let topology: Topology = "2,1,4,2".parse().unwrap();
+        assert_eq!(topology.cpus(), Some(16));
+        assert_eq!(topology.to_string().parse::<Topology>().unwrap(), topology);
+        assert!("2,1,4".parse::<Topology>().is_err());
+        assert!("2,1,4,x".parse::<Topology>().is_err());
+    }
+}

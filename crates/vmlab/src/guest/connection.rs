@@ -1,0 +1,444 @@
+//! One connection to an agent: a thread that reads it, a thread that writes it, and what is known.
+//!
+//! Nothing that a caller does blocks on the guest, except for writing to a command's stdin beyond its
+//! window and waiting for something. When the connection is lost, every waiting caller is told.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+use vmlab_wire::frame::{put_credit, put_data, put_empty};
+use vmlab_wire::message::{Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode};
+use vmlab_wire::{
+    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
+    SendWindow, StreamId,
+};
+
+use crate::sync::{lock, wait_until};
+
+/// How much is read from the channel at once: a whole frame of data, so that a flood costs few calls.
+const READ_SIZE: usize = 256 * 1024;
+
+/// Why a connection is no more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// The other end closed it: the VM has ended.
+    Closed,
+    /// The other end broke the protocol.
+    Protocol(String),
+}
+
+/// A connection to an agent.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: UnixStream,
+    state: Mutex<State>,
+    /// Something came from the guest.
+    changed: Condvar,
+    /// Something is to be sent to the guest.
+    outgoing: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<Vec<u8>>,
+    ready: Option<Ready>,
+    setup: Option<Result<SetupReport, Failure>>,
+    powering_off: bool,
+    processes: HashMap<ProcessId, Process>,
+    next_process: u32,
+    inputs: HashMap<StreamId, Input>,
+    outputs: HashMap<StreamId, Output>,
+    warnings: Vec<String>,
+    lost: Option<Lost>,
+}
+
+#[derive(Debug, Default)]
+struct Process {
+    started: Option<Result<(), StartFailure>>,
+    exited: Option<Exited>,
+}
+
+/// A stream to the guest.
+#[derive(Debug, Default)]
+struct Input {
+    window: SendWindow,
+    stopped: bool,
+}
+
+/// A stream from the guest. It holds at most a window of data.
+#[derive(Debug, Default)]
+struct Output {
+    window: ReceiveWindow,
+    chunks: VecDeque<Vec<u8>>,
+    /// Nothing more is taken in: the stream or its command has ended, or nobody reads it.
+    ended: bool,
+    /// The guest has ended the stream and will not name it again.
+    closed: bool,
+    /// The reader is gone.
+    dropped: bool,
+}
+
+impl Connection {
+    /// Takes over the channel and sends the preamble. The guest need not run yet.
+    pub(crate) fn open(socket: UnixStream) -> io::Result<Arc<Self>> {
+        let (reading, writing) = (socket.try_clone()?, socket.try_clone()?);
+        let mut state = State::default();
+        state.queue.push_back(Preamble::OURS.encode().to_vec());
+        let connection = Arc::new(Self {
+            socket,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            outgoing: Condvar::new(),
+        });
+        let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        let reader = Arc::clone(&connection);
+        thread("vmlab-from-guest").spawn(move || {
+            let lost = match reader.read_all(reading) {
+                Ok(()) => Lost::Closed,
+                Err(ReadError::Io) => Lost::Closed,
+                Err(ReadError::Protocol(what)) => Lost::Protocol(what),
+            };
+            reader.lose(lost);
+        })?;
+        let writer = Arc::clone(&connection);
+        thread("vmlab-to-guest").spawn(move || writer.write_all(writing))?;
+        Ok(connection)
+    }
+
+    /// Ends the connection from this side.
+    pub(crate) fn close(&self) {
+        self.lose(Lost::Closed);
+    }
+
+    /// Sends a message.
+    pub(crate) fn send(&self, message: &HostMessage) -> Result<(), vmlab_wire::MessageError> {
+        let mut bytes = Vec::new();
+        encode(message, &mut bytes)?;
+        self.enqueue(&mut self.lock(), bytes);
+        Ok(())
+    }
+
+    /// Waits for the agent's first message.
+    pub(crate) fn wait_ready(&self, deadline: Option<Instant>) -> Result<Option<Ready>, Lost> {
+        self.wait_for(deadline, |state| state.ready.clone())
+    }
+
+    /// Waits for the outcome of the set-up.
+    pub(crate) fn wait_setup(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Result<SetupReport, Failure>>, Lost> {
+        self.wait_for(deadline, |state| state.setup.clone())
+    }
+
+    /// Waits until the agent says that the machine may be cut off.
+    pub(crate) fn wait_powering_off(&self, deadline: Option<Instant>) -> Result<Option<()>, Lost> {
+        self.wait_for(deadline, |state| state.powering_off.then_some(()))
+    }
+
+    /// What the agent warned of since the last call.
+    pub(crate) fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut self.lock().warnings)
+    }
+
+    /// Reserves a number for a command, with those of its streams that will be used.
+    pub(crate) fn new_process(&self, stdin: bool, outputs: &[Stdio]) -> ProcessId {
+        let mut state = self.lock();
+        let process = ProcessId(state.next_process);
+        state.next_process += 1;
+        state.processes.insert(process, Process::default());
+        if stdin {
+            state.inputs.insert(process.stream(Stdio::Stdin), Input::default());
+        }
+        for &stdio in outputs {
+            state.outputs.insert(process.stream(stdio), Output::default());
+        }
+        process
+    }
+
+    /// Waits until a command runs, or could not be started.
+    pub(crate) fn wait_started(&self, process: ProcessId) -> Result<Result<(), StartFailure>, Lost> {
+        let started = |state: &mut State| state.processes.get(&process)?.started.clone();
+        self.wait_for(None, started).map(|started| started.unwrap_or(Ok(())))
+    }
+
+    /// Waits for a command's end. `None` when the deadline came first.
+    pub(crate) fn wait_exited(
+        &self,
+        process: ProcessId,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Exited>, Lost> {
+        self.wait_for(deadline, |state| state.processes.get(&process)?.exited)
+    }
+
+    /// Forgets a command that has ended.
+    pub(crate) fn forget(&self, process: ProcessId) {
+        self.lock().processes.remove(&process);
+    }
+
+    /// Sends bytes to a command's stdin; waits while its window is full.
+    ///
+    /// # Errors
+    /// `BrokenPipe` when the command reads no more or the connection is lost.
+    pub(crate) fn write_input(&self, stream: StreamId, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.lock();
+        loop {
+            if state.lost.is_some() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let Some(input) = state.inputs.get_mut(&stream).filter(|input| !input.stopped) else {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            };
+            let count = bytes.len().min(input.window.available());
+            if count > 0 || bytes.is_empty() {
+                input.window.sent(count);
+                let mut frames = Vec::with_capacity(count + 64);
+                put_data(&mut frames, stream, &bytes[..count]);
+                self.enqueue(&mut state, frames);
+                return Ok(count);
+            }
+            state = wait_until(&self.changed, state, None)?;
+        }
+    }
+
+    /// Waits until writing to the stream would not wait. False when nobody will read it any more.
+    pub(crate) fn input_wanted(&self, stream: StreamId) -> bool {
+        let wanted = self.wait_for(None, |state| match state.inputs.get(&stream) {
+            Some(input) if !input.stopped => (input.window.available() > 0).then_some(true),
+            _ => Some(false),
+        });
+        wanted == Ok(Some(true))
+    }
+
+    /// Ends a command's stdin.
+    pub(crate) fn end_input(&self, stream: StreamId) {
+        let mut state = self.lock();
+        if state.inputs.remove(&stream).is_some_and(|input| !input.stopped) {
+            let mut frame = Vec::new();
+            put_empty(&mut frame, stream, FrameKind::Eof);
+            self.enqueue(&mut state, frame);
+        }
+    }
+
+    /// The next bytes of a stream from the guest; `None` when it or its command has ended.
+    ///
+    /// # Errors
+    /// When the connection is lost before the stream's end.
+    pub(crate) fn read_output(&self, stream: StreamId) -> Result<Option<Vec<u8>>, Lost> {
+        let next = |state: &mut State| {
+            let Some(output) = state.outputs.get_mut(&stream) else { return Some(None) };
+            match output.chunks.pop_front() {
+                Some(chunk) => Some(Some(chunk)),
+                None => output.ended.then_some(None),
+            }
+        };
+        Ok(self.wait_for(None, next)?.flatten())
+    }
+
+    /// Notes that bytes of a stream have been passed on, so that the guest may send more.
+    pub(crate) fn consumed(&self, stream: StreamId, count: usize) {
+        let mut state = self.lock();
+        let Some(output) = state.outputs.get_mut(&stream) else { return };
+        if let Some(grant) = output.window.consumed(count)
+            && !output.ended
+        {
+            let mut frame = Vec::new();
+            put_credit(&mut frame, stream, grant);
+            self.enqueue(&mut state, frame);
+        }
+    }
+
+    /// Tells the guest that nobody reads a stream any more.
+    pub(crate) fn stop_output(&self, stream: StreamId) {
+        let mut state = self.lock();
+        let Some(output) = state.outputs.get_mut(&stream) else { return };
+        output.chunks.clear();
+        output.dropped = true;
+        state.end_output(stream);
+        self.outgoing.notify_one();
+    }
+
+    fn enqueue(&self, state: &mut State, bytes: Vec<u8>) {
+        if state.lost.is_none() && !bytes.is_empty() {
+            state.queue.push_back(bytes);
+            self.outgoing.notify_one();
+        }
+    }
+
+    /// Waits until `found` finds something; what had come before the connection was lost counts.
+    fn wait_for<T>(
+        &self,
+        deadline: Option<Instant>,
+        mut found: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<Option<T>, Lost> {
+        let mut state = self.lock();
+        loop {
+            if let Some(value) = found(&mut state) {
+                return Ok(Some(value));
+            }
+            if let Some(lost) = &state.lost {
+                return Err(lost.clone());
+            }
+            state = match wait_until(&self.changed, state, deadline) {
+                Some(state) => state,
+                None => return Ok(None),
+            };
+        }
+    }
+
+    fn lose(&self, lost: Lost) {
+        self.lock().lost.get_or_insert(lost);
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.changed.notify_all();
+        self.outgoing.notify_all();
+    }
+
+    fn write_all(&self, mut socket: UnixStream) {
+        loop {
+            let bytes = {
+                let mut state = self.lock();
+                loop {
+                    if let Some(bytes) = state.queue.pop_front() {
+                        break bytes;
+                    }
+                    if state.lost.is_some() {
+                        return;
+                    }
+                    state = wait_until(&self.outgoing, state, None)?;
+                }
+            };
+            if socket.write_all(&bytes).is_err() {
+                // The reader sees the end too, after what the guest had still sent.
+                return;
+            }
+        }
+    }
+
+    fn read_all(&self, mut socket: UnixStream) -> Result<(), ReadError> {
+        let mut preamble = [0; Preamble::LEN];
+        socket.read_exact(&mut preamble)?;
+        Preamble::check(preamble).map_err(protocol)?;
+        let mut decoder = Decoder::new();
+        loop {
+            let mut space = decoder.space(READ_SIZE);
+            let count = match socket.read(space.bytes()) {
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => return Err(ReadError::Io),
+            };
+            space.filled(count);
+            if count == 0 {
+                return Ok(());
+            }
+            let mut state = self.lock();
+            while let Some(frame) = decoder.next_frame().map_err(protocol)? {
+                state.take(frame)?;
+            }
+            let answers = !state.queue.is_empty();
+            drop(state);
+            self.changed.notify_all();
+            if answers {
+                self.outgoing.notify_one();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+enum ReadError {
+    Io,
+    Protocol(String),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(_: io::Error) -> Self {
+        Self::Io
+    }
+}
+
+fn protocol(error: impl std::fmt::Display) -> ReadError {
+    ReadError::Protocol(error.to_string())
+}
+
+impl State {
+    fn take(&mut self, frame: Frame<'_>) -> Result<(), ReadError> {
+        match frame {
+            Frame::Message(payload) => match decode(payload).map_err(protocol)? {
+                GuestMessage::Ready(ready) => self.ready = Some(ready),
+                GuestMessage::SetupDone(report) => self.setup = Some(Ok(report)),
+                GuestMessage::SetupFailed(failure) => self.setup = Some(Err(failure)),
+                GuestMessage::PoweringOff => self.powering_off = true,
+                GuestMessage::Warning(text) => self.warnings.push(text),
+                GuestMessage::Started(process) => self.process(process)?.started = Some(Ok(())),
+                GuestMessage::StartFailed(process, failure) => {
+                    self.process(process)?.started = Some(Err(failure));
+                }
+                GuestMessage::Exited(process, exited) => {
+                    self.process(process)?.exited = Some(exited);
+                    // All that the command wrote has come before. What its children still write
+                    // is nobody's.
+                    self.end_output(process.stream(Stdio::Stdout));
+                    self.end_output(process.stream(Stdio::Stderr));
+                }
+            },
+            Frame::Data(stream, bytes) => {
+                let output = self.output(stream)?;
+                output.window.received(bytes.len()).map_err(protocol)?;
+                if !output.ended {
+                    output.chunks.push_back(bytes.to_vec());
+                }
+            }
+            Frame::Eof(stream) => {
+                self.output(stream)?.closed = true;
+                self.end_output(stream);
+            }
+            // What is no longer written to may still be granted or stopped by a guest that does not
+            // know it yet.
+            Frame::Credit(stream, bytes) => {
+                if let Some(input) = self.inputs.get_mut(&stream) {
+                    input.window.granted(bytes).map_err(protocol)?;
+                }
+            }
+            Frame::Stop(stream) => {
+                if let Some(input) = self.inputs.get_mut(&stream) {
+                    input.stopped = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in no more of a stream, and forgets it once neither side will name it again.
+    fn end_output(&mut self, stream: StreamId) {
+        let Some(output) = self.outputs.get_mut(&stream) else { return };
+        let first = !std::mem::replace(&mut output.ended, true);
+        if first && !output.closed {
+            let mut frame = Vec::new();
+            put_empty(&mut frame, stream, FrameKind::Stop);
+            self.queue.push_back(frame);
+        }
+        if output.closed && output.dropped {
+            self.outputs.remove(&stream);
+        }
+    }
+
+    fn process(&mut self, process: ProcessId) -> Result<&mut Process, ReadError> {
+        if process.0 >= self.next_process {
+            return Err(protocol(format_args!("news of command {}, never started", process.0)));
+        }
+        Ok(self.processes.entry(process).or_default())
+    }
+
+    fn output(&mut self, stream: StreamId) -> Result<&mut Output, ReadError> {
+        self.outputs
+            .get_mut(&stream)
+            .ok_or_else(|| protocol(format_args!("data on stream {}, which is not open", stream.0)))
+    }
+}

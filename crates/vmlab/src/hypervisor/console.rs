@@ -1,0 +1,269 @@
+//! What a guest writes to its serial port: kept, scanned and handed on from the first byte.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+use crate::sync::{lock, wait_until};
+
+/// How much of the output is kept in memory; all of it is in the log.
+const KEPT: usize = 256 * 1024;
+
+/// The longest line that is scanned; a guest that writes no newline costs no more than this.
+const MAX_LINE: usize = 4096;
+
+/// Output and input of a guest's first serial port.
+#[derive(Debug, Clone)]
+pub struct SerialConsole {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    log_path: PathBuf,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    kept: VecDeque<u8>,
+    line: Vec<u8>,
+    panic: Option<String>,
+    oops: Option<(Instant, String)>,
+    first_byte: Option<Instant>,
+    subscribers: Vec<Sender<Vec<u8>>>,
+    input: Option<Box<dyn WriteDebug>>,
+    closed: bool,
+}
+
+trait WriteDebug: Write + Send + std::fmt::Debug {}
+impl<T: Write + Send + std::fmt::Debug> WriteDebug for T {}
+
+impl SerialConsole {
+    /// A console that logs to `log_path`, takes output through [`pump`](Self::pump) and passes input
+    /// to `input`.
+    pub(crate) fn new(
+        log_path: PathBuf,
+        input: impl Write + Send + std::fmt::Debug + 'static,
+    ) -> Self {
+        let state = State { input: Some(Box::new(input)), ..State::default() };
+        let shared = Shared { log_path, state: Mutex::new(state), changed: Condvar::new() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Where all the output is.
+    pub fn log_path(&self) -> &Path {
+        &self.shared.log_path
+    }
+
+    /// All output from the first byte on, as far back as it is kept, and then as it comes. The
+    /// channel ends with the VM.
+    pub fn subscribe(&self) -> Receiver<Vec<u8>> {
+        let (sender, receiver) = channel();
+        let mut state = self.lock();
+        let (a, b) = state.kept.as_slices();
+        let _ = sender.send([a, b].concat());
+        if !state.closed {
+            state.subscribers.push(sender);
+        }
+        receiver
+    }
+
+    /// Types into the guest's serial port.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    pub fn write_input(&self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.lock().input {
+            Some(input) => input.write_all(bytes),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// The last lines of the output, at most `lines`, without terminal control sequences.
+    pub fn tail(&self, lines: usize) -> String {
+        let state = self.lock();
+        let (a, b) = state.kept.as_slices();
+        let bytes = [a, b].concat();
+        let text = String::from_utf8_lossy(&bytes);
+        let clean: Vec<String> = text.lines().map(printable).filter(|l| !l.is_empty()).collect();
+        clean[clean.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// The message of the kernel's panic, once one was seen.
+    pub fn panic_message(&self) -> Option<String> {
+        self.lock().panic.clone()
+    }
+
+    /// When the kernel first reported that it has damaged itself, and the report's first line.
+    pub fn oops(&self) -> Option<(Instant, String)> {
+        self.lock().oops.clone()
+    }
+
+    /// When the guest's first byte came.
+    pub fn first_byte(&self) -> Option<Instant> {
+        self.lock().first_byte
+    }
+
+    /// Waits until all output has been taken in, after the VM has ended.
+    pub(crate) fn wait_closed(&self, deadline: Instant) {
+        let mut state = self.lock();
+        while !state.closed {
+            let Some(woken) = wait_until(&self.shared.changed, state, Some(deadline)) else { return };
+            state = woken;
+        }
+    }
+
+    /// Takes in everything from `output` until it ends. A log that cannot be written (a full disk)
+    /// does not end the VM; memory still has the end of it.
+    pub(crate) fn pump(&self, mut output: impl Read, mut log: File) {
+        let mut buffer = [0; 16 * 1024];
+        loop {
+            match output.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => {
+                    let _ = log.write_all(&buffer[..count]);
+                    self.take(&buffer[..count]);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        let mut state = self.lock();
+        state.closed = true;
+        state.input = None;
+        state.subscribers.clear();
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    fn take(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        state.first_byte.get_or_insert_with(Instant::now);
+        state.kept.extend(bytes);
+        let excess = state.kept.len().saturating_sub(KEPT);
+        state.kept.drain(..excess);
+        state.subscribers.retain(|subscriber| subscriber.send(bytes.to_vec()).is_ok());
+        for piece in bytes.split_inclusive(|b| *b == b'\n') {
+            let room = MAX_LINE - state.line.len();
+            state.line.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                let line = std::mem::take(&mut state.line);
+                state.scan(&printable(&String::from_utf8_lossy(&line)));
+            } else if state.line.len() >= MAX_LINE {
+                state.line.clear();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.shared.state)
+    }
+}
+
+/// How a panic begins, in every kernel since 2.6.
+const PANIC: &str = "Kernel panic - not syncing: ";
+
+/// How the kernel begins a report about damage to itself.
+const OOPSES: [&str; 6] = [
+    "BUG: unable to handle",
+    "BUG: kernel NULL pointer dereference",
+    "Oops: ",
+    "kernel BUG at ",
+    "general protection fault",
+    "double fault",
+];
+
+impl State {
+    fn scan(&mut self, line: &str) {
+        if self.panic.is_none()
+            && let Some((_, message)) = line.split_once(PANIC)
+        {
+            self.panic = Some(message.trim().to_owned());
+        }
+        if self.oops.is_none() && OOPSES.iter().any(|oops| line.contains(oops)) {
+            self.oops = Some((Instant::now(), line.trim().to_owned()));
+        }
+    }
+}
+
+/// A line without escape sequences and other control characters, so that a guest cannot drive the
+/// terminal of the person who reads it.
+fn printable(line: &str) -> String {
+    let mut out = String::with_capacity(line.len());
+    let mut chars = line.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == '\x1b' {
+            if chars.next_if_eq(&'[').is_some() {
+                while chars.next().is_some_and(|c| !('@'..='~').contains(&c)) {}
+            } else {
+                chars.next();
+            }
+        } else if c == '\t' {
+            out.push(' ');
+        } else if !c.is_control() {
+            out.push(c);
+        }
+    }
+    out.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn console() -> (SerialConsole, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        (SerialConsole::new(dir.path().join("log"), Vec::new()), dir)
+    }
+
+    #[test]
+    fn a_panic_is_found_however_the_bytes_are_cut() {
+        let text = "[    1.0] x\r\n[    1.2] Kernel panic - not syncing: VFS: no root\r\n";
+        for cut in 0..text.len() {
+            let (console, _dir) = console();
+            console.take(&text.as_bytes()[..cut]);
+            console.take(&text.as_bytes()[cut..]);
+            assert_eq!(console.panic_message().as_deref(), Some("VFS: no root"), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn the_first_oops_counts() {
+        let (console, _dir) = console();
+        console.take(b"BUG: kernel NULL pointer dereference, address: 0\nOops: 0002 [#1]\n");
+        assert!(console.oops().unwrap().1.starts_with("BUG: kernel NULL"));
+        assert_eq!(console.panic_message(), None);
+    }
+
+    #[test]
+    fn the_tail_is_clean_and_short() {
+        let (console, _dir) = console();
+        console.take(b"one\n\x1b[2J\x1b[1;31mtwo\x07\n\nthree\tfour\r\n");
+        assert_eq!(console.tail(2), "two\nthree four");
+        assert_eq!(console.tail(9), "one\ntwo\nthree four");
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_log_is_whole() {
+        let (console, dir) = console();
+        let output = vec![b'x'; KEPT * 2 + 5];
+        let log = File::create(dir.path().join("log")).unwrap();
+        let early = console.subscribe();
+        console.pump(output.as_slice(), log);
+        assert_eq!(console.lock().kept.len(), KEPT);
+        assert!(console.lock().line.len() <= MAX_LINE);
+        assert_eq!(std::fs::read(console.log_path()).unwrap(), output);
+        assert_eq!(early.iter().map(|b| b.len()).sum::<usize>(), output.len());
+        let late: Vec<_> = console.subscribe().iter().collect();
+        assert_eq!(late.concat().len(), KEPT);
+        console.wait_closed(Instant::now() + Duration::from_secs(1));
+        assert!(console.write_input(b"x").is_err());
+    }
+}

@@ -1,0 +1,210 @@
+//! The boundary between vmlab and whatever runs a VM.
+
+mod console;
+pub mod qemu;
+
+use std::fmt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use thiserror::Error;
+
+pub use console::SerialConsole;
+
+use crate::config::{Machine, VmConfig};
+
+/// A program or library that can run VMs.
+///
+/// Implementations hold no VM; one value serves any number of them, from any thread.
+pub trait Hypervisor: Send + Sync {
+    /// The name that users choose it by.
+    fn name(&self) -> &'static str;
+
+    /// Finds out whether it can be used on this host.
+    ///
+    /// # Errors
+    /// What is missing, and how to get it.
+    fn probe(&self) -> Result<ProbeReport, HypervisorError>;
+
+    /// What its VMs can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts a VM. It runs when this returns, and is gone when the handle is dropped or this process
+    /// ends in any way.
+    ///
+    /// # Errors
+    /// When the VM could not be started. Nothing is then left running.
+    fn start(
+        &self,
+        config: &VmConfig,
+        options: StartOptions,
+    ) -> Result<Arc<dyn VmHandle>, HypervisorError>;
+
+    /// What [`start`](Self::start) would execute, for a person to read; empty when it runs no program.
+    fn command_line(&self, config: &VmConfig) -> Vec<String>;
+}
+
+/// A running VM, or one that has ended. All methods may be called from any thread at any time.
+pub trait VmHandle: Send + Sync + fmt::Debug {
+    /// What it is doing now.
+    fn state(&self) -> VmState;
+
+    /// Waits until the VM has ended, or until the deadline. Once it has ended, every call returns the
+    /// same reason at once.
+    fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason>;
+
+    /// The host's end of the channel to the agent. It can be taken once; the second call gives `None`.
+    fn take_agent_channel(&self) -> Option<UnixStream>;
+
+    /// What the guest writes to its first serial port.
+    fn serial(&self) -> &SerialConsole;
+
+    /// Stops all CPUs.
+    ///
+    /// # Errors
+    /// When the VM has ended or does not answer.
+    fn pause(&self) -> Result<(), HypervisorError>;
+
+    /// Lets the CPUs go on.
+    ///
+    /// # Errors
+    /// When the VM has ended or does not answer.
+    fn resume(&self) -> Result<(), HypervisorError>;
+
+    /// Presses the power button. The guest decides what follows; [`wait`](Self::wait) tells.
+    ///
+    /// # Errors
+    /// When the VM has ended or does not answer.
+    fn shutdown(&self) -> Result<(), HypervisorError>;
+
+    /// Ends the VM at once, for the given reason, unless it has ended already. Returns when it is gone.
+    fn kill(&self, reason: ExitReason);
+}
+
+/// Things of one start that are not part of what the VM is.
+#[derive(Debug, Clone)]
+pub struct StartOptions {
+    /// Directory for this run's logs. It exists and is private to the user.
+    pub log_dir: PathBuf,
+    /// When to end the VM with [`ExitReason::Timeout`].
+    pub deadline: Option<Instant>,
+}
+
+/// What a VM can be asked to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// Boards it can be.
+    pub machines: Vec<Machine>,
+    /// Whether it can be stopped and continued.
+    pub pause: bool,
+    /// Whether shares can be carried by 9p.
+    pub share_9p: bool,
+    /// Whether snapshots can be taken and restored.
+    pub snapshot: bool,
+}
+
+/// A hypervisor that can be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ProbeReport {
+    /// Its program.
+    pub program: PathBuf,
+    /// Its version, as it says it.
+    pub version: String,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Its CPUs run.
+    Running,
+    /// Its CPUs are stopped.
+    Paused,
+    /// It is gone.
+    Ended,
+}
+
+/// Why a VM has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    Shutdown,
+    /// The guest reset itself.
+    Reset,
+    /// The guest's kernel panicked, with this message where it was seen.
+    GuestPanic(Option<String>),
+    /// The guest's CPU gave up: a fault while handling a fault while handling a fault.
+    TripleFault,
+    /// The host ended it.
+    Killed,
+    /// It ran for longer than it was allowed to.
+    Timeout,
+    /// The hypervisor itself ended or broke, with what it said.
+    MonitorFailed(String),
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("the guest powered itself off"),
+            Self::Reset => f.write_str("the guest reset itself"),
+            Self::GuestPanic(None) => f.write_str("the guest's kernel panicked"),
+            Self::GuestPanic(Some(message)) => write!(f, "the guest's kernel panicked: {message}"),
+            Self::TripleFault => f.write_str("the guest's CPU reset itself after a triple fault"),
+            Self::Killed => f.write_str("the VM was killed"),
+            Self::Timeout => f.write_str("the VM ran into its time limit"),
+            Self::MonitorFailed(what) => write!(f, "QEMU failed: {what}"),
+        }
+    }
+}
+
+/// A hypervisor that cannot do what it was asked for.
+#[derive(Debug, Error)]
+pub enum HypervisorError {
+    /// Its program is not there.
+    #[error(
+        "{program} was not found in PATH; install QEMU (Debian and Ubuntu: apt-get install {package})"
+    )]
+    NotFound {
+        /// The program.
+        program: String,
+        /// Debian's name of the package that has it.
+        package: &'static str,
+    },
+    /// Its program could not be run.
+    #[error("{program} could not be run")]
+    Run {
+        /// The program.
+        program: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The host could not provide what a VM needs.
+    #[error("{what} could not be made for the VM")]
+    Resource {
+        /// What was needed.
+        what: &'static str,
+        /// Why it was not there.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It ended or refused before the VM ran.
+    #[error("QEMU did not start the VM: {said}")]
+    Refused {
+        /// What it said.
+        said: String,
+    },
+    /// A command to a running VM failed.
+    #[error("QEMU did not do `{command}`: {said}")]
+    Command {
+        /// The command.
+        command: &'static str,
+        /// What it said.
+        said: String,
+    },
+}

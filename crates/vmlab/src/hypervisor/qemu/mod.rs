@@ -1,0 +1,98 @@
+//! VMs run by QEMU.
+
+mod command;
+mod process;
+mod qmp;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use vmlab_artifacts::Arch;
+
+use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
+use crate::config::{Machine, VmConfig};
+use command::{Descriptors, arguments};
+use process::QemuVm;
+
+/// QEMU's system emulator, found in `PATH`.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: String,
+}
+
+impl Default for Qemu {
+    fn default() -> Self {
+        Self { program: format!("qemu-system-{}", Arch::HOST.machine()) }
+    }
+}
+
+impl Qemu {
+    /// QEMU for guests of the host's architecture.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Debian's name of the package that has it.
+    const PACKAGE: &str = match Arch::HOST {
+        Arch::X86_64 => "qemu-system-x86",
+        Arch::Aarch64 => "qemu-system-arm",
+    };
+
+    /// Where the program is.
+    ///
+    /// # Errors
+    /// When it is in no directory of `PATH`.
+    pub fn program(&self) -> Result<PathBuf, HypervisorError> {
+        crate::host::find_program(&self.program).ok_or_else(|| HypervisorError::NotFound {
+            program: self.program.clone(),
+            package: Self::PACKAGE,
+        })
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn probe(&self) -> Result<ProbeReport, HypervisorError> {
+        let program = self.program()?;
+        let run = |source| HypervisorError::Run { program: self.program.clone(), source };
+        let output = Command::new(&program).arg("--version").output().map_err(run)?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        match said.lines().next() {
+            Some(version) if output.status.success() => {
+                Ok(ProbeReport { program, version: version.to_owned() })
+            }
+            _ => Err(HypervisorError::Refused {
+                said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            }),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            machines: vec![Machine::Microvm, Machine::Q35],
+            pause: true,
+            share_9p: true,
+            snapshot: false,
+        }
+    }
+
+    fn start(
+        &self,
+        config: &VmConfig,
+        options: StartOptions,
+    ) -> Result<Arc<dyn VmHandle>, HypervisorError> {
+        Ok(Arc::new(QemuVm::start(&self.program()?, config, options)?))
+    }
+
+    fn command_line(&self, config: &VmConfig) -> Vec<String> {
+        let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
+        let fds = Descriptors { console: 3, agent: 4, qmp: 5 };
+        let mut line = vec![program.to_string_lossy().into_owned()];
+        line.extend(arguments(config, fds, Path::new("cpu.log")));
+        line
+    }
+}

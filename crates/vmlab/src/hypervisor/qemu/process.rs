@@ -1,0 +1,349 @@
+//! A QEMU process and the threads that look after it.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmHandle, VmState};
+use super::command::{Descriptors, arguments};
+use super::qmp::{Qmp, ShutdownCause};
+use crate::config::VmConfig;
+use crate::sync::{lock, wait_until};
+
+/// How much of what QEMU says on stderr is kept.
+const KEPT_STDERR: u64 = 64 * 1024;
+
+/// How long the last output of an ended QEMU may take to be read. It is there already, so this only
+/// bounds a fault.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// A VM in a QEMU process.
+#[derive(Debug)]
+pub(super) struct QemuVm {
+    shared: Arc<Shared>,
+    agent: Mutex<Option<UnixStream>>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    console: SerialConsole,
+    qmp: Qmp,
+    pidfd: OwnedFd,
+    cpu_log: PathBuf,
+    fate: Mutex<Fate>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Fate {
+    asked: Option<ExitReason>,
+    reason: Option<ExitReason>,
+}
+
+struct Sockets {
+    console: UnixStream,
+    agent: UnixStream,
+    qmp: UnixStream,
+}
+
+impl Sockets {
+    fn pairs() -> io::Result<(Self, Self)> {
+        let (console, their_console) = UnixStream::pair()?;
+        let (agent, their_agent) = UnixStream::pair()?;
+        let (qmp, their_qmp) = UnixStream::pair()?;
+        Ok((
+            Self { console, agent, qmp },
+            Self { console: their_console, agent: their_agent, qmp: their_qmp },
+        ))
+    }
+
+    fn descriptors(&self) -> Descriptors {
+        Descriptors {
+            console: self.console.as_raw_fd(),
+            agent: self.agent.as_raw_fd(),
+            qmp: self.qmp.as_raw_fd(),
+        }
+    }
+}
+
+fn resource(what: &'static str) -> impl FnOnce(io::Error) -> HypervisorError {
+    move |source| HypervisorError::Resource { what, source }
+}
+
+impl QemuVm {
+    pub(super) fn start(
+        program: &Path,
+        config: &VmConfig,
+        options: StartOptions,
+    ) -> Result<Self, HypervisorError> {
+        let (ours, theirs) = Sockets::pairs().map_err(resource("sockets"))?;
+        let cpu_log = options.log_dir.join("cpu.log");
+        let log_path = options.log_dir.join("console.log");
+        let log = File::create(&log_path).map_err(resource("a log file"))?;
+        let stderr_log =
+            File::create(options.log_dir.join("qemu.log")).map_err(resource("a log file"))?;
+        let mut command = Command::new(program);
+        command.args(arguments(config, theirs.descriptors(), &cpu_log));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        inherit(&mut command, theirs);
+
+        let input = ours.console.try_clone().map_err(resource("sockets"))?;
+        let console = SerialConsole::new(log_path, input);
+        let qmp = Qmp::new(&ours.qmp).map_err(resource("a monitor socket"))?;
+        let deadline = options.deadline;
+
+        // A child's parent-death signal comes when the *thread* that made it ends, so the thread that
+        // starts QEMU is the one that waits for it.
+        let (sender, receiver) = sync_channel(1);
+        let thread = std::thread::Builder::new().name("vmlab-qemu".to_owned());
+        let supervisor = thread
+            .spawn(move || {
+                let spawned = command.spawn().and_then(|mut child| {
+                    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+                    if pidfd.is_err() {
+                        let _ = child.kill();
+                        let _ = child.wait();
+                    }
+                    Ok((child, pidfd?))
+                });
+                // QEMU's ends of the sockets must close here, or their ends would never be seen.
+                drop(command);
+                let (mut child, pidfd) = match spawned {
+                    Ok(spawned) => spawned,
+                    Err(source) => return drop(sender.send(Err(source))),
+                };
+                let stderr = child.stderr.take();
+                let cpu_log = cpu_log.clone();
+                let shared = Arc::new(Shared {
+                    console,
+                    qmp,
+                    pidfd,
+                    cpu_log,
+                    fate: Mutex::default(),
+                    ended: Condvar::new(),
+                });
+                if sender.send(Ok(Arc::clone(&shared))).is_ok() {
+                    shared.supervise(
+                        child,
+                        stderr,
+                        stderr_log,
+                        ours.qmp,
+                        ours.console,
+                        log,
+                        deadline,
+                    );
+                }
+            })
+            .map_err(resource("a thread"))?;
+        let run = |source| HypervisorError::Run { program: program.display().to_string(), source };
+        let shared = match receiver.recv() {
+            Ok(spawned) => spawned.map_err(run)?,
+            Err(_) => return Err(run(io::Error::other("its supervisor ended"))),
+        };
+        let vm = Self {
+            shared,
+            agent: Mutex::new(Some(ours.agent)),
+            supervisor: Mutex::new(Some(supervisor)),
+        };
+        if !vm.shared.qmp.wait_ready()
+            && let Some(ExitReason::MonitorFailed(said)) = vm.wait(None)
+        {
+            return Err(HypervisorError::Refused { said });
+        }
+        Ok(vm)
+    }
+}
+
+/// Lets the child have `sockets`, and makes it die with the thread that starts it.
+fn inherit(command: &mut Command, sockets: Sockets) {
+    let parent = rustix::process::getpid();
+    let prepare = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have died before that was set.
+        if rustix::process::getppid() != Some(parent) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        for fd in [sockets.console.as_fd(), sockets.agent.as_fd(), sockets.qmp.as_fd()] {
+            fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec, `prepare` only makes system calls; it neither allocates nor
+    // takes a lock, whatever other threads were doing at the fork.
+    unsafe { command.pre_exec(prepare) };
+}
+
+impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "it takes over everything that ends with QEMU")]
+    fn supervise(
+        self: &Arc<Self>,
+        mut child: Child,
+        stderr: Option<ChildStderr>,
+        stderr_log: File,
+        qmp_socket: UnixStream,
+        console_socket: UnixStream,
+        log: File,
+        deadline: Option<Instant>,
+    ) {
+        let said = std::thread::scope(|scope| {
+            scope.spawn(|| self.qmp.pump(qmp_socket));
+            scope.spawn(|| self.console.pump(console_socket, log));
+            let said = scope.spawn(|| stderr.map(|s| keep(s, stderr_log)).unwrap_or_default());
+            if !self.ended_by(deadline) {
+                self.end(ExitReason::Timeout);
+            }
+            said.join().unwrap_or_default()
+        });
+        let status = child.wait();
+        let drained = Instant::now() + DRAIN_TIME;
+        self.qmp.wait_closed(drained);
+        self.console.wait_closed(drained);
+        let mut fate = self.lock();
+        let reason = self.reason(&fate, status, &said);
+        fate.reason = Some(reason);
+        drop(fate);
+        self.ended.notify_all();
+    }
+
+    /// Waits for QEMU's end. False when the deadline came first.
+    fn ended_by(&self, deadline: Option<Instant>) -> bool {
+        loop {
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            let timeout = left.map(|left| Timespec {
+                tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            });
+            let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return true,
+            }
+        }
+    }
+
+    fn end(&self, reason: ExitReason) {
+        self.lock().asked.get_or_insert(reason);
+        // It fails only when QEMU has ended already.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    fn reason(&self, fate: &Fate, status: io::Result<ExitStatus>, said: &str) -> ExitReason {
+        let cause = self.qmp.shutdown_cause();
+        match (cause, &fate.asked) {
+            (Some(ShutdownCause::GuestShutdown), _) => ExitReason::Shutdown,
+            (Some(ShutdownCause::GuestPanic), _) => {
+                ExitReason::GuestPanic(self.console.panic_message())
+            }
+            (Some(ShutdownCause::GuestReset), _) => match self.console.panic_message() {
+                Some(message) => ExitReason::GuestPanic(Some(message)),
+                None if triple_fault(&self.cpu_log) => ExitReason::TripleFault,
+                None => ExitReason::Reset,
+            },
+            (_, Some(asked)) => asked.clone(),
+            (Some(ShutdownCause::HostQmpQuit), None) => ExitReason::Killed,
+            (_, None) => ExitReason::MonitorFailed(describe(status, said)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Fate> {
+        lock(&self.fate)
+    }
+}
+
+fn triple_fault(cpu_log: &Path) -> bool {
+    std::fs::read_to_string(cpu_log).is_ok_and(|log| log.contains("Triple fault"))
+}
+
+fn describe(status: io::Result<ExitStatus>, said: &str) -> String {
+    let how = match status {
+        Ok(status) => match (status.code(), status.signal()) {
+            (Some(code), _) => format!("it ended with code {code}"),
+            (None, Some(signal)) => format!("it was killed by signal {signal}"),
+            (None, None) => "it ended".to_owned(),
+        },
+        Err(error) => format!("it cannot be waited for ({error})"),
+    };
+    match said.trim() {
+        "" => format!("{how} and said nothing"),
+        said => format!("{how} and said: {said}"),
+    }
+}
+
+/// Reads what QEMU says to its end, into the log and, as far as it is kept, into the result.
+fn keep(mut stderr: ChildStderr, mut log: File) -> String {
+    let mut kept = Vec::new();
+    let _ = Read::take(&mut stderr, KEPT_STDERR).read_to_end(&mut kept);
+    let _ = log.write_all(&kept);
+    let _ = io::copy(&mut stderr, &mut log);
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+impl VmHandle for QemuVm {
+    fn state(&self) -> VmState {
+        match () {
+            () if self.shared.lock().reason.is_some() => VmState::Ended,
+            () if self.shared.qmp.paused() => VmState::Paused,
+            () => VmState::Running,
+        }
+    }
+
+    fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
+        let mut fate = self.shared.lock();
+        loop {
+            if let Some(reason) = &fate.reason {
+                return Some(reason.clone());
+            }
+            fate = wait_until(&self.shared.ended, fate, deadline)?;
+        }
+    }
+
+    fn take_agent_channel(&self) -> Option<UnixStream> {
+        lock(&self.agent).take()
+    }
+
+    fn serial(&self) -> &SerialConsole {
+        &self.shared.console
+    }
+
+    fn pause(&self) -> Result<(), HypervisorError> {
+        self.shared.qmp.execute("stop")
+    }
+
+    fn resume(&self) -> Result<(), HypervisorError> {
+        self.shared.qmp.execute("cont")
+    }
+
+    fn shutdown(&self) -> Result<(), HypervisorError> {
+        self.shared.qmp.execute("system_powerdown")
+    }
+
+    fn kill(&self, reason: ExitReason) {
+        self.shared.end(reason);
+        self.wait(None);
+    }
+}
+
+impl Drop for QemuVm {
+    fn drop(&mut self) {
+        self.shared.end(ExitReason::Killed);
+        let supervisor = lock(&self.supervisor).take();
+        if let Some(supervisor) = supervisor {
+            let _ = supervisor.join();
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The few commands and events of the QEMU Machine Protocol that vmlab needs, typed.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::super::HypervisorError;
+use crate::sync::{lock, wait_until};
+
+/// How long QEMU may take to answer a command. It answers in a millisecond unless it hangs.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+
+/// The longest line that QEMU may send.
+const MAX_LINE: u64 = 4 * 1024 * 1024;
+
+/// Why QEMU stopped the VM, as its `SHUTDOWN` event says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ShutdownCause {
+    GuestShutdown,
+    GuestReset,
+    GuestPanic,
+    HostQmpQuit,
+    HostQmpSystemReset,
+    HostSignal,
+    HostUi,
+    HostError,
+    SubsystemReset,
+    #[serde(other)]
+    Unknown,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    answers: HashMap<u64, Result<Value, String>>,
+    next_id: u64,
+    shutdown: Option<ShutdownCause>,
+    paused: bool,
+    closed: bool,
+}
+
+/// A QMP connection. Commands may be given from any thread.
+#[derive(Debug)]
+pub(super) struct Qmp {
+    writer: Mutex<UnixStream>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    #[serde(default)]
+    id: Option<u64>,
+    #[serde(rename = "return", default)]
+    returned: Option<Value>,
+    #[serde(default)]
+    error: Option<ErrorBody>,
+    #[serde(default)]
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+}
+
+#[derive(Deserialize)]
+struct ErrorBody {
+    desc: String,
+}
+
+/// The id of the command that opens every session.
+const CAPABILITIES: u64 = 0;
+
+impl Qmp {
+    /// Opens a session. The first command is sent ahead, before QEMU runs, and answered when its main
+    /// loop does.
+    pub(super) fn new(socket: &UnixStream) -> std::io::Result<Self> {
+        let mut writer = socket.try_clone()?;
+        let hello = json!({"execute": "qmp_capabilities", "id": CAPABILITIES});
+        writeln!(writer, "{hello}")?;
+        let state = State { next_id: CAPABILITIES + 1, ..State::default() };
+        Ok(Self { writer: Mutex::new(writer), state: Mutex::new(state), changed: Condvar::new() })
+    }
+
+    /// Takes in what QEMU says until it ends. To be run in a thread.
+    pub(super) fn pump(&self, socket: UnixStream) {
+        let mut reader = BufReader::new(socket);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let limited = &mut std::io::Read::take(&mut reader, MAX_LINE);
+            match limited.read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {
+                    if let Ok(line) = serde_json::from_slice(&line) {
+                        self.take(line);
+                    }
+                }
+            }
+        }
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until QEMU's main loop runs. False when QEMU ended before.
+    pub(super) fn wait_ready(&self) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.answers.remove(&CAPABILITIES).is_some() {
+                return true;
+            }
+            if state.closed {
+                return false;
+            }
+            let Some(woken) = wait_until(&self.changed, state, None) else { return false };
+            state = woken;
+        }
+    }
+
+    /// Why QEMU stopped the VM, once it has said so.
+    pub(super) fn shutdown_cause(&self) -> Option<ShutdownCause> {
+        self.lock().shutdown
+    }
+
+    /// Whether the VM's CPUs are stopped.
+    pub(super) fn paused(&self) -> bool {
+        self.lock().paused
+    }
+
+    /// Waits until QEMU has closed the connection, so that no event is missed.
+    pub(super) fn wait_closed(&self, deadline: Instant) {
+        let mut state = self.lock();
+        while !state.closed {
+            let Some(woken) = wait_until(&self.changed, state, Some(deadline)) else { return };
+            state = woken;
+        }
+    }
+
+    /// Executes a command without arguments.
+    pub(super) fn execute(&self, command: &'static str) -> Result<(), HypervisorError> {
+        let failed = |said: String| HypervisorError::Command { command, said };
+        let id = {
+            let mut state = self.lock();
+            let id = state.next_id;
+            state.next_id += 1;
+            id
+        };
+        let line = format!("{}\n", json!({"execute": command, "id": id}));
+        lock(&self.writer)
+            .write_all(line.as_bytes())
+            .map_err(|e| failed(format!("it has ended ({e})")))?;
+        let deadline = Instant::now() + ANSWER_TIME;
+        let mut state = self.lock();
+        loop {
+            if let Some(answer) = state.answers.remove(&id) {
+                return answer.map(drop).map_err(failed);
+            }
+            if state.closed {
+                return Err(failed("it has ended".to_owned()));
+            }
+            let Some(woken) = wait_until(&self.changed, state, Some(deadline)) else {
+                return Err(failed(format!("no answer within {} s", ANSWER_TIME.as_secs())));
+            };
+            state = woken;
+        }
+    }
+
+    fn take(&self, line: Line) {
+        let mut state = self.lock();
+        if let Some(id) = line.id {
+            let answer = match line.error {
+                Some(error) => Err(error.desc),
+                None => Ok(line.returned.unwrap_or_default()),
+            };
+            state.answers.insert(id, answer);
+        }
+        match line.event.as_deref() {
+            // The first cause is the true one: a reset that becomes a shutdown is reported twice.
+            Some("SHUTDOWN") if state.shutdown.is_none() => {
+                let reason = line.data.get("reason").cloned().unwrap_or_default();
+                state.shutdown =
+                    Some(serde_json::from_value(reason).unwrap_or(ShutdownCause::Unknown));
+            }
+            Some("STOP") => state.paused = true,
+            Some("RESUME") => state.paused = false,
+            _ => {}
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    /// A QMP session whose other end is `peer`.
+    fn session(peer: impl FnOnce(UnixStream) + Send + 'static) -> Arc<Qmp> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let qmp = Arc::new(Qmp::new(&ours).unwrap());
+        let pump = Arc::clone(&qmp);
+        std::thread::spawn(move || pump.pump(ours));
+        std::thread::spawn(move || peer(theirs));
+        qmp
+    }
+
+    fn answer(socket: &mut BufReader<UnixStream>, with: &str) -> String {
+        let mut line = String::new();
+        socket.read_line(&mut line).unwrap();
+        let id = serde_json::from_str::<Value>(&line).unwrap()["id"].clone();
+        let reply = with.replace("ID", &id.to_string());
+        socket.get_mut().write_all(format!("{reply}\n").as_bytes()).unwrap();
+        line
+    }
+
+    #[test]
+    fn commands_events_and_errors() {
+        let qmp = session(|socket| {
+            let mut socket = BufReader::new(socket);
+            socket.get_mut().write_all(b"{\"QMP\": {\"version\": {}}}\r\n").unwrap();
+            assert!(
+                answer(&mut socket, r#"{"return": {}, "id": ID}"#).contains("qmp_capabilities")
+            );
+            let stop = r#"{"event": "STOP", "data": {}}
+{"return": {}, "id": ID}"#;
+            assert!(answer(&mut socket, stop).contains("stop"));
+            answer(&mut socket, r#"{"error": {"class": "GenericError", "desc": "no"}, "id": ID}"#);
+            let end = r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}
+{"event": "SHUTDOWN", "data": {"guest": false, "reason": "host-qmp-quit"}}"#;
+            socket.get_mut().write_all(format!("{end}\n").as_bytes()).unwrap();
+        });
+        assert!(qmp.wait_ready());
+        qmp.execute("stop").unwrap();
+        assert!(qmp.paused());
+        let error = qmp.execute("cont").unwrap_err().to_string();
+        assert!(error.contains("cont") && error.contains("no"), "{error}");
+        qmp.wait_closed(Instant::now() + ANSWER_TIME);
+        assert_eq!(qmp.shutdown_cause(), Some(ShutdownCause::GuestReset));
+        assert!(qmp.execute("stop").is_err());
+    }
+
+    #[test]
+    fn a_qemu_that_ends_at_once_is_noticed() {
+        assert!(!session(drop).wait_ready());
+    }
+}
