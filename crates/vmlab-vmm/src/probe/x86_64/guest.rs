@@ -76,8 +76,14 @@ pub(super) struct Routine {
 /// `dec; jnz`, the loop that is timed; the first of [`ROUTINES`].
 pub(super) const LOOP: usize = 0;
 
+/// `xsetbv`, which sets XCR0 to [`XCR0`] for the routine after it.
+pub(super) const XSETBV: usize = 4;
+
+/// What the guest sets XCR0 to: x87 and SSE state.
+pub(super) const XCR0: u64 = 3;
+
 /// The routines in the order in which they run.
-pub(super) const ROUTINES: [Routine; 5] = [
+pub(super) const ROUTINES: [Routine; 6] = [
     Routine {
         instruction: "dec/jnz",
         feature: None,
@@ -115,7 +121,8 @@ pub(super) const ROUTINES: [Routine; 5] = [
             0x31, 0xd2, //                                                 xor edx, edx
             0x48, 0xbb, 0xef, 0xcd, 0xab, 0x89, 0x67, 0x45, 0x23, 0x01, // mov rbx, PATTERN
             0x48, 0xb9, 0x10, 0x32, 0x54, 0x76, 0x98, 0xba, 0xdc, 0xfe, // mov rcx, PATTERN_2
-            0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25, 0x00, 0x80, 0x00, 0x00, // lock cmpxchg16b [0x8000]
+            0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25, 0x00, 0x80, 0x00,
+            0x00, // lock cmpxchg16b [0x8000]
             0x0f, 0x94, 0xc0, //                                           setz al
             0x48, 0x89, 0x04, 0x25, 0x10, 0x80, 0x00, 0x00, //             mov [0x8010], rax
             0xf4, //                                                       hlt
@@ -137,13 +144,24 @@ pub(super) const ROUTINES: [Routine; 5] = [
         expected: [0x1ddc, address_of(3) + 6, 0],
     },
     Routine {
+        instruction: "xsetbv",
+        feature: Some(XSAVE),
+        code: &[
+            0x31, 0xc9, //                   xor ecx, ecx
+            0x31, 0xd2, //                   xor edx, edx
+            0xb8, 0x03, 0x00, 0x00, 0x00, // mov eax, XCR0
+            0x0f, 0x01, 0xd1, //             xsetbv
+            0xf4, //                         hlt
+        ],
+        // What it has set, KVM is asked for.
+        expected: [0, 0, 0],
+    },
+    Routine {
         instruction: "xsave/xrstor",
         feature: Some(XSAVE),
         code: &[
-            0x31, 0xc9, //                                                 xor ecx, ecx
             0x31, 0xd2, //                                                 xor edx, edx
-            0xb8, 0x03, 0x00, 0x00, 0x00, //                               mov eax, 3 (x87 and SSE)
-            0x0f, 0x01, 0xd1, //                                           xsetbv
+            0xb8, 0x03, 0x00, 0x00, 0x00, //                               mov eax, XCR0
             0x48, 0xbb, 0xef, 0xcd, 0xab, 0x89, 0x67, 0x45, 0x23, 0x01, // mov rbx, PATTERN
             0x66, 0x48, 0x0f, 0x6e, 0xc3, //                               movq xmm0, rbx
             0x0f, 0xae, 0x24, 0x25, 0x00, 0x90, 0x00, 0x00, //             xsave [0x9000]
@@ -203,8 +221,7 @@ pub(super) fn gdt() -> [u64; 5] {
 pub(super) fn idt() -> Vec<u64> {
     (0..VECTORS)
         .flat_map(|vector| {
-            let handler =
-                if vector == BREAKPOINT_VECTOR { BREAKPOINT } else { FAULTS + vector };
+            let handler = if vector == BREAKPOINT_VECTOR { BREAKPOINT } else { FAULTS + vector };
             let low = handler & 0xffff
                 | u64::from(CODE_SELECTOR) << 16
                 | 0x8e << 40

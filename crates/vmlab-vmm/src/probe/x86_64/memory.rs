@@ -16,9 +16,8 @@ impl Memory {
     pub(super) fn new(size: usize) -> io::Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: with a null hint and no MAP_FIXED, no existing mapping is touched.
-        let start = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), size, protection, MapFlags::PRIVATE)
-        }?;
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), size, protection, MapFlags::PRIVATE) }?;
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { start, size })
     }
