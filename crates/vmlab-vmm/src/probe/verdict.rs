@@ -193,9 +193,17 @@ pub enum GuestStop {
     #[error("triple-faulted (KVM_EXIT_SHUTDOWN)")]
     TripleFault,
     /// `KVM_EXIT_INTERNAL_ERROR`.
-    #[error("ended with KVM_EXIT_INTERNAL_ERROR, suberror {suberror}")]
+    #[error(
+        "ended with KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{}",
+        if *suberror == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
+            ": a software emulation without this instruction"
+        } else {
+            ""
+        }
+    )]
     InternalError {
-        /// 1 says that KVM tried to emulate an instruction and could not.
+        /// `KVM_INTERNAL_ERROR_EMULATION`, 1, says that KVM tried to emulate an instruction and
+        /// could not, where a processor executes it.
         suberror: u32,
     },
     /// `KVM_EXIT_FAIL_ENTRY`.

@@ -19,6 +19,18 @@ fn a_halt_is_judged_by_place_and_values() {
 }
 
 #[test]
+fn a_loop_at_the_speed_of_an_emulation_is_too_slow() {
+    // The emulation that this guards against: 1.9 million instructions a second.
+    let emulated = Duration::from_secs_f64(f64::from(guest::LOOP_ITERATIONS) * 2.0 / 1.9e6);
+    let error = judge_speed(emulated).unwrap_err();
+    let KvmUnusable::TooSlow { took, limit, .. } = error else { panic!("{error:?}") };
+    assert_eq!((took, limit), (emulated, LOOP_LIMIT));
+    // A KVM that is nested in an emulated machine.
+    assert!(judge_speed(Duration::from_micros(200)).is_ok());
+    assert!(judge_speed(LOOP_LIMIT).is_ok());
+}
+
+#[test]
 fn features_are_read_from_their_leaf() {
     let leaf = |function, index, ebx, ecx| kvm_cpuid_entry2 {
         function,
