@@ -233,5 +233,5 @@ fn a_proof_says_speed_and_cost() {
          proved in 2.5 ms"
     );
     let lost = KvmProof { xsetbv_lost: true, ..good() }.to_string();
-    assert!(lost.contains("xsetbv is lost (guests need noxsave)"), "{lost}");
+    assert!(lost.contains("but the guest's xsetbv is lost"), "{lost}");
 }

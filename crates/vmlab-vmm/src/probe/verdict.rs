@@ -15,10 +15,10 @@ pub struct KvmProof {
     /// The instructions that were executed and gave the right results. One that the host's
     /// processor does not have is left out.
     pub instructions: Vec<&'static str>,
-    /// Whether KVM does not notice the guest's `xsetbv`, so that the value is gone after the next
-    /// exit and the guest's SSE and AVX registers are not saved when its threads are switched. A
-    /// Linux guest then has to be started with `noxsave`. (QEMU 7.2's TCG does not intercept it,
-    /// so a KVM that runs inside such a VM is one of these.)
+    /// Whether KVM does not notice the guest's `xsetbv`. Its value is then gone after the next
+    /// exit, and `xsave` leaves the SSE and AVX registers out, which a guest kernel relies on when
+    /// it switches threads; `noxsave` keeps Linux from using it. A KVM inside a VM of QEMU 7.2's
+    /// TCG is one of these.
     pub xsetbv_lost: bool,
     /// Time for the whole guest: to set it up, run it and take it down.
     pub total: Duration,
@@ -41,7 +41,7 @@ impl fmt::Display for KvmProof {
             self.iterations,
             self.took,
             self.instructions.join(", "),
-            if self.xsetbv_lost { ", but xsetbv is lost (guests need noxsave)" } else { "" },
+            if self.xsetbv_lost { ", but the guest's xsetbv is lost" } else { "" },
             self.total.as_secs_f64() * 1e3,
         )
     }
