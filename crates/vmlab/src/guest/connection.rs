@@ -17,7 +17,7 @@ use vmlab_wire::{
     SendWindow, StreamId,
 };
 
-use crate::sync::{lock, wait_until};
+use crate::sync::{lock, wait, wait_until};
 
 /// How much is read from the channel at once: a whole frame of data, so that a flood costs few calls.
 const READ_SIZE: usize = 256 * 1024;
@@ -201,7 +201,7 @@ impl Connection {
                 self.enqueue(&mut state, frames);
                 return Ok(count);
             }
-            state = wait_until(&self.changed, state, None)?;
+            state = wait(&self.changed, state);
         }
     }
 
@@ -308,7 +308,7 @@ impl Connection {
                     if state.lost.is_some() {
                         return;
                     }
-                    state = wait_until(&self.outgoing, state, None)?;
+                    state = wait(&self.outgoing, state);
                 }
             };
             if socket.write_all(&bytes).is_err() {

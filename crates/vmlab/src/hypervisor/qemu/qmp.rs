@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::super::HypervisorError;
-use crate::sync::{lock, wait_until};
+use crate::sync::{lock, wait, wait_until};
 
 /// How long QEMU may take to answer a command. It answers in a millisecond unless it hangs.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -115,8 +115,7 @@ impl Qmp {
             if state.closed {
                 return false;
             }
-            let Some(woken) = wait_until(&self.changed, state, None) else { return false };
-            state = woken;
+            state = wait(&self.changed, state);
         }
     }
 
