@@ -85,6 +85,11 @@ impl Distro {
         }
     }
 
+    /// The known suite whose name is a typing slip away.
+    pub(crate) fn nearest_suite(self, suite: &str) -> Option<String> {
+        nearest(suite, self.known_suites()).map(str::to_owned)
+    }
+
     /// Suites that exist today, to tell a typing slip from a suite that is newer than this program.
     fn known_suites(self) -> &'static [&'static str] {
         match self {
