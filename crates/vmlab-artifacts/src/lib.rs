@@ -1,5 +1,20 @@
 //! What a VM boots from: kernels, their modules, initramfs images, and the caches they live in.
 
 mod arch;
+pub mod cache;
+mod error;
+pub mod features;
+pub mod kconfig;
+mod kernel;
+mod progress;
+pub mod spec;
+mod store;
 
 pub use arch::Arch;
+pub use cache::{Cache, CacheEntry, CacheError, ContentKey, Manifest};
+pub use error::KernelError;
+pub use features::{Availability, Feature, Features};
+pub use kernel::{ConfigSource, Kernel, Origin};
+pub use progress::{Progress, Silent};
+pub use spec::{Distro, DistroSpec, KernelSpec, Select, SpecError};
+pub use store::{KernelStore, StoredKernel};

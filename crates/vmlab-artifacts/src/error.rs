@@ -1,0 +1,254 @@
+//! Why a kernel cannot be had.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::cache::{CacheError, Flaw};
+use crate::spec::{Distro, SpecError};
+
+/// A kernel cannot be found, fetched or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The text is no kernel spec.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The cache cannot be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// There is nothing at the path.
+    #[error("there is no kernel at {}: no such file or directory", path.display())]
+    NoSuchPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file is no kernel that can be booted.
+    #[error("{} cannot be booted", path.display())]
+    BadImage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Flaw,
+    },
+    /// The directory is neither a build tree nor an unpacked package.
+    #[error(
+        "there is no kernel in {}: a build tree has arch/*/boot/bzImage or Image (was it built?), \
+         an unpacked package has boot/vmlinuz-* or usr/lib/modules/*/vmlinuz",
+        path.display()
+    )]
+    NoKernelInDir {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The directory or package has several kernels.
+    #[error("{} has several kernels, name one of them: {}", path.display(), list(found))]
+    Ambiguous {
+        /// The directory or package.
+        path: PathBuf,
+        /// The boot images.
+        found: Vec<String>,
+    },
+    /// The release is not installed.
+    #[error(
+        "no kernel {release} is installed here (there is no {}); {}{}",
+        image.display(), installed_list(installed), suggestion.as_ref().map_or(String::new(), |s| format!("; did you mean {s}?"))
+    )]
+    NotInstalled {
+        /// The release.
+        release: String,
+        /// The file that was looked for.
+        image: PathBuf,
+        /// The releases that are installed.
+        installed: Vec<String>,
+        /// A spec that may have been meant.
+        suggestion: Option<String>,
+    },
+    /// A file of an installed kernel may not be read by this user.
+    #[error(
+        "{} cannot be read by this user; allow it with `sudo chmod a+r {}`, or use a kernel of \
+         the store, such as `-k debian:stable`", path.display(), path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// An installed module tree has no index.
+    #[error(
+        "the module tree {} has no modules.dep; make one with `sudo depmod {release}`", tree.display()
+    )]
+    NoModulesDep {
+        /// The module tree.
+        tree: PathBuf,
+        /// Its release.
+        release: String,
+    },
+    /// Module lists cannot be made for a module tree.
+    #[error("cannot index the modules in {}", tree.display())]
+    Modules {
+        /// The module tree.
+        tree: PathBuf,
+        /// What is wrong with it.
+        source: Flaw,
+    },
+    /// The file is no Debian package, or a damaged one.
+    #[error("{} is no Debian package that can be unpacked", path.display())]
+    BadDeb {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Flaw,
+    },
+    /// The package has no kernel in it.
+    #[error(
+        "the package {} has no kernel in it; packages with kernels are named linux-image-VERSION \
+         (from Debian's 7.x on linux-binary-VERSION: put its linux-modules and linux-base packages \
+         beside it)", path.display()
+    )]
+    NoKernelInDeb {
+        /// The package.
+        path: PathBuf,
+    },
+    /// This host has no apt.
+    #[error(
+        "cannot run `{program}`, which fetches {distro}'s kernels; on a host without apt, give \
+         the path of a .deb or of a boot image instead"
+    )]
+    NoApt {
+        /// The program.
+        program: String,
+        /// Whose kernel was wanted.
+        distro: Distro,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// No apt source of this host belongs to the distribution.
+    #[error(
+        "this host's apt has no source of {distro}'s packages, so {distro}'s kernels cannot be \
+         fetched and checked; add one under {}/ with the distribution's keyring as its Signed-By{}", sources.display(), keyring_hint(*distro)
+    )]
+    NoSource {
+        /// Whose kernel was wanted.
+        distro: Distro,
+        /// The directory for apt sources.
+        sources: PathBuf,
+    },
+    /// The archive has no such suite.
+    #[error("{distro}'s archive has no suite `{suite}`{}; apt says: {words}", did_you_mean(*distro, nearest))]
+    NoSuite {
+        /// Whose archive.
+        distro: Distro,
+        /// The suite.
+        suite: String,
+        /// A suite with nearly this name.
+        nearest: Option<String>,
+        /// What apt said.
+        words: String,
+    },
+    /// apt failed.
+    #[error("apt cannot {doing}; it says: {words}")]
+    Apt {
+        /// What was being done, an infinitive.
+        doing: String,
+        /// What apt said.
+        words: String,
+    },
+    /// No package fits.
+    #[error("no package fits {spec}: {searched}{}", closest(available))]
+    NoMatch {
+        /// The spec.
+        spec: String,
+        /// Where was looked.
+        searched: String,
+        /// Kernels that there are, as specs.
+        available: Vec<String>,
+    },
+    /// The store has no kernel that fits, and nothing may be fetched.
+    #[error(
+        "{spec} is not in the store; fetch it with `vmlab kernel pull {spec}`{}",
+        closest(have)
+    )]
+    NotInStore {
+        /// The spec.
+        spec: String,
+        /// What the store has.
+        have: Vec<String>,
+    },
+    /// Only a distribution's kernel can be pulled.
+    #[error(
+        "{spec} is a kernel of this host: there is nothing to fetch; `vmlab kernel pull` takes specs such as debian:6.12"
+    )]
+    NotPullable {
+        /// The spec.
+        spec: String,
+    },
+    /// Several store entries have this name.
+    #[error("`{name}` names several kernels of the store, name one of them: {}", list(entries))]
+    SeveralEntries {
+        /// What was asked for.
+        name: String,
+        /// The entries.
+        entries: Vec<String>,
+    },
+    /// No store entry has this name.
+    #[error("the store has no kernel `{name}`{}", closest(have))]
+    NoEntry {
+        /// What was asked for.
+        name: String,
+        /// The entries.
+        have: Vec<String>,
+    },
+    /// A file operation failed.
+    #[error("cannot {doing} {}{}", path.display(), crate::cache::advice(source))]
+    Io {
+        /// What was being done, an infinitive.
+        doing: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+impl KernelError {
+    pub(crate) fn io(doing: &'static str, path: &Path, source: io::Error) -> KernelError {
+        KernelError::Io { doing, path: path.to_owned(), source }
+    }
+}
+
+/// How many names a message lists before it stops.
+const MAX_LISTED: usize = 12;
+
+fn list(names: &[String]) -> String {
+    let more = names.len().saturating_sub(MAX_LISTED);
+    let mut text = names[..names.len() - more].join(", ");
+    if more > 0 {
+        text.push_str(&format!(" and {more} more"));
+    }
+    text
+}
+
+fn closest(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!("; there is {}", list(names)) }
+}
+
+fn installed_list(names: &[String]) -> String {
+    if names.is_empty() {
+        "no kernel is installed at all".to_owned()
+    } else {
+        format!("installed: {}", list(names))
+    }
+}
+
+fn did_you_mean(distro: Distro, suite: &Option<String>) -> impl fmt::Display {
+    suite.as_ref().map_or(String::new(), |suite| format!(" (did you mean {distro}:{suite}?)"))
+}
+
+fn keyring_hint(distro: Distro) -> &'static str {
+    match distro {
+        Distro::Debian => " (package debian-archive-keyring)",
+        Distro::Ubuntu => " (package ubuntu-keyring)",
+    }
+}
