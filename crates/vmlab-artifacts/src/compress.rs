@@ -1,6 +1,8 @@
 //! Compressed streams as kernels and kernel modules use them: recognised by their magic bytes and
 //! decompressed in one go, into memory, up to a limit.
 
+#[cfg(test)]
+pub(crate) mod encode;
 mod lz4_legacy;
 mod lzop;
 #[cfg(test)]
