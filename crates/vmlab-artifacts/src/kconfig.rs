@@ -1,41 +1,125 @@
-//! Kernel configurations.
+//! Kernel configurations: `.config` files, and the copy that CONFIG_IKCONFIG embeds in a kernel.
+
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
+use memchr::memmem;
+use serde::{Deserialize, Serialize};
+
+use crate::compress::{self, Compression, Limit};
+
+/// What stands before and after the gzip stream of an embedded configuration (`kernel/configs.c`).
+const IKCONFIG_START: &[u8] = b"IKCFG_ST";
+const IKCONFIG_END: &[u8] = b"IKCFG_ED";
+
+/// The largest configuration text that is believed, in bytes. Distribution kernels have 300 KiB.
+const CONFIG_LEN_MAX: usize = 16 << 20;
+
 /// How a kernel has a feature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Tristate {
     /// Not at all.
     Absent,
-    /// As a module.
+    /// As a module that has to be loaded.
     Module,
-    /// Compiled in.
+    /// Compiled into the boot image.
     BuiltIn,
+}
+
+impl std::fmt::Display for Tristate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Tristate::Absent => "absent",
+            Tristate::Module => "module",
+            Tristate::BuiltIn => "built-in",
+        })
+    }
 }
 
 /// A parsed kernel configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelConfig {
+    text: String,
     values: BTreeMap<String, String>,
 }
 
 impl KernelConfig {
-    /// Parses a `.config`.
+    /// Parses the text of a `.config` file. Lines that are no settings are ignored; of two settings
+    /// of one option the later one holds, as in Kconfig itself.
     pub fn parse(text: impl AsRef<[u8]>) -> KernelConfig {
-        let text = String::from_utf8_lossy(text.as_ref());
-        let values = text
-            .lines()
-            .filter_map(|l| l.split_once('='))
-            .map(|(k, v)| (k.to_owned(), v.to_owned()))
-            .collect();
-        KernelConfig { values }
+        let text = String::from_utf8_lossy(text.as_ref()).into_owned();
+        let mut values = BTreeMap::new();
+        for line in text.lines() {
+            let line = line.trim();
+            if let Some(unset) =
+                line.strip_prefix("# CONFIG_").and_then(|l| l.strip_suffix(" is not set"))
+            {
+                values.remove(unset);
+            } else if let Some((name, value)) =
+                line.strip_prefix("CONFIG_").and_then(|l| l.split_once('='))
+            {
+                values.insert(name.to_owned(), unquote(value));
+            }
+        }
+        KernelConfig { text, values }
     }
 
-    /// How an option is set.
+    /// Finds the configuration that CONFIG_IKCONFIG embedded, in an uncompressed kernel (or in its
+    /// `configs` module). `None` where there is none, or only a damaged one.
+    pub fn from_ikconfig(image: &[u8]) -> Option<KernelConfig> {
+        memmem::find_iter(image, IKCONFIG_START).find_map(|at| {
+            let rest = &image[at + IKCONFIG_START.len()..];
+            // The code that prints the marker can hold its bytes, too; only a gzip stream follows
+            // the real one.
+            if Compression::sniff(rest) != Some(Compression::Gzip) {
+                return None;
+            }
+            let stream = &rest[..memmem::find(rest, IKCONFIG_END)?];
+            let text =
+                compress::decompress(Compression::Gzip, stream, Limit::max(CONFIG_LEN_MAX)).ok()?;
+            let config = KernelConfig::parse(text);
+            (!config.values.is_empty()).then_some(config)
+        })
+    }
+
+    /// How the option is set. `name` goes with or without its prefix `CONFIG_`. An option with a
+    /// value other than y or m (a number, a string) counts as built in.
     pub fn get(&self, name: &str) -> Tristate {
-        match self.values.get(name).map(String::as_str) {
+        match self.value(name) {
             None | Some("n") => Tristate::Absent,
             Some("m") => Tristate::Module,
             Some(_) => Tristate::BuiltIn,
         }
     }
+
+    /// The option's value as it is in the file, strings without their quotes.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        self.values.get(name.strip_prefix("CONFIG_").unwrap_or(name)).map(String::as_str)
+    }
+
+    /// All options that are set, without their prefix `CONFIG_`, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.values.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The text that was parsed.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Removes the quotes of a string value, and the backslashes before quotes and backslashes in it.
+fn unquote(value: &str) -> String {
+    let Some(inner) = value.strip_prefix('"').and_then(|v| v.strip_suffix('"')) else {
+        return value.to_owned();
+    };
+    let mut out = String::with_capacity(inner.len());
+    let mut chars = inner.chars();
+    while let Some(c) = chars.next() {
+        out.push(if c == '\\' { chars.next().unwrap_or(c) } else { c });
+    }
+    out
 }

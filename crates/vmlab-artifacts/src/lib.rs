@@ -1,14 +1,20 @@
 //! What a VM boots from: kernels, their modules, initramfs images, and the caches they live in.
 
 mod arch;
+pub mod boot_image;
 pub mod cache;
+pub mod compress;
 mod error;
 pub mod features;
+pub mod initramfs;
 pub mod kconfig;
 mod kernel;
+pub mod modules;
 mod progress;
+mod source;
 pub mod spec;
 mod store;
+mod version;
 
 pub use arch::Arch;
 pub use cache::{Cache, CacheEntry, CacheError, ContentKey, Manifest};

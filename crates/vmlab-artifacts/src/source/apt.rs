@@ -12,12 +12,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use self::command::{apt, run};
-pub(crate) use self::packages::{Candidate, Package, flavour_of, version_fits, wanted_flavour};
+pub(crate) use self::packages::{Candidate, Package, version_fits, wanted_flavour};
 use self::root::{AptRoot, Index};
 use self::sources::HostSource;
 use crate::source::deb::stanza_fields;
 use crate::spec::{Distro, DistroSpec, Select};
-use crate::{Arch, KernelError, Progress, version};
+use crate::{KernelError, Progress};
 
 /// How many suites are asked at the same time.
 const PARALLEL: usize = 2;
@@ -32,8 +32,14 @@ const DEBIAN_ELSEWHERE: [&str; 6] =
 const DEBIAN_OLD: [&str; 4] =
     ["oldstable", "oldstable-security", "oldstable-backports", "oldoldstable"];
 const UBUNTU_ELSEWHERE: [&str; 8] = [
-    "devel", "resolute", "resolute-updates", "resolute-security", "noble", "noble-updates",
-    "noble-security", "jammy-updates",
+    "devel",
+    "resolute",
+    "resolute-updates",
+    "resolute-security",
+    "noble",
+    "noble-updates",
+    "noble-security",
+    "jammy-updates",
 ];
 
 /// How many specs a message offers.
@@ -301,7 +307,9 @@ impl Search<'_> {
                 let threads: Vec<_> =
                     group.iter().map(|source| scope.spawn(move || ask_one(source))).collect();
                 for thread in threads {
-                    answers.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+                    answers.push(
+                        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                    );
                 }
             });
         }
@@ -380,14 +388,4 @@ fn other_suite(host: &[HostSource], suite: &str) -> HostSource {
         .or_else(|| of_suffix(""))
         .unwrap_or(&host[0])
         .with_suite(suite.to_owned())
-}
-
-/// Whether this is the newer of two package versions.
-pub(crate) fn newer(a: &str, b: &str) -> std::cmp::Ordering {
-    version::compare(a, b)
-}
-
-/// The architecture that Debian and Ubuntu call so.
-pub(crate) fn arch_named(name: &str) -> Option<Arch> {
-    [Arch::X86_64, Arch::Aarch64].into_iter().find(|arch| arch.debian() == name)
 }

@@ -134,7 +134,9 @@ fn placed(name: &Path) -> Option<PathBuf> {
                 [file] if *file == "vmlinuz" => Some(suffixed("vmlinuz-")),
                 [file] if *file == "config" => Some(suffixed("config-")),
                 [file] if *file == "System.map" => None,
-                _ => Some(Path::new("lib/modules").join(release).join(rest.iter().collect::<PathBuf>())),
+                _ => Some(
+                    Path::new("lib/modules").join(release).join(rest.iter().collect::<PathBuf>()),
+                ),
             }
         }
         _ => None,
@@ -158,7 +160,12 @@ fn each_file(
             ".gz" => Box::new(flate2::read::GzDecoder::new(member)),
             ".xz" => Box::new(liblzma::read::XzDecoder::new(member)),
             ".zst" => Box::new(zstd::stream::read::Decoder::new(member).map_err(|e| bad(path, e))?),
-            other => return Err(bad(path, format!("its {archive} is packed as `{other}`, not gz, xz or zst"))),
+            other => {
+                return Err(bad(
+                    path,
+                    format!("its {archive} is packed as `{other}`, not gz, xz or zst"),
+                ));
+            }
         };
         let mut inner = tar::Archive::new(stream);
         for entry in inner.entries().map_err(|e| bad(path, e))? {

@@ -60,8 +60,7 @@ impl PackageFilter {
     pub(super) fn line(&mut self, line: &str) {
         if let Some(name) = line.strip_prefix("Package: ") {
             self.end_stanza();
-            self.wanted =
-                is_kernel_part(name) && !OTHER_ENDS.iter().any(|end| name.ends_with(end));
+            self.wanted = is_kernel_part(name) && !OTHER_ENDS.iter().any(|end| name.ends_with(end));
             name.clone_into(&mut self.current.name);
         } else if !self.wanted {
         } else if let Some(version) = line.strip_prefix("Version: ") {

@@ -59,7 +59,12 @@ pub(super) struct Index {
 }
 
 impl AptRoot {
-    pub(super) fn new(cache_root: &Path, source: HostSource, arch: Arch, distro: Distro) -> AptRoot {
+    pub(super) fn new(
+        cache_root: &Path,
+        source: HostSource,
+        arch: Arch,
+        distro: Distro,
+    ) -> AptRoot {
         // The configuration that a caller chose with APT_CONFIG can decide what is trusted.
         let config = std::env::var_os("APT_CONFIG").unwrap_or_default();
         let key = source
@@ -169,7 +174,8 @@ impl AptRoot {
             ("status", String::new()),
         ] {
             let path = self.dir.join(name);
-            fs::write(&path, text).map_err(|e| KernelError::io("write apt's settings to", &path, e))?;
+            fs::write(&path, text)
+                .map_err(|e| KernelError::io("write apt's settings to", &path, e))?;
         }
         Ok(lock)
     }

@@ -89,10 +89,7 @@ fn parse_line(line: &str, arch: &str) -> Option<HostSource> {
     if option("arch").is_some_and(|arches| !arches.split(',').any(|one| one == arch)) {
         return None;
     }
-    let kept = KEPT
-        .iter()
-        .filter_map(|name| Some(((*name).to_owned(), option(name)?)))
-        .collect();
+    let kept = KEPT.iter().filter_map(|name| Some(((*name).to_owned(), option(name)?))).collect();
     let main = words.any(|component| component == "main");
     main.then(|| HostSource {
         uri: with_slash(uri),
@@ -108,9 +105,15 @@ fn parse_deb822(text: &str, arch: &str) -> Vec<HostSource> {
     for stanza in stanzas(text) {
         let fields = stanza_fields(&stanza);
         let words = |name: &str| {
-            fields.get(name).map(|value| value.split_whitespace().collect::<Vec<_>>()).unwrap_or_default()
+            fields
+                .get(name)
+                .map(|value| value.split_whitespace().collect::<Vec<_>>())
+                .unwrap_or_default()
         };
-        let off = |value: &String| ["no", "false", "off", "0", "disable", "without"].contains(&value.to_ascii_lowercase().as_str());
+        let off = |value: &String| {
+            ["no", "false", "off", "0", "disable", "without"]
+                .contains(&value.to_ascii_lowercase().as_str())
+        };
         let arches = words("architectures");
         if fields.get("enabled").is_some_and(off)
             || !words("types").contains(&"deb")
@@ -184,7 +187,8 @@ mod tests {
             deb [arch=arm64] http://m.example/arm bookworm main\n\
             deb http://m.example/extra bookworm contrib\n\
             deb [broken\n";
-        let mut signed = source("http://m.example/s/", "bookworm-security", Some("/k/a.gpg /k/b.gpg"));
+        let mut signed =
+            source("http://m.example/s/", "bookworm-security", Some("/k/a.gpg /k/b.gpg"));
         signed.kept = vec![("Check-Valid-Until".to_owned(), "no".to_owned())];
         assert_eq!(
             parse_list(text, "amd64"),

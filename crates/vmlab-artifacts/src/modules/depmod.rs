@@ -1,0 +1,69 @@
+//! Running the host's depmod.
+
+use std::ffi::OsStr;
+use std::path::{Component, Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::ModulesError;
+
+/// Where depmod is when it is not in `PATH`, which for ordinary users lacks these directories.
+const SYSTEM_DIRS: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin"];
+
+/// How much of depmod's messages an error repeats, in bytes.
+const MESSAGE_LEN_MAX: usize = 2048;
+
+/// Finds depmod in `PATH` and in the system's directories for administration programs.
+pub fn find_depmod() -> Option<PathBuf> {
+    find_in(std::env::var_os("PATH").as_deref())
+}
+
+fn find_in(path: Option<&OsStr>) -> Option<PathBuf> {
+    let listed = path.into_iter().flat_map(std::env::split_paths);
+    listed
+        .chain(SYSTEM_DIRS.iter().map(PathBuf::from))
+        .filter(|dir| dir.is_absolute())
+        .map(|dir| dir.join("depmod"))
+        .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
+}
+
+/// Makes the index files of the module tree `BASE/lib/modules/RELEASE` with the host's depmod.
+///
+/// Packages come without them, because installing them would run depmod. It reads every module,
+/// which takes some seconds for the thousands of compressed ones of a distribution kernel.
+pub fn depmod(base: &Path, release: &str) -> Result<(), ModulesError> {
+    let dir = tree_dir(base, release)?;
+    // depmod of a missing tree can succeed and make an empty index.
+    std::fs::read_dir(&dir).map_err(|source| ModulesError::Read { path: dir.clone(), source })?;
+    let program = find_depmod().ok_or(ModulesError::NoDepmod)?;
+    let output = Command::new(&program)
+        .arg("-b")
+        .arg(base)
+        .arg(release)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| ModulesError::RunDepmod { program, source })?;
+    let failed = || {
+        let stderr = &output.stderr;
+        let tail = &stderr[stderr.len().saturating_sub(MESSAGE_LEN_MAX)..];
+        ModulesError::Depmod {
+            base: base.to_owned(),
+            release: release.to_owned(),
+            status: output.status,
+            message: String::from_utf8_lossy(tail).trim().to_owned(),
+        }
+    };
+    // It reports some errors without an exit status that says so.
+    let made = output.status.success() && dir.join("modules.dep").is_file();
+    if made { Ok(()) } else { Err(failed()) }
+}
+
+/// `BASE/lib/modules/RELEASE`, for a release that is one file name.
+pub(super) fn tree_dir(base: &Path, release: &str) -> Result<PathBuf, ModulesError> {
+    let mut parts = Path::new(release).components();
+    match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) if name == release && !release.starts_with('-') => {
+            Ok(base.join("lib/modules").join(release))
+        }
+        _ => Err(ModulesError::BadRelease { release: release.to_owned() }),
+    }
+}

@@ -1,0 +1,125 @@
+//! The order in which modules have to be loaded.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use super::index::Index;
+
+/// A module to load.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Step<'a> {
+    pub(super) name: &'a str,
+    /// Only soft dependencies lead to it.
+    pub(super) optional: bool,
+}
+
+/// A dependency that the index does not have.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Missing {
+    pub(super) module: String,
+    pub(super) needed: String,
+}
+
+/// Orders `roots` and all that they need, dependencies first, each module once.
+///
+/// A soft dependency is loaded before the module that names it, unless it needs that module itself
+/// or cannot be loaded at all: then it comes last, or not.
+pub(super) fn load_order<'a>(
+    index: &'a Index,
+    roots: &[&'a str],
+) -> Result<Vec<Step<'a>>, Missing> {
+    let hard = needed_by(index, roots)?;
+    let mut walk = Walk { index, marks: HashMap::new(), order: Vec::new(), later: VecDeque::new() };
+    for root in roots {
+        walk.visit(root);
+    }
+    while let Some(module) = walk.later.pop_front() {
+        walk.visit(module);
+    }
+    let steps = walk.order.into_iter();
+    Ok(steps.map(|name| Step { name, optional: !hard.contains(name) }).collect())
+}
+
+/// `roots` and all modules that they cannot be loaded without.
+fn needed_by<'a>(index: &'a Index, roots: &[&'a str]) -> Result<HashSet<&'a str>, Missing> {
+    let mut found: HashSet<&str> = roots.iter().copied().collect();
+    let mut todo = roots.to_vec();
+    while let Some(module) = todo.pop() {
+        let Some(entry) = index.modules.get(module) else { continue };
+        for needed in &entry.needs {
+            if index.is_builtin(needed) && !index.modules.contains_key(needed) {
+                continue;
+            }
+            if !index.modules.contains_key(needed) {
+                return Err(Missing { module: module.to_owned(), needed: needed.clone() });
+            }
+            if found.insert(needed) {
+                todo.push(needed);
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// What it needs is being ordered.
+    Open,
+    /// It is in the order.
+    Done,
+}
+
+struct Walk<'a> {
+    index: &'a Index,
+    marks: HashMap<&'a str, Mark>,
+    order: Vec<&'a str>,
+    /// Soft dependencies that have to wait for everything else.
+    later: VecDeque<&'a str>,
+}
+
+impl<'a> Walk<'a> {
+    /// Appends a module after all that it needs. The stack is a vector, because the depth is in the
+    /// hands of whoever made the index.
+    fn visit(&mut self, root: &'a str) {
+        let mut stack = Vec::new();
+        self.open(root, &mut stack);
+        while let Some((module, todo)) = stack.last_mut() {
+            let module = *module;
+            match todo.pop_front() {
+                Some(next) => self.open(next, &mut stack),
+                None => {
+                    stack.pop();
+                    self.marks.insert(module, Mark::Done);
+                    self.order.push(module);
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, module: &'a str, stack: &mut Vec<(&'a str, VecDeque<&'a str>)>) {
+        if self.marks.contains_key(module) {
+            return;
+        }
+        let Some(entry) = self.index.modules.get(module) else { return };
+        self.marks.insert(module, Mark::Open);
+
+        let mut todo = VecDeque::new();
+        if let Some(soft) = self.index.soft.get(module) {
+            for wish in soft.before.iter().flat_map(|name| self.index.resolve(name)) {
+                match needed_by(self.index, &[wish]) {
+                    Ok(needs) if needs.iter().any(|n| self.marks.get(n) == Some(&Mark::Open)) => {
+                        self.later.push_back(wish);
+                    }
+                    Ok(_) => todo.push_back(wish),
+                    Err(_) => {}
+                }
+            }
+            for wish in soft.after.iter().flat_map(|name| self.index.resolve(name)) {
+                if needed_by(self.index, &[wish]).is_ok() {
+                    self.later.push_back(wish);
+                }
+            }
+        }
+        todo.extend(entry.needs.iter().map(String::as_str));
+        stack.push((module, todo));
+    }
+}

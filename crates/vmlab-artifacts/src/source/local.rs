@@ -1,0 +1,371 @@
+//! Kernels on this host: plain files, unpacked packages, build trees, installed releases.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::boot_image::{BootImage, BootImageError};
+use crate::cache::Flaw;
+use crate::kconfig::KernelConfig;
+use crate::kernel::{ConfigSource, Kernel, Origin};
+use crate::modules::{self, Placement};
+use crate::{Arch, Cache, ContentKey, KernelError};
+
+#[cfg(test)]
+mod tests;
+
+/// The cache kind of configurations that were found inside boot images.
+const CONFIGS: &str = "configs";
+
+/// The cache kind of module trees made of links to modules elsewhere.
+const LINKED_MODULES: &str = "linked-modules";
+
+/// Largest uncompressed image that is searched for its configuration, in bytes.
+const MAX_SEARCHED: u64 = 1 << 30;
+
+/// The files that make up a kernel.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) image: PathBuf,
+    /// Known from a file's name; the image's own word for it comes first.
+    pub(crate) release: Option<String>,
+    pub(crate) config: Option<PathBuf>,
+    pub(crate) modules: Option<PathBuf>,
+    pub(crate) origin: Origin,
+}
+
+/// Checks the files and reads what they say.
+pub(crate) fn assemble(cache: &Cache, spec: String, parts: Parts) -> Result<Kernel, KernelError> {
+    let image = open_image(&parts.image)?;
+    let (config, config_source) = match &parts.config {
+        Some(path) => (Some(read_config(path)?), Some(ConfigSource::File(path.clone()))),
+        None => {
+            let config = embedded_config(cache, &image)?;
+            let source = config.is_some().then_some(ConfigSource::BootImage);
+            (config, source)
+        }
+    };
+    Ok(Kernel {
+        spec,
+        release: image.release().map(str::to_owned).or(parts.release).unwrap_or_default(),
+        arch: image.arch(),
+        version_string: image.version_string().map(str::to_owned),
+        boot_image: parts.image,
+        config,
+        config_source,
+        modules: parts.modules,
+        origin: parts.origin,
+    })
+}
+
+/// Opens a boot image, with an error of its own for one that this user may not read.
+pub(crate) fn open_image(path: &Path) -> Result<BootImage, KernelError> {
+    BootImage::open(path).map_err(|error| match error {
+        BootImageError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            KernelError::Unreadable { path: path.to_owned(), source }
+        }
+        error => KernelError::BadImage { path: path.to_owned(), source: Box::new(error) },
+    })
+}
+
+/// The kernel at a path that is no `.deb`.
+pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel, KernelError> {
+    let path = std::path::absolute(path).map_err(|e| KernelError::io("find", path, e))?;
+    let meta = match fs::metadata(&path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(KernelError::NoSuchPath { path });
+        }
+        Err(error) => return Err(KernelError::io("look at the kernel", &path, error)),
+    };
+    let parts = if !meta.is_dir() {
+        let origin = Origin::File { path: path.clone() };
+        Parts { image: path, release: None, config: None, modules: None, origin }
+    } else if let Some(image) = built_image(&path) {
+        build_tree(cache, path, image)?
+    } else {
+        unpacked(cache, path)?
+    };
+    assemble(cache, spec, parts)
+}
+
+/// The boot image that was built in a kernel tree, the host's architecture first.
+fn built_image(tree: &Path) -> Option<PathBuf> {
+    let mut arches = [Arch::X86_64, Arch::Aarch64];
+    arches.sort_by_key(|arch| *arch != Arch::HOST);
+    arches
+        .iter()
+        .map(|arch| {
+            let name = if *arch == Arch::X86_64 { "bzImage" } else { "Image" };
+            tree.join("arch").join(arch.kernel_dir()).join("boot").join(name)
+        })
+        .find(|path| path.is_file())
+}
+
+fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, KernelError> {
+    let order = path.join("modules.order");
+    let modules = match fs::metadata(&order) {
+        // A kernel without modules has an empty list, or none.
+        Ok(meta) if meta.len() > 0 => {
+            let stamps =
+                [order, image.clone(), path.join("modules.builtin"), path.join("Module.symvers")];
+            Some(linked_modules(cache, &path, &stamps, |out| {
+                modules::tree_from_build(&path, out, Placement::Symlink)
+                    .map(|_| ())
+                    .map_err(|e| modules_error(&path, e))
+            })?)
+        }
+        _ => None,
+    };
+    let release = fs::read_to_string(path.join("include/config/kernel.release"))
+        .ok()
+        .map(|text| text.trim().to_owned());
+    let config = existing([path.join(".config")]);
+    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path } })
+}
+
+fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
+    let mut images = images_in(&path);
+    let (release, image) = match images.len() {
+        1 => images.remove(0),
+        0 => return Err(KernelError::NoKernelInDir { path }),
+        _ => {
+            let found = images.iter().map(|(_, image)| image.display().to_string()).collect();
+            return Err(KernelError::Ambiguous { path, found });
+        }
+    };
+    let modules = match module_dirs(&path, &release).find(|dir| dir.is_dir()) {
+        Some(tree) if tree.join("modules.dep").is_file() => Some(tree),
+        Some(tree) => {
+            let stamps = [tree.clone(), tree.join("modules.order"), image.clone()];
+            Some(linked_modules(cache, &tree, &stamps, |out| {
+                link_tree(&tree, &out.join("lib/modules").join(&release))
+                    .map_err(|e| KernelError::io("link the modules of", &tree, e))?;
+                modules::depmod(out, &release).map_err(|e| modules_error(&tree, e))
+            })?)
+        }
+        None => None,
+    };
+    let config = configs_of(&path, &release);
+    let origin = Origin::Unpacked { path };
+    Ok(Parts { image, release: Some(release), config, modules, origin })
+}
+
+/// The boot images below a root directory, with the releases that their names tell.
+pub(crate) fn images_in(root: &Path) -> Vec<(String, PathBuf)> {
+    let mut images: Vec<(String, PathBuf)> = Vec::new();
+    let list = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+    for item in list(root.join("boot")) {
+        let name = item.file_name();
+        let release = ["vmlinuz-", "vmlinux-", "Image-"]
+            .iter()
+            .find_map(|prefix| name.to_str()?.strip_prefix(prefix));
+        if let Some(release) = release.filter(|_| item.path().is_file()) {
+            images.push((release.to_owned(), item.path()));
+        }
+    }
+    for modules in ["usr/lib/modules", "lib/modules"] {
+        for item in list(root.join(modules)) {
+            let image = item.path().join("vmlinuz");
+            if let (Ok(release), true) = (item.file_name().into_string(), image.is_file()) {
+                images.push((release, image));
+            }
+        }
+    }
+    // A root with /lib -> usr/lib shows one image twice, and distributions keep one in /boot, too.
+    images.sort();
+    images.dedup_by(|b, a| a.0 == b.0);
+    images
+}
+
+/// An installed release. `root` is `/`, except in tests; `running` tells that it is the one that
+/// runs, whose configuration /proc may have.
+pub(crate) fn installed(
+    cache: &Cache,
+    root: &Path,
+    release: &str,
+    running: bool,
+) -> Result<Kernel, KernelError> {
+    let candidates = [
+        root.join("boot").join(format!("vmlinuz-{release}")),
+        root.join("usr/lib/modules").join(release).join("vmlinuz"),
+        root.join("lib/modules").join(release).join("vmlinuz"),
+        root.join("boot").join(format!("vmlinux-{release}")),
+        root.join("boot").join(format!("Image-{release}")),
+    ];
+    let [first, ..] = &candidates;
+    let Some(image) = existing(candidates.clone()) else {
+        let mut installed: Vec<String> =
+            images_in(root).into_iter().map(|(release, _)| release).collect();
+        installed.sort_by(|a, b| crate::version::compare(a, b));
+        // 6.12 alone is no release, but a version that a distribution may have.
+        let suggestion = release
+            .bytes()
+            .all(|b| b.is_ascii_digit() || b == b'.')
+            .then(|| format!("debian:{release}"));
+        return Err(KernelError::NotInstalled {
+            release: release.to_owned(),
+            image: first.clone(),
+            installed,
+            suggestion,
+        });
+    };
+    let modules = module_dirs(root, release).find(|dir| dir.is_dir());
+    if let Some(tree) = &modules
+        && let Err(error) = fs::File::open(tree.join("modules.dep"))
+    {
+        return Err(match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                KernelError::Unreadable { path: tree.join("modules.dep"), source: error }
+            }
+            _ => KernelError::NoModulesDep { tree: tree.clone(), release: release.to_owned() },
+        });
+    }
+    let mut config = configs_of(root, release);
+    if running && config.is_none() {
+        config = existing([root.join("proc/config.gz")]);
+    }
+    let parts = Parts {
+        image,
+        release: Some(release.to_owned()),
+        config,
+        modules,
+        origin: Origin::Installed,
+    };
+    let mut kernel = assemble(cache, release.to_owned(), parts)?;
+    if running {
+        kernel.spec = "host".to_owned();
+    }
+    Ok(kernel)
+}
+
+fn module_dirs(root: &Path, release: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    let dirs = ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(release));
+    dirs.into_iter()
+}
+
+fn configs_of(root: &Path, release: &str) -> Option<PathBuf> {
+    existing([
+        root.join("boot").join(format!("config-{release}")),
+        root.join("usr/lib/modules").join(release).join("config"),
+        root.join("lib/modules").join(release).join("config"),
+    ])
+}
+
+fn existing<const N: usize>(paths: [PathBuf; N]) -> Option<PathBuf> {
+    paths.into_iter().find(|path| path.is_file())
+}
+
+pub(crate) fn read_config(path: &Path) -> Result<KernelConfig, KernelError> {
+    let fail = |e| KernelError::io("read the kernel configuration", path, e);
+    let bytes = fs::read(path).map_err(fail)?;
+    if path.extension().is_some_and(|ext| ext == "gz") {
+        let mut text = Vec::new();
+        let gz = flate2::read::GzDecoder::new(bytes.as_slice());
+        io::copy(&mut io::Read::take(gz, MAX_SEARCHED), &mut text).map_err(fail)?;
+        return Ok(KernelConfig::parse(text));
+    }
+    Ok(KernelConfig::parse(bytes))
+}
+
+/// The configuration inside a boot image (CONFIG_IKCONFIG), looked for once for each state of the
+/// file, because it means to unpack the image.
+fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConfig>, KernelError> {
+    let key = stamp(ContentKey::new("config-1"), image.path()).finish();
+    let verify = |dir: &Path| -> Result<(), Flaw> {
+        match dir.join("config").is_file() || dir.join("none").is_file() {
+            true => Ok(()),
+            false => Err("it is empty".into()),
+        }
+    };
+    let entry = cache.get_or_build(CONFIGS, &key, verify, |dir| {
+        // Damage inside the image is reported by whoever boots it.
+        let kernel = match image.extract() {
+            Ok(None) if image.file_len() <= MAX_SEARCHED => fs::read(image.path()).ok(),
+            Ok(kernel) => kernel,
+            Err(_) => None,
+        };
+        let config = kernel.and_then(|bytes| KernelConfig::from_ikconfig(&bytes));
+        let (name, text) = match &config {
+            Some(config) => ("config", config.text()),
+            None => ("none", ""),
+        };
+        fs::write(dir.join(name), text)
+            .map_err(|e| KernelError::io("write the kernel configuration to", dir, e))
+    })?;
+    existing([entry.join("config")]).map(|path| read_config(&path)).transpose()
+}
+
+/// A cached module tree whose files are links into `home`; made anew when a stamp file changes.
+fn linked_modules(
+    cache: &Cache,
+    home: &Path,
+    stamps: &[PathBuf],
+    build: impl FnOnce(&Path) -> Result<(), KernelError>,
+) -> Result<PathBuf, KernelError> {
+    let home_key = ContentKey::new("home-1").field("path", home.as_os_str().as_encoded_bytes());
+    let prefix = home_key.finish()[..16].to_owned();
+    let state =
+        stamps.iter().fold(ContentKey::new("linked-modules-1"), |key, file| stamp(key, file));
+    let key = format!("{prefix}-{}", &state.finish()[..32]);
+    let find = |dir: &Path| -> Result<PathBuf, Flaw> {
+        let mut trees = fs::read_dir(dir.join("lib/modules"))?.flatten().map(|item| item.path());
+        let tree = trees.next().ok_or("it has no module tree")?;
+        fs::metadata(tree.join("modules.dep"))?;
+        Ok(tree)
+    };
+    let entry = cache.get_or_build(
+        LINKED_MODULES,
+        &key,
+        |dir| find(dir).map(|_| ()),
+        |dir| {
+            // Trees of earlier builds of the same directory have no further use.
+            for old in cache.entries(LINKED_MODULES)? {
+                if old.key.starts_with(&prefix) && old.key != key {
+                    cache.remove(LINKED_MODULES, &old.key)?;
+                }
+            }
+            build(dir)
+        },
+    )?;
+    find(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
+}
+
+/// Adds a file's identity and state to a key; a missing file is a state, too.
+fn stamp(key: ContentKey, file: &Path) -> ContentKey {
+    let state = fs::metadata(file).map(|meta| {
+        format!(
+            "{}:{}:{}:{}.{}",
+            meta.dev(),
+            meta.ino(),
+            meta.len(),
+            meta.mtime(),
+            meta.mtime_nsec()
+        )
+    });
+    key.field("path", file.as_os_str().as_encoded_bytes()).field("state", state.unwrap_or_default())
+}
+
+/// Makes the directories of `from` in `to`, and links for its files.
+fn link_tree(from: &Path, to: &Path) -> io::Result<()> {
+    let mut todo = vec![PathBuf::new()];
+    while let Some(relative) = todo.pop() {
+        fs::create_dir_all(to.join(&relative))?;
+        for item in fs::read_dir(from.join(&relative))? {
+            let item = item?;
+            let path = relative.join(item.file_name());
+            let kind = item.file_type()?;
+            if kind.is_dir() {
+                todo.push(path);
+            } else if kind.is_file() {
+                std::os::unix::fs::symlink(item.path(), to.join(&path))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn modules_error(tree: &Path, source: modules::ModulesError) -> KernelError {
+    KernelError::Modules { tree: tree.to_owned(), source: Box::new(source) }
+}

@@ -1,0 +1,156 @@
+//! What is in a store entry: `boot/`, `lib/modules/RELEASE/` and `entry.json`.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::boot_image::BootImage;
+use crate::cache::{Flaw, Manifest};
+use crate::source::deb::{self, Control};
+use crate::source::local;
+use crate::{Arch, ContentKey, Distro, KernelError, Progress, modules};
+
+/// Raised when the layout changes; entries of other formats are fetched anew.
+const FORMAT: u32 = 1;
+
+const ENTRY: &str = "entry.json";
+
+/// Longest key before it is cut and hashed.
+const MAX_KEY: usize = 150;
+
+/// The description of an entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    pub(super) format: u32,
+    pub(super) distro: Option<Distro>,
+    pub(super) flavour: Option<String>,
+    pub(super) arch: Arch,
+    pub(super) release: String,
+    pub(super) package: String,
+    pub(super) version: String,
+    pub(super) suites: Vec<String>,
+    /// The boot image, relative to the entry.
+    pub(super) image: PathBuf,
+    /// All files but this description.
+    pub(super) files: Manifest,
+}
+
+impl Entry {
+    pub(super) fn read(dir: &Path) -> Result<Entry, KernelError> {
+        let path = dir.join(ENTRY);
+        let fail = |e| KernelError::io("read the description of the stored kernel,", &path, e);
+        let bytes = fs::read(&path).map_err(fail)?;
+        serde_json::from_slice(&bytes).map_err(|e| fail(e.into()))
+    }
+}
+
+/// Checks an entry: the format, every file's size, and the boot image's header.
+pub(super) fn verify(dir: &Path) -> Result<(), Flaw> {
+    let entry: Entry = serde_json::from_slice(&fs::read(dir.join(ENTRY))?)?;
+    if entry.format != FORMAT {
+        return Err(format!("it has format {} instead of {FORMAT}", entry.format).into());
+    }
+    if !entry.files.files.contains_key(&entry.image) {
+        return Err("its boot image is not among its files".into());
+    }
+    entry.files.check(dir)?;
+    BootImage::open(&dir.join(&entry.image))?;
+    Ok(())
+}
+
+/// Unpacks packages over each other.
+pub(super) fn unpack(
+    dir: &Path,
+    debs: &[PathBuf],
+    progress: &dyn Progress,
+) -> Result<(), KernelError> {
+    for deb in debs {
+        let name = deb.file_name().unwrap_or_default().to_string_lossy();
+        progress.phase(&format!("unpack {name}"));
+        deb::unpack(deb, dir, progress)?;
+    }
+    Ok(())
+}
+
+/// Indexes the modules of an unpacked kernel and writes the description.
+pub(super) fn finish(
+    dir: &Path,
+    source: &str,
+    describe: impl FnOnce(&mut Entry),
+    progress: &dyn Progress,
+) -> Result<(), KernelError> {
+    let mut images = local::images_in(dir);
+    let (release, image) = match images.len() {
+        1 => images.remove(0),
+        0 => return Err(KernelError::NoKernelInDeb { path: source.into() }),
+        _ => {
+            let found = images.into_iter().map(|(release, _)| release).collect();
+            return Err(KernelError::Ambiguous { path: source.into(), found });
+        }
+    };
+    let opened = local::open_image(&image)?;
+    let tree = dir.join("lib/modules").join(&release);
+    if tree.is_dir() {
+        progress.phase("index the modules");
+        modules::depmod(dir, &release).map_err(|e| local::modules_error(&tree, e))?;
+    }
+    let mut entry = Entry {
+        format: FORMAT,
+        distro: None,
+        flavour: None,
+        arch: opened.arch(),
+        release,
+        package: String::new(),
+        version: String::new(),
+        suites: Vec::new(),
+        image: image.strip_prefix(dir).unwrap_or(&image).to_owned(),
+        files: Manifest::of(dir).map_err(|e| KernelError::io("list", dir, e))?,
+    };
+    describe(&mut entry);
+    let path = dir.join(ENTRY);
+    let write =
+        || -> std::io::Result<()> { File::create(&path)?.write_all(&serde_json::to_vec(&entry)?) };
+    write().map_err(|e| KernelError::io("describe the kernel in", &path, e))
+}
+
+/// A `.deb` and the packages beside it that hold other parts of its kernel.
+pub(super) fn with_siblings(path: &Path, control: &Control) -> Vec<PathBuf> {
+    let mut debs = vec![path.to_owned()];
+    let mut todo = control.depends.clone();
+    let mut seen = vec![control.package.clone()];
+    // A kernel image does not depend on its modules everywhere, so the names are tried, too.
+    if let Some(release) = ["linux-image-", "linux-binary-"]
+        .iter()
+        .find_map(|prefix| control.package.strip_prefix(prefix))
+    {
+        let parts = ["base", "binary", "modules", "modules-extra"];
+        todo.extend(parts.iter().map(|part| format!("linux-{part}-{release}")));
+    }
+    while let Some(name) = todo.pop() {
+        if seen.contains(&name) {
+            continue;
+        }
+        let file = format!("{name}_{}_{}.deb", control.version, control.architecture);
+        let sibling = path.with_file_name(file);
+        seen.push(name);
+        if let Ok(other) = deb::control(&sibling) {
+            todo.extend(other.depends);
+            debs.push(sibling);
+        }
+    }
+    debs[1..].sort();
+    debs
+}
+
+/// A key made fit for a file name.
+pub(super) fn sanitise(key: &str) -> String {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "._+~-".contains(c);
+    let clean: String = key.chars().map(|c| if legal(c) { c } else { '-' }).collect();
+    if clean.len() <= MAX_KEY {
+        return clean;
+    }
+    let hash = ContentKey::new("long-key").field("key", key).finish();
+    format!("{}-{}", &clean[..MAX_KEY - 33], &hash[..32])
+}
