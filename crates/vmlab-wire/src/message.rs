@@ -123,9 +123,9 @@ pub enum RootMode {
 /// Something to mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filesystem {
-    /// Type, as `mount -t` takes it.
+    /// Type, as `mount -t` takes it, or `bind` for a directory of the root.
     pub kind: String,
-    /// Source: a share's tag or a device.
+    /// Source: a share's tag, a device, or an absolute path for `bind`.
     pub source: String,
     /// Options of the filesystem, comma-separated, without `ro` and `rw`.
     pub options: String,
@@ -140,8 +140,6 @@ pub struct Mount {
     pub target: Vec<u8>,
     /// Whether the guest may not write.
     pub read_only: bool,
-    /// Whether the share is one file: the filesystem then holds it under this name.
-    pub file: Option<Vec<u8>>,
 }
 
 /// A file that the guest gets.

@@ -1,6 +1,40 @@
 //! Runs anything in a fresh virtual machine, under any Linux kernel.
+//!
+//! ```no_run
+//! use vmlab::Vm;
+//!
+//! let vm = Vm::builder().kernel("debian:6.12").start()?;
+//! let output = vm.exec(["uname", "-r"])?;
+//! assert!(output.status.success());
+//! println!("{}", output.stdout_text());
+//! vm.shutdown()?;
+//! # Ok::<(), vmlab::Error>(())
+//! ```
+//!
+//! The guest has the host's own root, with a writable layer in its memory over it, the working
+//! directory of the caller, writable, and the caller's environment. Commands run as root unless told
+//! otherwise. No root is needed on the host, no KVM, and nothing is left behind.
 
+mod accel;
+mod boot;
+mod builder;
 pub mod config;
+mod error;
+pub mod guest;
 mod host;
 pub mod hypervisor;
+pub mod report;
+mod rootfs;
+mod runs;
+mod share;
+mod sync;
 pub mod units;
+mod vm;
+
+pub use accel::AccelChoice;
+pub use builder::{BOOT_TIME, PreparedVm, RootMode, VmBuilder};
+pub use error::{Error, Evidence};
+pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};
+pub use share::Share;
+pub use vm::Vm;
+pub use vmlab_artifacts as artifacts;

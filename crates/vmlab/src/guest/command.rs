@@ -15,8 +15,8 @@ use vmlab_wire::{HostMessage, ProcessId};
 
 use super::connection::Connection;
 use super::environment::Environment;
-use super::streams::{ChildStderr, ChildStdin, ChildStdout};
 use super::environment::GuestUser;
+use super::streams::{ChildStderr, ChildStdin, ChildStdout};
 use crate::Error;
 use crate::vm::Vm;
 
@@ -205,7 +205,8 @@ impl<'vm> Command<'vm> {
         // A stream fails only when the VM has ended, which the wait below reports.
         std::thread::scope(|scope| {
             if let Some(mut stderr) = stderr {
-                scope.spawn(|| stderr.read_to_end(&mut err).is_ok());
+                let err = &mut err;
+                scope.spawn(move || stderr.read_to_end(err).is_ok());
             }
             if let Some(mut stdout) = stdout {
                 let _ = stdout.read_to_end(&mut out);

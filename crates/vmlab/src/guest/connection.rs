@@ -11,7 +11,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
-use vmlab_wire::message::{Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode};
+use vmlab_wire::message::{
+    Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
+};
 use vmlab_wire::{
     Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
     SendWindow, StreamId,
@@ -161,7 +163,10 @@ impl Connection {
     }
 
     /// Waits until a command runs, or could not be started.
-    pub(crate) fn wait_started(&self, process: ProcessId) -> Result<Result<(), StartFailure>, Lost> {
+    pub(crate) fn wait_started(
+        &self,
+        process: ProcessId,
+    ) -> Result<Result<(), StartFailure>, Lost> {
         let started = |state: &mut State| state.processes.get(&process)?.started.clone();
         self.wait_for(None, started).map(|started| started.unwrap_or(Ok(())))
     }

@@ -167,7 +167,8 @@ impl GuestUser {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nbroken\neve:x:1000:1001:,,,:/home/eve:/bin/sh\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/bash\nbroken\neve:x:1000:1001:,,,:/home/eve:/bin/sh\n";
     const GROUP: &str = "root:x:0:\nsudo:x:27:adam,eve\nkvm:x:104:eve\nx:x:9:adam\nbroken:x\n";
 
     #[test]

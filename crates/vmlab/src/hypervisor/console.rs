@@ -114,7 +114,9 @@ impl SerialConsole {
     pub(crate) fn wait_closed(&self, deadline: Instant) {
         let mut state = self.lock();
         while !state.closed {
-            let Some(woken) = wait_until(&self.shared.changed, state, Some(deadline)) else { return };
+            let Some(woken) = wait_until(&self.shared.changed, state, Some(deadline)) else {
+                return;
+            };
             state = woken;
         }
     }

@@ -1,0 +1,319 @@
+//! From a kernel to what a VM boots: an image that starts fast, an initramfs that reaches the root,
+//! and a command line.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vmlab_artifacts::boot_image::{BootFormat, BootImage, extracted_supports_pvh};
+use vmlab_artifacts::cache::Flaw;
+use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
+use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
+use vmlab_artifacts::{
+    Arch, Availability, Cache, CacheError, ContentKey, Feature, Features, Kernel,
+};
+
+use crate::Error;
+use crate::config::{AgentChannel, Boot, ConfigError};
+
+/// The agent for guests of this architecture, built with this library.
+static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
+
+/// Kinds of cache entries.
+const IMAGES: &str = "boot-images";
+const INITRAMFS: &str = "initramfs";
+
+/// Files in cache entries.
+const IMAGE_FILE: &str = "vmlinux";
+const NO_PVH_FILE: &str = "no-pvh";
+const INITRAMFS_FILE: &str = "initramfs.cpio";
+
+/// What a run needs of its kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Needs {
+    /// Writes to the root go into memory.
+    pub(crate) overlay: bool,
+    /// There is a network interface.
+    pub(crate) network: bool,
+}
+
+/// A kernel made ready to boot.
+#[derive(Debug)]
+pub(crate) struct PreparedKernel {
+    pub(crate) boot: Boot,
+    pub(crate) channel: AgentChannel,
+}
+
+/// Makes a kernel ready to boot. `append` is added to the command line.
+pub(crate) fn prepare(
+    cache: &Cache,
+    kernel: &Kernel,
+    needs: Needs,
+    append: &[String],
+) -> Result<PreparedKernel, Error> {
+    let image = BootImage::open(&kernel.boot_image)?;
+    if image.arch() != Arch::HOST {
+        let path = kernel.boot_image.clone();
+        return Err(
+            ConfigError::ArchMismatch { path, kernel: image.arch(), host: Arch::HOST }.into()
+        );
+    }
+    let features = kernel.features()?;
+    let (wanted, channel) = way_to_root(&features, needs).map_err(|lack| lack.of(kernel))?;
+    let modules = match &kernel.modules {
+        Some(dir) if !wanted.is_empty() => Some((ModuleTree::open(dir)?, wanted)),
+        _ => None,
+    };
+    let boot = Boot {
+        image: direct_image(cache, &image)?,
+        arch: image.arch(),
+        initramfs: initramfs(cache, modules)?,
+        command_line: command_line(channel, append),
+    };
+    Ok(PreparedKernel { boot, channel })
+}
+
+/// What a kernel does not have.
+struct Lack {
+    purpose: &'static str,
+    missing: Vec<String>,
+    hint: &'static str,
+}
+
+impl Lack {
+    fn of(self, kernel: &Kernel) -> Error {
+        let kernel = match kernel.release.as_str() {
+            "" => kernel.boot_image.display().to_string(),
+            release => release.to_owned(),
+        };
+        let Self { purpose, missing, hint } = self;
+        Error::KernelLacks { kernel, purpose, missing, hint: hint.to_owned() }
+    }
+}
+
+/// Which modules reach the agent's channel and the root, and over which channel the agent talks.
+/// What nothing is known of is taken to be built in; the guest tells if it is not.
+fn way_to_root(
+    features: &Features,
+    needs: Needs,
+) -> Result<(Vec<&'static str>, AgentChannel), Lack> {
+    let mut required = vec![
+        (Feature::VirtioPci, "reach the host's files"),
+        (Feature::NineP, "mount the host's files"),
+    ];
+    if needs.overlay {
+        required.push((Feature::Overlay, "lay a writable layer over its root"));
+    }
+    if needs.network {
+        required.push((Feature::VirtioNet, "reach the network"));
+    }
+    let console = features.get(Feature::VirtioConsole);
+    let channel = match console {
+        Availability::Absent => AgentChannel::Serial,
+        _ => AgentChannel::Virtio,
+    };
+    let mut modules = Vec::new();
+    if channel == AgentChannel::Virtio {
+        required.push((Feature::VirtioConsole, "talk to the host"));
+    }
+    for (feature, purpose) in required {
+        match features.get(feature) {
+            Availability::BuiltIn | Availability::Unknown => {}
+            Availability::Module => {
+                modules.extend(feature.needs().iter().filter_map(|(_, module)| *module));
+            }
+            Availability::Absent => {
+                let missing = feature.needs().iter().map(|(option, _)| (*option).to_owned());
+                let hint = match feature {
+                    Feature::NineP => "the generic flavours of distributions have it as a module",
+                    Feature::Overlay => "--root-mode ro does without",
+                    _ => "",
+                };
+                return Err(Lack { purpose, missing: missing.collect(), hint });
+            }
+        }
+    }
+    Ok((modules, channel))
+}
+
+fn command_line(channel: AgentChannel, append: &[String]) -> String {
+    let channel = match channel {
+        AgentChannel::Virtio => "virtio",
+        AgentChannel::Serial => "ttyS1",
+    };
+    let mut line = String::from("console=ttyS0 panic=-1");
+    // Tests of the kernel's own cryptography at every boot; a quarter of the boot time under TCG.
+    line.push_str(" cryptomgr.notests");
+    line.push_str(" vmlab.channel=");
+    line.push_str(channel);
+    for more in append {
+        line.push(' ');
+        line.push_str(more);
+    }
+    line
+}
+
+/// The image to start: a bzImage's content, which starts without decompressing itself in the guest,
+/// where the kernel can be entered directly; the image itself where not.
+fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
+    if image.format() != BootFormat::BzImage {
+        return Ok(image.path().to_owned());
+    }
+    let read = |source| Error::Io {
+        what: "read the kernel",
+        path: image.path().to_owned(),
+        source,
+        hint: "",
+    };
+    let key = ContentKey::new("boot-image").file("bzImage", image.path()).map_err(read)?.finish();
+    let entry = cache.get_or_build(IMAGES, &key, verify_image, |dir| {
+        // A payload that cannot be extracted is no error: the kernel can still extract itself.
+        match image.extract() {
+            Ok(Some(vmlinux)) if extracted_supports_pvh(&vmlinux) => {
+                write(&dir.join(IMAGE_FILE), &vmlinux)?;
+                write_length(dir, IMAGE_FILE, vmlinux.len())
+            }
+            Ok(_) => write(&dir.join(NO_PVH_FILE), b"no PVH entry\n"),
+            Err(error) => write(&dir.join(NO_PVH_FILE), format!("{error}\n").as_bytes()),
+        }
+    })?;
+    let vmlinux = entry.join(IMAGE_FILE);
+    Ok(if vmlinux.exists() { vmlinux } else { image.path().to_owned() })
+}
+
+fn verify_image(entry: &Path) -> Result<(), Flaw> {
+    if entry.join(NO_PVH_FILE).exists() {
+        return Ok(());
+    }
+    let vmlinux = entry.join(IMAGE_FILE);
+    verify_length(entry, IMAGE_FILE)?;
+    match BootImage::open(&vmlinux)?.pvh_entry() {
+        Some(_) => Ok(()),
+        None => Err("it has no PVH entry".into()),
+    }
+}
+
+/// Builds, or finds, the initramfs with these modules and all that they need.
+fn initramfs(
+    cache: &Cache,
+    modules: Option<(ModuleTree, Vec<&'static str>)>,
+) -> Result<PathBuf, Error> {
+    let closure: Vec<ModuleRef> = match &modules {
+        Some((tree, wanted)) => tree.closure(wanted)?,
+        None => Vec::new(),
+    };
+    let mut key = ContentKey::new("initramfs").field("agent", AGENT);
+    for module in &closure {
+        key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
+            Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
+        })?;
+    }
+    let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
+    let entry = cache.get_or_build(INITRAMFS, &key.finish(), verify, |dir| {
+        let mut contents = Vec::new();
+        if let Some((tree, _)) = &modules {
+            for module in &closure {
+                contents.push(tree.read(module)?);
+            }
+        }
+        let list: Vec<BootModule<'_>> = closure
+            .iter()
+            .zip(&contents)
+            .map(|(module, content)| BootModule { name: &module.name, content, params: "" })
+            .collect();
+        let archive = build_initramfs(AGENT, &list)?;
+        write(&dir.join(INITRAMFS_FILE), &archive)?;
+        write_length(dir, INITRAMFS_FILE, archive.len())
+    })?;
+    Ok(entry.join(INITRAMFS_FILE))
+}
+
+fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
+    std::fs::write(path, content).map_err(|source| Error::Io {
+        what: "write to the cache",
+        path: path.to_owned(),
+        source,
+        hint: "; VMLAB_CACHE_DIR chooses another place",
+    })
+}
+
+/// Records a file's length beside it, so that a look-up notices one that was cut short.
+fn write_length(dir: &Path, file: &str, length: usize) -> Result<(), Error> {
+    write(&length_file(dir, file), length.to_string().as_bytes())
+}
+
+fn length_file(dir: &Path, file: &str) -> PathBuf {
+    dir.join(format!("{file}.length"))
+}
+
+fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {
+    let recorded: u64 = std::fs::read_to_string(length_file(dir, file))?.trim().parse()?;
+    let found = std::fs::metadata(dir.join(file))?.len();
+    if found == recorded {
+        Ok(())
+    } else {
+        Err(Box::new(io::Error::other(format!("{found} bytes instead of {recorded}"))))
+    }
+}
+
+// `Cache::get_or_build` turns its own failures into the error of the closure that it is given.
+const _: fn(CacheError) -> Error = Error::Cache;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmlab_artifacts::kconfig::KernelConfig;
+
+    const NEEDS: Needs = Needs { overlay: true, network: false };
+    const ALL_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
+        CONFIG_NET_9P_VIRTIO=y\nCONFIG_OVERLAY_FS=y\n";
+
+    fn features(config: &str) -> Features {
+        Features::of(Some(&KernelConfig::parse(config)), None)
+    }
+
+    #[test]
+    fn built_in_drivers_need_no_modules() {
+        let Ok((modules, channel)) = way_to_root(&features(ALL_BUILT_IN), NEEDS) else {
+            panic!("refused");
+        };
+        assert!(modules.is_empty());
+        assert_eq!(channel, AgentChannel::Virtio);
+    }
+
+    #[test]
+    fn without_a_virtio_console_the_serial_port_serves() {
+        let config = ALL_BUILT_IN.replace("CONFIG_VIRTIO_CONSOLE=y", "");
+        let Ok((_, channel)) = way_to_root(&features(&config), NEEDS) else { panic!("refused") };
+        assert_eq!(channel, AgentChannel::Serial);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        for (option, needs) in [
+            ("CONFIG_9P_FS", NEEDS),
+            ("CONFIG_NET_9P_VIRTIO", NEEDS),
+            ("CONFIG_VIRTIO_PCI", NEEDS),
+            ("CONFIG_OVERLAY_FS", NEEDS),
+            ("CONFIG_VIRTIO_NET", Needs { overlay: true, network: true }),
+        ] {
+            let config = ALL_BUILT_IN.replace(&format!("{option}=y"), "");
+            let Err(lack) = way_to_root(&features(&config), needs) else { panic!("{option}") };
+            assert!(lack.missing.iter().any(|missing| missing == option), "{option}");
+        }
+        let config = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
+        let without = Needs { overlay: false, network: false };
+        assert!(way_to_root(&features(&config), without).is_ok());
+    }
+
+    #[test]
+    fn a_kernel_that_says_nothing_is_tried() {
+        let unknown = Features::of(None, None);
+        assert!(way_to_root(&unknown, NEEDS).is_ok());
+    }
+
+    #[test]
+    fn the_users_arguments_come_last() {
+        let line = command_line(AgentChannel::Serial, &["panic=5".into(), "a b".into()]);
+        assert!(line.ends_with("vmlab.channel=ttyS1 panic=5 a b"), "{line}");
+    }
+}

@@ -1,0 +1,448 @@
+//! From what a user wants to a VM that is ready to start.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
+use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
+
+use crate::Error;
+use crate::accel::{self, AccelChoice};
+use crate::boot::{self, Needs};
+use crate::config::{Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder};
+use crate::guest::Environment;
+use crate::hypervisor::{Hypervisor, qemu::Qemu};
+use crate::report::{Phase, Timeline};
+use crate::rootfs::{self, guest_bytes};
+use crate::share::{Caching, NineP, Share, Transport};
+use crate::units::{Bytes, MIB};
+use crate::vm::Vm;
+
+/// How long a guest may take to come up. Booting takes one to three seconds under TCG; the rest is for
+/// machines that are busy with other things.
+pub const BOOT_TIME: Duration = Duration::from_secs(120);
+
+/// The name that guests have unless they are given another.
+const HOSTNAME: &str = "vmlab";
+
+/// The guest's address in QEMU's user-mode network.
+const USER_NETWORK: Network =
+    Network { address: [10, 0, 2, 15], prefix: 24, gateway: [10, 0, 2, 2] };
+
+/// How much entropy a guest is given before anything runs in it, in bytes.
+const ENTROPY: usize = 64;
+
+/// How the guest's root can be written to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RootMode {
+    /// Not at all; `/tmp`, `/run` and `/var/tmp` are of the guest's own memory.
+    ReadOnly,
+    /// Into the guest's memory. The host sees nothing of it.
+    #[default]
+    Overlay,
+    /// Really: what the guest writes, the host has.
+    ReadWrite,
+}
+
+/// Collects what a VM should be.
+#[derive(Clone)]
+pub struct VmBuilder {
+    kernel: Option<String>,
+    cache_dir: Option<PathBuf>,
+    memory: Bytes,
+    topology: Topology,
+    accel: AccelChoice,
+    machine: Option<Machine>,
+    root: PathBuf,
+    root_mode: RootMode,
+    share_cwd: bool,
+    shares: Vec<Share>,
+    network: NetworkMode,
+    hostname: String,
+    append: Vec<String>,
+    qemu_args: Vec<String>,
+    modules: Vec<Vec<String>>,
+    environment: Option<Environment>,
+    timeout: Option<Duration>,
+    boot_timeout: Duration,
+    progress: Arc<dyn Progress + Send>,
+}
+
+impl std::fmt::Debug for VmBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmBuilder").field("kernel", &self.kernel).finish_non_exhaustive()
+    }
+}
+
+impl Default for VmBuilder {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            cache_dir: None,
+            memory: Bytes(1024 * MIB),
+            topology: Topology::flat(1),
+            accel: AccelChoice::Auto,
+            machine: None,
+            root: PathBuf::from("/"),
+            root_mode: RootMode::Overlay,
+            share_cwd: true,
+            shares: Vec::new(),
+            network: NetworkMode::None,
+            hostname: HOSTNAME.to_owned(),
+            append: Vec::new(),
+            qemu_args: Vec::new(),
+            modules: Vec::new(),
+            environment: None,
+            timeout: None,
+            boot_timeout: BOOT_TIME,
+            progress: Arc::new(Silent),
+        }
+    }
+}
+
+impl VmBuilder {
+    /// The kernel: a path, an installed release, `host`, or a distribution's such as `debian:6.12`.
+    /// Without it, the host's own, the newest fetched one, or the distribution's newest.
+    pub fn kernel(mut self, spec: impl Into<String>) -> Self {
+        self.kernel = Some(spec.into());
+        self
+    }
+
+    /// Where kernels and what is made of them are kept, instead of the user's cache directory.
+    pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.cache_dir = Some(dir.into());
+        self
+    }
+
+    /// The guest's RAM; 1 GiB unless set.
+    pub fn memory(mut self, memory: Bytes) -> Self {
+        self.memory = memory;
+        self
+    }
+
+    /// The number of CPUs, all alike; one unless set.
+    pub fn cpus(self, cpus: u32) -> Self {
+        self.topology(Topology::flat(cpus))
+    }
+
+    /// The CPUs, with their nodes and caches.
+    pub fn topology(mut self, topology: Topology) -> Self {
+        self.topology = topology;
+        self
+    }
+
+    /// Who executes instructions; KVM where it works unless set.
+    pub fn accel(mut self, accel: AccelChoice) -> Self {
+        self.accel = accel;
+        self
+    }
+
+    /// The board; the one that boots fastest unless set.
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = Some(machine);
+        self
+    }
+
+    /// The directory that the guest has as its root; the host's own root unless set.
+    pub fn rootfs(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.root = dir.into();
+        self
+    }
+
+    /// How the root can be written to; into memory unless set.
+    pub fn root_mode(mut self, mode: RootMode) -> Self {
+        self.root_mode = mode;
+        self
+    }
+
+    /// Whether the working directory is shared, writable, at its own path; it is unless set.
+    pub fn share_cwd(mut self, share: bool) -> Self {
+        self.share_cwd = share;
+        self
+    }
+
+    /// Adds a host directory.
+    pub fn share(mut self, share: Share) -> Self {
+        self.shares.push(share);
+        self
+    }
+
+    /// The network; none unless set.
+    pub fn network(mut self, network: NetworkMode) -> Self {
+        self.network = network;
+        self
+    }
+
+    /// The guest's host name.
+    pub fn hostname(mut self, name: impl Into<String>) -> Self {
+        self.hostname = name.into();
+        self
+    }
+
+    /// Adds arguments to the kernel's command line.
+    pub fn append(mut self, arguments: impl Into<String>) -> Self {
+        self.append.push(arguments.into());
+        self
+    }
+
+    /// Adds an argument for QEMU, as it is.
+    pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
+        self.qemu_args.push(argument.into());
+        self
+    }
+
+    /// Loads a module with `modprobe` before any command runs: its name and its parameters.
+    pub fn module(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.modules.push(words.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// What commands inherit; the caller's own unless set.
+    pub fn environment(mut self, environment: Environment) -> Self {
+        self.environment = Some(environment);
+        self
+    }
+
+    /// How long the VM may exist. After that it ends with
+    /// [`ExitReason::Timeout`](crate::hypervisor::ExitReason::Timeout).
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// How long the guest may take to come up; [`BOOT_TIME`] unless set.
+    pub fn boot_timeout(mut self, timeout: Duration) -> Self {
+        self.boot_timeout = timeout;
+        self
+    }
+
+    /// Who is told of what takes time.
+    pub fn progress(mut self, progress: Arc<dyn Progress + Send>) -> Self {
+        self.progress = progress;
+        self
+    }
+
+    /// Finds and makes everything that the VM needs, without starting it.
+    ///
+    /// # Errors
+    /// When something cannot be had, or the whole cannot work.
+    pub fn prepare(self) -> Result<PreparedVm, Error> {
+        let mut timeline = Timeline::start();
+        let environment = match &self.environment {
+            Some(environment) => environment.clone(),
+            None => Environment::of_caller().map_err(|source| Error::Io {
+                what: "find",
+                path: PathBuf::from("the working directory"),
+                source,
+                hint: "",
+            })?,
+        };
+        let cache = match &self.cache_dir {
+            Some(dir) => Cache::at(dir),
+            None => Cache::open_default()?,
+        };
+        let store = KernelStore::open(cache.clone());
+        let kernel = match &self.kernel {
+            Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
+            None => store.resolve_default(&*self.progress)?,
+        };
+        timeline.end(Phase::Kernel);
+
+        let needs = Needs {
+            overlay: self.root_mode == RootMode::Overlay,
+            network: self.network != NetworkMode::None,
+        };
+        let prepared = boot::prepare(&cache, &kernel, needs, &self.append)?;
+        let (accel, accel_reason) = accel::choose(self.accel)?;
+        let mut plan = MountPlan::new();
+        let setup = self.setup(&mut plan, &environment, &kernel)?;
+        let mut config = VmConfigBuilder::new(prepared.boot)
+            .memory(self.memory)
+            .topology(self.topology)
+            .accel(accel)
+            .machine(self.machine.unwrap_or(self.fastest_machine()))
+            .network(self.network)
+            .channel(prepared.channel)
+            .qemu_args(self.qemu_args);
+        for device in plan.devices {
+            config = config.share(device);
+        }
+        let config = config.build()?;
+        timeline.end(Phase::Prepare);
+        Ok(PreparedVm {
+            config,
+            setup,
+            kernel,
+            environment,
+            accel_reason,
+            hypervisor: Box::new(Qemu::new()),
+            timeout: self.timeout,
+            boot_timeout: self.boot_timeout,
+            timeline,
+            progress: self.progress,
+        })
+    }
+
+    /// Starts the VM and waits until it is ready for commands.
+    ///
+    /// # Errors
+    /// When something cannot be had, the VM does not start, or the guest does not come up.
+    pub fn start(self) -> Result<Vm, Error> {
+        self.prepare()?.start()
+    }
+
+    fn fastest_machine(&self) -> Machine {
+        let Topology { nodes, llcs, .. } = self.topology;
+        if nodes > 1 || llcs > 1 { Machine::Q35 } else { Machine::Microvm }
+    }
+
+    fn setup(
+        &self,
+        plan: &mut MountPlan,
+        environment: &Environment,
+        kernel: &Kernel,
+    ) -> Result<Setup, Error> {
+        let root_path = absolute(&self.root)?;
+        let (mode, read_only, caching) = match self.root_mode {
+            RootMode::ReadOnly => (WireRootMode::ReadOnly, true, Caching::Fixed),
+            RootMode::Overlay => (WireRootMode::Overlay, true, Caching::Fixed),
+            RootMode::ReadWrite => (WireRootMode::ReadWrite, false, Caching::Coherent),
+        };
+        let filesystem = plan.add("root", &root_path, read_only, caching);
+        let root = Root { filesystem, mode };
+        let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
+
+        let mut shares = Vec::new();
+        let cwd = Share::new(&environment.cwd);
+        let covered = self.root_mode == RootMode::ReadWrite && root_path == Path::new("/");
+        if self.share_cwd && !covered && cwd.guest != Path::new("/") {
+            shares.push(plan.mount(&cwd));
+        }
+        for share in &self.shares {
+            share.validate()?;
+            shares.push(plan.mount(share));
+        }
+        Ok(Setup {
+            hostname: self.hostname.clone(),
+            root,
+            modules,
+            shares,
+            files: rootfs::files(&root_path, &self.hostname, self.network),
+            network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
+            modprobe: self.modules.clone(),
+            clock_ns: 0,
+            entropy: Vec::new(),
+        })
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    std::fs::canonicalize(path).map_err(|source| Error::Io {
+        what: "use the root filesystem",
+        path: path.to_owned(),
+        source,
+        hint: "",
+    })
+}
+
+/// Which devices carry which directories, and what the guest mounts of them.
+struct MountPlan {
+    transport: Box<dyn Transport>,
+    devices: Vec<crate::config::ShareDevice>,
+}
+
+impl MountPlan {
+    fn new() -> Self {
+        Self { transport: Box::new(NineP), devices: Vec::new() }
+    }
+
+    fn add(&mut self, tag: &str, path: &Path, read_only: bool, caching: Caching) -> Filesystem {
+        self.devices.push(self.transport.device(tag.to_owned(), path.to_owned(), read_only));
+        self.transport.filesystem(tag, caching)
+    }
+
+    fn mount(&mut self, share: &Share) -> Mount {
+        let tag = format!("share{}", self.devices.len());
+        Mount {
+            filesystem: self.add(&tag, &share.host, share.read_only, Caching::Coherent),
+            target: guest_bytes(&share.guest),
+            read_only: share.read_only,
+        }
+    }
+
+    /// The module tree. Where the root has it somewhere, no device is needed: every one costs time at
+    /// boot.
+    fn modules(&mut self, dir: &Path, root: &Path) -> Filesystem {
+        match (dir.strip_prefix(root), dir.to_str()) {
+            (Ok(below), Some(_)) => Filesystem {
+                kind: "bind".to_owned(),
+                source: Path::new("/").join(below).to_string_lossy().into_owned(),
+                options: String::new(),
+            },
+            _ => self.add("modules", dir, true, Caching::Fixed),
+        }
+    }
+}
+
+/// A VM for which everything is there.
+pub struct PreparedVm {
+    pub(crate) config: VmConfig,
+    pub(crate) setup: Setup,
+    pub(crate) kernel: Kernel,
+    pub(crate) environment: Environment,
+    pub(crate) accel_reason: Option<String>,
+    pub(crate) hypervisor: Box<dyn Hypervisor>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) boot_timeout: Duration,
+    pub(crate) timeline: Timeline,
+    pub(crate) progress: Arc<dyn Progress + Send>,
+}
+
+impl std::fmt::Debug for PreparedVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PreparedVm").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl PreparedVm {
+    /// What the hypervisor will be asked to run.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// Why KVM is not used, where it might have been.
+    pub fn accel_reason(&self) -> Option<&str> {
+        self.accel_reason.as_deref()
+    }
+
+    /// The hypervisor's command line, with stand-ins for descriptors and logs.
+    pub fn command_line(&self) -> Vec<String> {
+        self.hypervisor.command_line(&self.config)
+    }
+
+    /// Starts the VM and waits until it is ready for commands.
+    ///
+    /// # Errors
+    /// When the VM does not start, or the guest does not come up.
+    pub fn start(self) -> Result<Vm, Error> {
+        Vm::start(self)
+    }
+
+    pub(crate) fn fresh_setup(&mut self) -> Setup {
+        let mut setup = self.setup.clone();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
+        let mut entropy = vec![0; ENTROPY];
+        // Without it the guest still has what its CPU gives.
+        let got = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
+        entropy.truncate(got.unwrap_or(0));
+        setup.entropy = entropy;
+        setup
+    }
+}

@@ -1,0 +1,212 @@
+//! Everything that can go wrong with a VM.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+use vmlab_artifacts::boot_image::BootImageError;
+use vmlab_artifacts::initramfs::InitramfsError;
+use vmlab_artifacts::modules::ModulesError;
+use vmlab_artifacts::{CacheError, KernelError, SpecError};
+use vmlab_vmm::probe::KvmUnusable;
+
+use crate::config::ConfigError;
+use crate::hypervisor::{ExitReason, HypervisorError};
+
+/// A failure of vmlab, of the guest, or of what was asked for.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The kernel's name makes no sense.
+    #[error(transparent)]
+    KernelSpec(#[from] SpecError),
+    /// The kernel cannot be had.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The kernel's image is not one.
+    #[error(transparent)]
+    BootImage(#[from] BootImageError),
+    /// The kernel's modules cannot be used.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
+    /// The initramfs cannot be made.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// The cache cannot be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The kernel has no way to do what is needed.
+    #[error(
+        "the kernel {kernel} cannot {purpose}: it lacks {}{}",
+        missing.join(", "),
+        if hint.is_empty() { String::new() } else { format!(" ({hint})") }
+    )]
+    KernelLacks {
+        /// Its release, or its file.
+        kernel: String,
+        /// What it is needed for.
+        purpose: &'static str,
+        /// The options that are missing, by their names in the kernel's configuration.
+        missing: Vec<String>,
+        /// What to try.
+        hint: String,
+    },
+    /// What was asked for cannot work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A share was given in a wrong way.
+    #[error("`{text}` is not a share: {why}; give HOST[:GUEST][:ro|rw] with absolute guest paths")]
+    Share {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The hypervisor cannot do what it should.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// KVM was asked for and does not work here.
+    #[error("KVM cannot be used ({0}); without --accel kvm, TCG is used instead")]
+    Kvm(#[source] KvmUnusable),
+    /// A file or directory of vmlab's own cannot be used.
+    #[error("cannot {what} {}{}", path.display(), hint)]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+        /// What to try, beginning with a separator, or empty.
+        hint: &'static str,
+    },
+    /// The guest did not come up in time.
+    #[error("the guest did not come up within {} s{}", after.as_secs_f32().round(), match oops {
+        Some(oops) => format!(", after its kernel reported: {oops}"),
+        None => String::new(),
+    })]
+    BootTimeout {
+        /// How long it was waited for.
+        after: Duration,
+        /// The first report of damage on the console.
+        oops: Option<String>,
+        /// The end of the console's output, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// The VM ended before it should have.
+    #[error("{}", ended_text(reason, *booting))]
+    Ended {
+        /// Why.
+        reason: ExitReason,
+        /// Whether the agent had not come up yet.
+        booting: bool,
+        /// The end of the console's output, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// The agent said something that makes no sense.
+    #[error("the agent in the guest broke the protocol: {what}")]
+    Protocol {
+        /// What it did.
+        what: String,
+        /// The end of the console's output, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// The guest could not be made ready.
+    #[error("the guest could not {step}: {detail}")]
+    Setup {
+        /// What it was doing.
+        step: String,
+        /// What went wrong.
+        detail: String,
+        /// The end of the console's output, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// There is no such program in the guest.
+    #[error("{}: command not found in the guest", program.display())]
+    CommandNotFound {
+        /// The program.
+        program: OsString,
+    },
+    /// The program cannot be executed.
+    #[error("{} cannot be executed in the guest", program.display())]
+    CommandNotExecutable {
+        /// The program.
+        program: OsString,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The working directory cannot be entered.
+    #[error("the working directory {} cannot be entered in the guest", dir.display())]
+    WorkingDirectory {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else about starting a command failed.
+    #[error("{}: its {what} could not be set up in the guest", program.display())]
+    CommandSetup {
+        /// The program.
+        program: OsString,
+        /// What failed.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The arguments and environment of a command are too large.
+    #[error("{}: its arguments and environment are too large", program.display())]
+    TooManyArguments {
+        /// The program.
+        program: OsString,
+        /// The limit.
+        #[source]
+        source: vmlab_wire::MessageError,
+    },
+}
+
+/// What is known of a guest that failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Evidence {
+    /// The last lines of the serial console.
+    pub tail: String,
+    /// The whole log of the serial console.
+    pub log: PathBuf,
+}
+
+impl Error {
+    /// The end of the console and its log, for failures of a guest.
+    pub fn evidence(&self) -> Option<&Evidence> {
+        match self {
+            Self::BootTimeout { console, .. }
+            | Self::Ended { console, .. }
+            | Self::Protocol { console, .. }
+            | Self::Setup { console, .. } => Some(console),
+            _ => None,
+        }
+    }
+}
+
+/// What the kernel says when PID 1, which is the agent, is gone.
+const INIT_DIED: &str = "Attempted to kill init";
+
+fn ended_text(reason: &ExitReason, booting: bool) -> String {
+    let when = if booting { " before the agent was up" } else { "" };
+    match reason {
+        ExitReason::GuestPanic(Some(message)) if message.starts_with(INIT_DIED) => {
+            format!("the agent in the guest died{when} ({message})")
+        }
+        ExitReason::Shutdown if !booting => {
+            "the guest powered itself off before the command had ended".to_owned()
+        }
+        ExitReason::Reset if !booting => {
+            "the guest reset itself before the command had ended".to_owned()
+        }
+        reason => format!("{reason}{when}"),
+    }
+}

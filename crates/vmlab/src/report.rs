@@ -1,0 +1,119 @@
+//! What a run did and how long it took, for machines to read.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::config::{Accel, Machine};
+use crate::hypervisor::ExitReason;
+use crate::units::Bytes;
+
+/// A part of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Finding the kernel, and fetching it where needed.
+    Kernel,
+    /// Making what it boots from, and choosing how.
+    Prepare,
+    /// From starting the hypervisor until the agent is up.
+    Boot,
+    /// Mounting the root and what else the guest needs.
+    Setup,
+    /// The commands.
+    Run,
+    /// From the last command's end until the VM is gone.
+    Stop,
+}
+
+impl Phase {
+    /// What a person reads while it lasts.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Phase::Kernel => "kernel",
+            Phase::Prepare => "prepare",
+            Phase::Boot => "boot",
+            Phase::Setup => "setup",
+            Phase::Run => "run",
+            Phase::Stop => "stop",
+        }
+    }
+}
+
+/// The time that a phase took.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PhaseTime {
+    /// Which phase.
+    pub phase: Phase,
+    /// How long, in milliseconds.
+    pub ms: f64,
+}
+
+/// Collects the times of phases that follow each other.
+#[derive(Debug, Clone)]
+pub(crate) struct Timeline {
+    phases: Vec<PhaseTime>,
+    since: Instant,
+}
+
+impl Timeline {
+    pub(crate) fn start() -> Self {
+        Self { phases: Vec::new(), since: Instant::now() }
+    }
+
+    /// Everything since the last call was this phase.
+    pub(crate) fn end(&mut self, phase: Phase) {
+        let now = Instant::now();
+        self.phases.push(PhaseTime { phase, ms: millis(now - self.since) });
+        self.since = now;
+    }
+
+    pub(crate) fn phases(&self) -> Vec<PhaseTime> {
+        self.phases.clone()
+    }
+}
+
+/// Milliseconds, to a microsecond.
+pub(crate) fn millis(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
+
+/// A step inside the guest.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GuestStep {
+    /// What was done.
+    pub step: String,
+    /// How long it took, in milliseconds of the guest's clock.
+    pub ms: f64,
+}
+
+/// What a VM did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The kernel, as it was asked for.
+    pub kernel: String,
+    /// Its release, as the guest says it.
+    pub release: String,
+    /// How instructions were executed.
+    pub accel: Accel,
+    /// Why KVM was not used, where it was not.
+    pub accel_reason: Option<String>,
+    /// The board.
+    pub machine: Machine,
+    /// The guest's RAM in bytes.
+    pub memory: Bytes,
+    /// The guest's CPUs.
+    pub cpus: u32,
+    /// The phases so far, in order.
+    pub phases: Vec<PhaseTime>,
+    /// From the start of the guest kernel's clock to the agent's first instruction, and to its
+    /// readiness, in milliseconds.
+    pub guest_boot_ms: (f64, f64),
+    /// What the guest's set-up consisted of.
+    pub setup_steps: Vec<GuestStep>,
+    /// Why the VM ended, once it has.
+    pub exit_reason: Option<ExitReason>,
+    /// The log of the serial console.
+    pub console_log: PathBuf,
+}

@@ -1,0 +1,112 @@
+//! Files of the root that cannot be in the guest as they are on the host.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use vmlab_wire::message::File;
+
+use crate::config::NetworkMode;
+
+/// The name server of QEMU's user-mode network.
+const USER_NETWORK_DNS: &str = "10.0.2.3";
+
+/// The files that a guest with the root `root` gets.
+///
+/// `hostname` is the guest's. Where this process is not root, what sudo and PAM need of files that
+/// only root can read is made up: everybody may become the guest's root, and nobody has a password.
+pub(crate) fn files(root: &Path, hostname: &str, network: NetworkMode) -> Vec<File> {
+    let mut files = vec![file("/etc/hostname", 0o644, format!("{hostname}\n"))];
+    if let Ok(hosts) = std::fs::read_to_string(root.join("etc/hosts")) {
+        files.push(file("/etc/hosts", 0o644, with_host(&hosts, hostname)));
+    }
+    match network {
+        NetworkMode::User => {
+            let content = format!("nameserver {USER_NETWORK_DNS}\n");
+            files.push(file("/etc/resolv.conf", 0o644, content));
+        }
+        // Often a link into /run, which the guest has for itself.
+        NetworkMode::None => {
+            if let Ok(content) = std::fs::read_to_string(root.join("etc/resolv.conf")) {
+                files.push(file("/etc/resolv.conf", 0o644, content));
+            }
+        }
+    }
+    if !rustix::process::geteuid().is_root() {
+        files.extend(substitutes(root));
+    }
+    files
+}
+
+fn file(path: &str, mode: u32, content: String) -> File {
+    File { path: path.as_bytes().to_vec(), mode, content: content.into_bytes() }
+}
+
+fn with_host(hosts: &str, hostname: &str) -> String {
+    let known = hosts.lines().any(|line| {
+        let line = line.split('#').next().unwrap_or_default();
+        line.split_whitespace().skip(1).any(|name| name == hostname)
+    });
+    let end = if hosts.ends_with('\n') || hosts.is_empty() { "" } else { "\n" };
+    if known { hosts.to_owned() } else { format!("{hosts}{end}127.0.1.1 {hostname}\n") }
+}
+
+/// Stand-ins for the files that exist but cannot be read, and so could not be in the guest either.
+fn substitutes(root: &Path) -> Vec<File> {
+    let names = |database: &str| {
+        let text = std::fs::read(root.join("etc").join(database)).unwrap_or_default();
+        let name = |line: &str| Some(line.split_once(':')?.0.to_owned());
+        String::from_utf8_lossy(&text).lines().filter_map(name).collect::<Vec<_>>()
+    };
+    let shadow: String =
+        names("passwd").iter().map(|name| format!("{name}:*:1:0:99999:7:::\n")).collect();
+    let gshadow: String = names("group").iter().map(|name| format!("{name}:*::\n")).collect();
+    let candidates = [
+        ("/etc/sudoers", 0o440, "ALL ALL=(ALL:ALL) NOPASSWD: ALL\n".to_owned()),
+        ("/etc/sudo.conf", 0o644, String::new()),
+        ("/etc/sudo_logsrvd.conf", 0o644, String::new()),
+        ("/etc/shadow", 0o640, shadow),
+        ("/etc/gshadow", 0o640, gshadow),
+    ];
+    let unreadable = |path: &str| {
+        let path = root.join(path.trim_start_matches('/'));
+        std::fs::File::open(path).is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
+    };
+    candidates
+        .into_iter()
+        .filter(|(path, ..)| unreadable(path))
+        .map(|(path, mode, content)| file(path, mode, content))
+        .collect()
+}
+
+/// A path's place below another root, as bytes for the guest.
+pub(crate) fn guest_bytes(path: &Path) -> Vec<u8> {
+    path.as_os_str().as_bytes().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_knows_its_own_name() {
+        assert_eq!(with_host("127.0.0.1 localhost", "g"), "127.0.0.1 localhost\n127.0.1.1 g\n");
+        let known = "127.0.0.1 localhost g # it\n";
+        assert_eq!(with_host(known, "g"), known);
+        assert_eq!(with_host("# g\n", "g"), "# g\n127.0.1.1 g\n");
+        assert_eq!(with_host("", "g"), "127.0.1.1 g\n");
+    }
+
+    #[test]
+    fn a_user_network_has_its_own_name_server() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+        let content = |network| {
+            let files = files(root.path(), "g", network);
+            let file = files.into_iter().find(|f| f.path == b"/etc/resolv.conf").unwrap();
+            String::from_utf8(file.content).unwrap()
+        };
+        assert_eq!(content(NetworkMode::None), "nameserver 192.0.2.1\n");
+        assert_eq!(content(NetworkMode::User), "nameserver 10.0.2.3\n");
+    }
+}

@@ -1,0 +1,108 @@
+//! Where the logs of runs are kept.
+//!
+//! Every run has a directory below `$XDG_STATE_HOME/vmlab/runs`. The newest are kept, so that what a
+//! failed run left can still be looked at; nothing but logs is ever in them.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::Error;
+
+/// How many runs' logs are kept.
+const KEPT_RUNS: usize = 50;
+
+/// Held locked while the run goes on.
+const LOCK: &str = "lock";
+
+/// The directory of one run.
+#[derive(Debug)]
+pub(crate) struct RunDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes a directory for a new run, and removes the oldest ones.
+    pub(crate) fn create() -> Result<Self, Error> {
+        Self::create_in(&default_root()?)
+    }
+
+    fn create_in(root: &Path) -> Result<Self, Error> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{:013}-{}-{count}", now.as_millis(), std::process::id());
+        let path = root.join(name);
+        let failed = |source| Error::Io {
+            what: "make the log directory",
+            path: path.clone(),
+            source,
+            hint: "; XDG_STATE_HOME chooses another place",
+        };
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
+        let lock = File::create(path.join(LOCK)).map_err(failed)?;
+        lock.lock().map_err(failed)?;
+        prune(root);
+        Ok(Self { path, _lock: lock })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn default_root() -> Result<PathBuf, Error> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let state = absolute("XDG_STATE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .ok_or_else(|| Error::Io {
+            what: "find a place for logs in",
+            path: PathBuf::from("$XDG_STATE_HOME"),
+            source: io::ErrorKind::NotFound.into(),
+            hint: ": neither it nor HOME is set",
+        })?;
+    Ok(state.join("vmlab/runs"))
+}
+
+/// Removes the oldest directories of runs that have ended. What cannot be removed stays.
+fn prune(root: &Path) {
+    let Ok(entries) = root.read_dir() else { return };
+    let mut dirs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    dirs.sort();
+    let excess = dirs.len().saturating_sub(KEPT_RUNS);
+    for dir in &dirs[..excess] {
+        let ended = match File::open(dir.join(LOCK)) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        if ended {
+            let _ = std::fs::remove_dir_all(dir);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_newest_and_the_running_are_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let running = RunDir::create_in(root.path()).unwrap();
+        let mode = running.path().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let ended: Vec<PathBuf> = (0..KEPT_RUNS + 3)
+            .map(|_| RunDir::create_in(root.path()).unwrap().path().to_owned())
+            .collect();
+        assert!(running.path().exists());
+        assert!(!ended[0].exists() && !ended[1].exists());
+        assert!(ended[ended.len() - 1].exists());
+        let left = root.path().read_dir().unwrap().count();
+        assert!((KEPT_RUNS..=KEPT_RUNS + 1).contains(&left), "{left}");
+    }
+}

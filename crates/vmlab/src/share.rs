@@ -1,0 +1,162 @@
+//! Host directories in the guest.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::Error;
+use crate::config::{ShareDevice, ShareTransport};
+use vmlab_wire::message::Filesystem;
+
+/// Bytes of one 9p message. Larger ones cost fewer round trips; QEMU's virtqueue takes up to this.
+const MSIZE_9P: u32 = 512 * 1024;
+
+/// A host directory that the guest has at some place.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Share {
+    /// Directory on the host, absolute.
+    pub host: PathBuf,
+    /// Where the guest has it, absolute.
+    pub guest: PathBuf,
+    /// Whether the guest cannot change it. The host's side sees to that, whatever the guest does.
+    pub read_only: bool,
+}
+
+impl FromStr for Share {
+    type Err = Error;
+
+    /// Reads `HOST[:GUEST][:ro|rw]`. A relative host path is taken from the working directory; the
+    /// guest has it at the host's path unless another is given; it is writable unless `ro`.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let bad = |why: &str| Error::Share { text: text.to_owned(), why: why.to_owned() };
+        let mut parts: Vec<&str> = text.split(':').collect();
+        let read_only = match parts.last() {
+            Some(&"ro") if parts.len() > 1 => Some(true),
+            Some(&"rw") if parts.len() > 1 => Some(false),
+            _ => None,
+        };
+        if read_only.is_some() {
+            parts.pop();
+        }
+        let (host, guest) = match parts[..] {
+            [host] => (host, None),
+            [host, guest] => (host, Some(guest)),
+            _ => return Err(bad("it has too many parts")),
+        };
+        if host.is_empty() {
+            return Err(bad("the host's directory is empty"));
+        }
+        let host = std::fs::canonicalize(host).map_err(|error| {
+            bad(&format!("the host's directory {host} cannot be used ({error})"))
+        })?;
+        let guest = guest.map_or_else(|| host.clone(), PathBuf::from);
+        let share = Self { host, guest, read_only: read_only.unwrap_or(false) };
+        share.check().map_err(|why| bad(&why))?;
+        Ok(share)
+    }
+}
+
+impl Share {
+    /// A writable share at the host's own path.
+    pub fn new(host: impl Into<PathBuf>) -> Self {
+        let host = host.into();
+        Self { guest: host.clone(), host, read_only: false }
+    }
+
+    /// Puts it somewhere else in the guest.
+    pub fn at(mut self, guest: impl Into<PathBuf>) -> Self {
+        self.guest = guest.into();
+        self
+    }
+
+    /// Makes it read-only.
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !self.host.is_dir() {
+            return Err(format!("{} is not a directory", self.host.display()));
+        }
+        let guest = &self.guest;
+        if !guest.is_absolute() || guest.components().any(|c| c.as_os_str() == "..") {
+            return Err(format!("the guest's path {} is not absolute", guest.display()));
+        }
+        if guest == Path::new("/") {
+            return Err("the guest's root is not a share; see --rootfs".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Checks a share that was made by parts.
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let text = || format!("{}:{}", self.host.display(), self.guest.display());
+        self.check().map_err(|why| Error::Share { text: text(), why })
+    }
+}
+
+/// How the content of a share may change under the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caching {
+    /// The host does not change it while the guest runs: what was once read stays valid.
+    Fixed,
+    /// Host and guest both see what the other writes.
+    Coherent,
+}
+
+/// The carrier of shares: what the hypervisor is given, and how the guest mounts it.
+pub(crate) trait Transport {
+    /// The device for a directory.
+    fn device(&self, tag: String, path: PathBuf, read_only: bool) -> ShareDevice;
+
+    /// What the guest mounts.
+    fn filesystem(&self, tag: &str, caching: Caching) -> Filesystem;
+}
+
+/// QEMU's 9p server.
+#[derive(Debug)]
+pub(crate) struct NineP;
+
+impl Transport for NineP {
+    fn device(&self, tag: String, path: PathBuf, read_only: bool) -> ShareDevice {
+        ShareDevice { tag, path, read_only, transport: ShareTransport::NineP }
+    }
+
+    fn filesystem(&self, tag: &str, caching: Caching) -> Filesystem {
+        // `mmap` keeps only what is mapped, which compilers and linkers need of a writable directory.
+        let cache = match caching {
+            Caching::Fixed => "loose",
+            Caching::Coherent => "mmap",
+        };
+        Filesystem {
+            kind: "9p".to_owned(),
+            source: tag.to_owned(),
+            options: format!("trans=virtio,version=9p2000.L,msize={MSIZE_9P},cache={cache}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = dir.path().canonicalize().unwrap();
+        let text = host.to_str().unwrap();
+        let read = |text: &str| text.parse::<Share>().unwrap();
+        assert_eq!(read(text), Share::new(&host));
+        assert_eq!(read(&format!("{text}:/mnt")), Share::new(&host).at("/mnt"));
+        assert_eq!(read(&format!("{text}:/mnt:ro")), Share::new(&host).at("/mnt").read_only());
+        assert_eq!(read(&format!("{text}:rw")), Share::new(&host));
+        for bad in ["", ":/mnt", "/nowhere/at/all", "/dev/null"] {
+            assert!(bad.parse::<Share>().is_err(), "{bad}");
+        }
+        for bad in ["relative", "/", "/a/../b", "/a:/b"] {
+            let text = format!("{text}:{bad}");
+            let error = text.parse::<Share>().unwrap_err().to_string();
+            assert!(error.contains(&text), "{error}");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! A running VM.
+
+use std::ffi::OsStr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vmlab_artifacts::Kernel;
+use vmlab_wire::HostMessage;
+use vmlab_wire::message::{Ready, SetupReport};
+
+use crate::Error;
+use crate::builder::{PreparedVm, VmBuilder};
+use crate::config::VmConfig;
+use crate::error::Evidence;
+use crate::guest::{Command, Connection, Environment, Lost, Output};
+use crate::hypervisor::{ExitReason, SerialConsole, StartOptions, VmHandle};
+use crate::report::{GuestStep, Phase, Report, Timeline};
+use crate::runs::RunDir;
+use crate::sync::lock;
+
+/// How long a guest that damaged itself before its agent was up is given to come up all the same.
+const OOPS_GRACE: Duration = Duration::from_secs(5);
+
+/// How often the console is looked at for such damage while the agent is waited for. It delays
+/// nothing: the agent's arrival ends the wait at once.
+const OOPS_LOOK: Duration = Duration::from_millis(500);
+
+/// How long the hypervisor may take to end after it closed the channel to the agent.
+const END_TIME: Duration = Duration::from_secs(5);
+
+/// How long the guest may take to end its processes and write everything back.
+const STOP_TIME: Duration = Duration::from_secs(30);
+
+/// Lines of the console that are shown with a failure.
+const TAIL_LINES: usize = 25;
+
+/// A VM whose guest is ready for commands. Dropping it ends it at once.
+#[derive(Debug)]
+pub struct Vm {
+    handle: Arc<dyn VmHandle>,
+    connection: Arc<Connection>,
+    environment: Environment,
+    config: VmConfig,
+    kernel: Kernel,
+    accel_reason: Option<String>,
+    ready: Ready,
+    setup: SetupReport,
+    timeline: Mutex<Timeline>,
+    _run_dir: RunDir,
+}
+
+impl Vm {
+    /// What a VM can be.
+    pub fn builder() -> VmBuilder {
+        VmBuilder::default()
+    }
+
+    pub(crate) fn start(mut prepared: PreparedVm) -> Result<Self, Error> {
+        let mut timeline = prepared.timeline.clone();
+        prepared.progress.phase(Phase::Boot.name());
+        let run_dir = RunDir::create()?;
+        let now = Instant::now();
+        let options = StartOptions {
+            log_dir: run_dir.path().to_owned(),
+            deadline: prepared.timeout.map(|timeout| now + timeout),
+        };
+        let handle = prepared.hypervisor.start(&prepared.config, options)?;
+        let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since: now };
+        let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
+        let connection = Connection::open(channel).map_err(|source| Error::Io {
+            what: "open",
+            path: "the channel to the agent".into(),
+            source,
+            hint: "",
+        })?;
+        // Sent ahead, so that the guest need not wait for an answer.
+        let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
+        connection
+            .send(&setup)
+            .map_err(|error| starting.lost(Lost::Protocol(error.to_string())))?;
+        let outcome = starting.wait(&connection, &mut timeline, &*prepared.progress);
+        let (ready, setup) = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                connection.close();
+                handle.kill(ExitReason::Killed);
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            handle,
+            connection,
+            environment: prepared.environment,
+            config: prepared.config,
+            kernel: prepared.kernel,
+            accel_reason: prepared.accel_reason,
+            ready,
+            setup,
+            timeline: Mutex::new(timeline),
+            _run_dir: run_dir,
+        })
+    }
+
+    /// Runs a command to its end: the program, looked for in `PATH`, and its arguments.
+    ///
+    /// # Errors
+    /// When it cannot be started, or the VM ends before it does. A command that fails is no error.
+    pub fn exec(&self, argv: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output, Error> {
+        let mut argv = argv.into_iter();
+        let Some(program) = argv.next() else {
+            return Err(Error::CommandNotFound { program: Default::default() });
+        };
+        self.command(program).args(argv).output()
+    }
+
+    /// A command to be run in the guest, with the environment that the VM was given.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command<'_> {
+        Command::new(self, program.as_ref().to_owned(), self.environment.clone())
+    }
+
+    /// The kernel that it was started with.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The running kernel's release, as `uname -r` says it.
+    pub fn release(&self) -> &str {
+        &self.ready.release
+    }
+
+    /// What it is.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// The guest's first serial port.
+    pub fn console(&self) -> &SerialConsole {
+        self.handle.serial()
+    }
+
+    /// A handle on the machine itself, for pausing, killing and waiting from any thread.
+    pub fn handle(&self) -> Arc<dyn VmHandle> {
+        Arc::clone(&self.handle)
+    }
+
+    /// What the agent warned of since the last call.
+    pub fn take_warnings(&self) -> Vec<String> {
+        self.connection.take_warnings()
+    }
+
+    /// Ends all commands, writes everything back and ends the VM.
+    ///
+    /// # Errors
+    /// When the guest had ended before, or does not end in time; it is gone all the same.
+    pub fn shutdown(&self) -> Result<(), Error> {
+        self.end_phase(Phase::Run);
+        // The message is short, so the only failure is that the VM has ended, which is found below.
+        let _ = self.connection.send(&HostMessage::PowerOff);
+        let stopped = self.connection.wait_powering_off(Some(Instant::now() + STOP_TIME));
+        let result = match stopped {
+            Ok(Some(())) => Ok(()),
+            Ok(None) => Err(Error::Ended {
+                reason: ExitReason::Timeout,
+                booting: false,
+                console: evidence(&*self.handle),
+            }),
+            Err(lost) => Err(self.lost(lost)),
+        };
+        // All is written back: nothing is gained by watching the guest power itself off.
+        self.connection.close();
+        self.handle.kill(ExitReason::Killed);
+        self.end_phase(Phase::Stop);
+        result
+    }
+
+    /// What it did so far.
+    pub fn report(&self) -> Report {
+        let ms = |ns: u64| crate::report::millis(Duration::from_nanos(ns));
+        let step = |(step, us): &(String, u64)| GuestStep {
+            step: step.clone(),
+            ms: crate::report::millis(Duration::from_micros(*us)),
+        };
+        Report {
+            kernel: self.kernel.spec.clone(),
+            release: self.ready.release.clone(),
+            accel: self.config.accel,
+            accel_reason: self.accel_reason.clone(),
+            machine: self.config.machine,
+            memory: self.config.memory,
+            cpus: self.config.topology.cpus().unwrap_or(0),
+            phases: lock(&self.timeline).phases(),
+            guest_boot_ms: (ms(self.ready.started_ns), ms(self.ready.ready_ns)),
+            setup_steps: self.setup.steps.iter().map(step).collect(),
+            exit_reason: self.handle.wait(Some(Instant::now())),
+            console_log: self.console().log_path().to_owned(),
+        }
+    }
+
+    /// Declares that everything since the last phase was this one.
+    fn end_phase(&self, phase: Phase) {
+        lock(&self.timeline).end(phase);
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    pub(crate) fn lost(&self, lost: Lost) -> Error {
+        lost_error(&self.handle, lost, false)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.connection.close();
+        self.handle.kill(ExitReason::Killed);
+    }
+}
+
+/// A VM whose agent is not up yet.
+struct Starting<'a> {
+    handle: &'a Arc<dyn VmHandle>,
+    timeout: Duration,
+    since: Instant,
+}
+
+impl Starting<'_> {
+    fn wait(
+        &self,
+        connection: &Connection,
+        timeline: &mut Timeline,
+        progress: &dyn vmlab_artifacts::Progress,
+    ) -> Result<(Ready, SetupReport), Error> {
+        let ready = loop {
+            let look = Some(Instant::now() + OOPS_LOOK);
+            match connection.wait_ready(look).map_err(|lost| self.lost(lost))? {
+                Some(ready) => break ready,
+                None => self.check_time()?,
+            }
+        };
+        timeline.end(Phase::Boot);
+        progress.phase(Phase::Setup.name());
+        let deadline = Some(self.since + self.timeout);
+        let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
+        timeline.end(Phase::Setup);
+        match setup {
+            Some(Ok(setup)) => Ok((ready, setup)),
+            Some(Err(failure)) => Err(Error::Setup {
+                step: failure.step,
+                detail: failure.detail,
+                console: evidence(&**self.handle),
+            }),
+            None => Err(self.too_slow(None)),
+        }
+    }
+
+    fn check_time(&self) -> Result<(), Error> {
+        let oops = self.handle.serial().oops();
+        if let Some((when, line)) = oops
+            && when.elapsed() > OOPS_GRACE
+        {
+            return Err(self.too_slow(Some(line)));
+        }
+        if self.since.elapsed() > self.timeout { Err(self.too_slow(None)) } else { Ok(()) }
+    }
+
+    fn too_slow(&self, oops: Option<String>) -> Error {
+        let console = evidence(&**self.handle);
+        Error::BootTimeout { after: self.since.elapsed(), oops, console }
+    }
+
+    fn lost(&self, lost: Lost) -> Error {
+        lost_error(self.handle, lost, true)
+    }
+}
+
+fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, booting: bool) -> Error {
+    if let Lost::Protocol(what) = lost {
+        return Error::Protocol { what, console: evidence(&**handle) };
+    }
+    // The channel closes a moment before the machine is gone and the reason is known.
+    let reason = handle.wait(Some(Instant::now() + END_TIME)).unwrap_or_else(|| {
+        ExitReason::MonitorFailed("it closed the channel to the guest and goes on".to_owned())
+    });
+    Error::Ended { reason, booting, console: evidence(&**handle) }
+}
+
+fn evidence(handle: &dyn VmHandle) -> Box<Evidence> {
+    let console = handle.serial();
+    Box::new(Evidence { tail: console.tail(TAIL_LINES), log: console.log_path().to_owned() })
+}
