@@ -35,7 +35,7 @@ impl RunDir {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{:013}-{}-{count}", now.as_millis(), std::process::id());
+        let name = format!("{:013}-{}-{count:06}", now.as_millis(), std::process::id());
         let path = root.join(name);
         let failed = |source| Error::Io {
             what: "make the log directory",

@@ -97,7 +97,7 @@ impl QemuVm {
             File::create(options.log_dir.join("qemu.log")).map_err(resource("a log file"))?;
         let mut command = Command::new(program);
         command.args(arguments(config, theirs.descriptors(), &cpu_log));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         inherit(&mut command, theirs);
 
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
