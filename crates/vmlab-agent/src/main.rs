@@ -1,2 +1,26 @@
-//! TODO
-fn main() {}
+//! The agent of vmlab guests.
+//!
+//! As PID 1 it loads the modules of its initramfs, opens the channel to the host, makes the guest
+//! ready as the host says and runs commands. Otherwise it serves commands on its standard input,
+//! which is how everything but the boot is tested without a VM.
+
+mod boot;
+mod channel;
+mod exec;
+mod kmsg;
+mod power;
+mod session;
+mod setup;
+mod sys;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let started_ns = sys::monotonic_ns();
+    if rustix::process::getpid().is_init() {
+        kmsg::install_panic_hook();
+        boot::run(started_ns)
+    } else {
+        session::serve_stdin(started_ns)
+    }
+}

@@ -1,0 +1,280 @@
+//! The session with the host: one loop that serves the channel, the commands and their ends.
+
+use std::convert::Infallible;
+use std::fmt::Display;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+
+use rustix::event::{Timespec, epoll};
+use vmlab_wire::message::Ready;
+use vmlab_wire::{Frame, GuestMessage, HostMessage, message};
+
+use crate::channel::{ChannelError, Inbox, Outbox, Received};
+use crate::exec::Commands;
+use crate::sys::{self, Reap};
+use crate::{kmsg, power, setup};
+
+const CHANNEL: u64 = 0;
+const SIGNALS: u64 = 1;
+
+/// Events taken from the kernel at once.
+const EVENTS: usize = 32;
+
+/// Frames are handled for at most so many reads before output has its turn.
+const READS_PER_TURN: usize = 16;
+
+/// What the agent is in this system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// PID 1: it makes the guest ready and powers it off.
+    Init,
+    /// A process like any other: it only runs commands.
+    Service,
+}
+
+/// Why a session is over.
+#[derive(Debug)]
+pub(crate) enum Over {
+    /// The host asked for it.
+    PowerOff,
+    /// The host has gone.
+    HungUp,
+    /// The session cannot go on.
+    Broken(String),
+}
+
+impl From<ChannelError> for Over {
+    fn from(error: ChannelError) -> Self {
+        match error {
+            ChannelError::HungUp => Over::HungUp,
+            ChannelError::Broken(why) => Over::Broken(why),
+        }
+    }
+}
+
+fn broken(what: impl Display) -> Over {
+    Over::Broken(what.to_string())
+}
+
+/// A session with the host over a non-blocking byte channel.
+pub(crate) struct Session {
+    role: Role,
+    fd: OwnedFd,
+    inbox: Inbox,
+    outbox: Outbox,
+    epoll: OwnedFd,
+    signals: OwnedFd,
+    commands: Commands,
+    readable: bool,
+    writable: bool,
+    /// Whether the guest has been made ready.
+    ready: bool,
+    /// The mounts to take down before the power goes.
+    mounted: setup::Mounted,
+    /// What went wrong in the boot.
+    trouble: Vec<String>,
+}
+
+impl Session {
+    /// A session that has not spoken yet.
+    pub(crate) fn new(role: Role, fd: OwnedFd) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let signals = sys::child_signals()?;
+        let flags = epoll::EventFlags::IN;
+        let both = flags | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&epoll, &fd, epoll::EventData::new_u64(CHANNEL), both)?;
+        epoll::add(&epoll, &signals, epoll::EventData::new_u64(SIGNALS), flags)?;
+        Ok(Self {
+            role,
+            fd,
+            inbox: Inbox::new(),
+            outbox: Outbox::new(),
+            commands: Commands::new(epoll.as_fd().try_clone_to_owned()?),
+            epoll,
+            signals,
+            readable: true,
+            writable: true,
+            ready: role == Role::Service,
+            mounted: setup::Mounted::default(),
+            trouble: Vec::new(),
+        })
+    }
+
+    /// Keeps what went wrong before, to be told if the set-up fails.
+    pub(crate) fn note_trouble(&mut self, trouble: Vec<String>) {
+        self.trouble = trouble;
+    }
+
+    /// Serves the host until the session is over.
+    pub(crate) fn run(&mut self, ready: Ready) -> Over {
+        self.outbox.message(&GuestMessage::Ready(ready));
+        match self.serve() {
+            Err(over) => over,
+            Ok(never) => match never {},
+        }
+    }
+
+    fn serve(&mut self) -> Result<Infallible, Over> {
+        loop {
+            let mut busy = self.receive()?;
+            busy |= self.commands.pump(&mut self.outbox);
+            if self.writable && !self.outbox.is_empty() {
+                self.writable = self.outbox.flush(&self.fd)?;
+            }
+            self.wait(busy)?;
+        }
+    }
+
+    /// Reads the channel and does what it says. Returns whether there may be more.
+    fn receive(&mut self) -> Result<bool, Over> {
+        for _ in 0..READS_PER_TURN {
+            if !self.readable {
+                return Ok(false);
+            }
+            if self.inbox.receive(&self.fd)? == Received::Nothing {
+                self.readable = false;
+                return Ok(false);
+            }
+            self.frames()?;
+        }
+        Ok(true)
+    }
+
+    fn frames(&mut self) -> Result<(), Over> {
+        loop {
+            let Self { inbox, outbox, commands, .. } = self;
+            let message = match inbox.next_frame()? {
+                None => return Ok(()),
+                Some(Frame::Message(payload)) => message::decode(payload).map_err(broken)?,
+                Some(Frame::Data(stream, data)) => {
+                    commands.data(stream, data, outbox).map_err(broken)?;
+                    continue;
+                }
+                Some(Frame::Eof(stream)) => {
+                    commands.eof(stream, outbox);
+                    continue;
+                }
+                Some(Frame::Credit(stream, bytes)) => {
+                    commands.credit(stream, bytes).map_err(broken)?;
+                    continue;
+                }
+                Some(Frame::Stop(stream)) => {
+                    commands.stop(stream, outbox);
+                    continue;
+                }
+            };
+            self.message(message)?;
+        }
+    }
+
+    fn message(&mut self, message: HostMessage) -> Result<(), Over> {
+        match message {
+            HostMessage::Setup(_) if self.ready => {
+                return Err(broken("the host sent a second set-up"));
+            }
+            HostMessage::Setup(setup) => {
+                let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
+                let done = setup::run(&setup, &mut self.mounted, &mut warn);
+                self.ready = done.is_ok();
+                self.outbox.message(&match done {
+                    Ok(report) => GuestMessage::SetupDone(report),
+                    Err(mut failure) => {
+                        for trouble in &self.trouble {
+                            failure.detail.push_str("; before that: ");
+                            failure.detail.push_str(trouble);
+                        }
+                        GuestMessage::SetupFailed(failure)
+                    }
+                });
+            }
+            HostMessage::Exec(_) if !self.ready => {
+                return Err(broken("the host sent a command before the set-up was done"));
+            }
+            HostMessage::Exec(exec) => self.commands.start(&exec, &mut self.outbox),
+            HostMessage::Signal(process, signal) => self.commands.signal(process, signal),
+            HostMessage::Resize(process, size) => self.commands.resize(process, size),
+            HostMessage::PowerOff => return Err(Over::PowerOff),
+        }
+        Ok(())
+    }
+
+    /// Waits for something to happen; only looks when there is still something to do.
+    fn wait(&mut self, busy: bool) -> Result<(), Over> {
+        let mut events = [const { MaybeUninit::<epoll::Event>::uninit() }; EVENTS];
+        let at_once = Timespec::default();
+        let timeout = busy.then_some(&at_once);
+        let events = match epoll::wait(&self.epoll, &mut events, timeout) {
+            Ok((events, _)) => events,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(e) => return Err(broken(format!("waiting for events: {e}"))),
+        };
+        for event in events {
+            let (data, flags) = (event.data.u64(), event.flags);
+            match data {
+                CHANNEL => {
+                    self.readable = true;
+                    self.writable |= flags.contains(epoll::EventFlags::OUT);
+                }
+                SIGNALS => {
+                    sys::drain_signals(&self.signals);
+                    while let Reap::Child(child) = sys::reap() {
+                        self.commands.reaped(&child, &mut self.outbox);
+                    }
+                }
+                data => {
+                    self.commands.event(data, flags, &mut self.outbox);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends everything after the session is over.
+    pub(crate) fn end(mut self, over: &Over) {
+        match over {
+            Over::PowerOff => {}
+            Over::HungUp => kmsg::error("the host has gone, powering off"),
+            Over::Broken(why) => kmsg::error(&format!("fatal: {why}")),
+        }
+        match self.role {
+            Role::Init => power::end_all(&self.signals),
+            Role::Service => self.commands.running().for_each(|pid| {
+                // It may just have ended.
+                let _ = sys::kill(-pid, libc::SIGKILL);
+            }),
+        }
+        if self.role == Role::Init {
+            self.mounted.take_down();
+        }
+        if matches!(over, Over::PowerOff) {
+            self.outbox.message(&GuestMessage::PoweringOff);
+            power::flush(&mut self.outbox, &self.fd);
+        }
+    }
+}
+
+/// Serves commands on standard input, a socket.
+pub(crate) fn serve_stdin(started_ns: u64) -> ExitCode {
+    match service(started_ns) {
+        Ok(Over::PowerOff | Over::HungUp) => ExitCode::SUCCESS,
+        Ok(Over::Broken(_)) => ExitCode::FAILURE,
+        Err(e) => {
+            kmsg::error(&format!("cannot serve standard input: {e}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn service(started_ns: u64) -> io::Result<Over> {
+    let fd = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    // As PID 1 does, it inherits what its descendants leave behind.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+    let mut session = Session::new(Role::Service, fd)?;
+    let ready_ns = sys::monotonic_ns();
+    let over = session.run(Ready { release: crate::boot::release(), started_ns, ready_ns });
+    session.end(&over);
+    Ok(over)
+}

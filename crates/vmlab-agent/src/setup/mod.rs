@@ -1,0 +1,109 @@
+//! Making the guest ready for commands, as the host says.
+
+mod files;
+mod modules;
+mod network;
+mod pseudo;
+mod root;
+mod system;
+
+use std::fmt::Display;
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+use vmlab_wire::message::{Failure, Setup, SetupReport};
+
+use crate::sys::monotonic_ns;
+
+/// What a step returns: nothing, or why the guest cannot be made ready.
+type Step = Result<(), Failure>;
+
+/// A failure of `step` by a system call.
+fn failed(step: impl Display, errno: Errno, hint: &str) -> Failure {
+    let detail = match hint {
+        "" => errno.to_string(),
+        hint => format!("{errno} ({hint})"),
+    };
+    Failure { step: step.to_string(), detail, errno: Some(errno.raw_os_error()) }
+}
+
+/// A failure of `step` in the standard library's I/O.
+fn failed_io(step: impl Display, error: &std::io::Error, hint: &str) -> Failure {
+    let errno = error.raw_os_error();
+    let detail = match hint {
+        "" => error.to_string(),
+        hint => format!("{error} ({hint})"),
+    };
+    Failure { step: step.to_string(), detail, errno }
+}
+
+/// Mount points that have to be taken down before the power goes, in the order of their mounting.
+#[derive(Debug, Default)]
+pub(crate) struct Mounted {
+    writable: Vec<Vec<u8>>,
+}
+
+impl Mounted {
+    fn add(&mut self, target: &[u8]) {
+        self.writable.push(target.to_vec());
+    }
+
+    /// Writes everything back and unmounts what can be.
+    pub(crate) fn take_down(&mut self) {
+        rustix::fs::sync();
+        for target in self.writable.drain(..).rev() {
+            // What is still in use has at least been synced.
+            let _ = rustix::mount::unmount(target.as_slice(), UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// Makes the guest ready. `warn` tells the host of what does not keep it from running commands.
+pub(crate) fn run(
+    setup: &Setup,
+    mounted: &mut Mounted,
+    warn: &mut dyn FnMut(String),
+) -> Result<SetupReport, Failure> {
+    let mut report = SetupReport::default();
+    let mut since = monotonic_ns();
+    let mut done = |name: &str| {
+        let now = monotonic_ns();
+        report.steps.push((name.to_string(), (now - since) / 1000));
+        since = now;
+    };
+    system::clock(setup.clock_ns, warn);
+    system::entropy(&setup.entropy, warn);
+    done("clock and entropy");
+    root::mount(&setup.root, mounted)?;
+    done("root");
+    root::switch()?;
+    done("switch root");
+    pseudo::mount(setup.root.mode)?;
+    done("pseudo filesystems");
+    if let Some(tree) = &setup.modules {
+        modules::mount(tree, setup.root.mode)?;
+        done("module tree");
+    }
+    for (index, share) in setup.shares.iter().enumerate() {
+        files::share(index, share, mounted)?;
+    }
+    if !setup.shares.is_empty() {
+        done("shares");
+    }
+    for (index, file) in setup.files.iter().enumerate() {
+        files::place(index, file, setup.root.mode, warn)?;
+    }
+    done("files");
+    system::hostname(&setup.hostname, warn);
+    network::loopback(warn);
+    done("hostname and loopback");
+    if let Some(network) = &setup.network {
+        network::configure(network)?;
+        done("network");
+    }
+    if !setup.modprobe.is_empty() {
+        setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
+        done("modprobe");
+    }
+    Ok(report)
+}

@@ -1,0 +1,109 @@
+//! Network interfaces: loopback, and a static address.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use vmlab_wire::message::{Failure, Network};
+
+use super::{Step, failed_io};
+
+/// An empty request for the interface `name`.
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: all zeros is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays the string's end.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as _;
+    }
+    Ok(request)
+}
+
+/// A socket to configure interfaces with.
+struct Configurator(OwnedFd);
+
+impl Configurator {
+    fn new() -> io::Result<Self> {
+        let kind = SocketType::DGRAM;
+        let socket =
+            rustix::net::socket_with(AddressFamily::INET, kind, SocketFlags::CLOEXEC, None)?;
+        Ok(Self(socket))
+    }
+
+    fn ioctl<T>(&self, number: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+        // SAFETY: every caller in this module passes the structure that the request number takes.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), number, argument) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn up(&self, name: &str) -> io::Result<()> {
+        let mut request = request(name)?;
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as _;
+        self.ioctl(libc::SIOCSIFFLAGS as _, &mut request)
+    }
+
+    fn address(&self, name: &str, number: libc::Ioctl, address: [u8; 4]) -> io::Result<()> {
+        let mut request = request(name)?;
+        request.ifr_ifru.ifru_addr = socket_address(address);
+        self.ioctl(number, &mut request)
+    }
+
+    fn default_route(&self, gateway: [u8; 4]) -> io::Result<()> {
+        // SAFETY: all zeros is a valid rtentry.
+        let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+        route.rt_dst = socket_address([0; 4]);
+        route.rt_genmask = socket_address([0; 4]);
+        route.rt_gateway = socket_address(gateway);
+        route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+        self.ioctl(libc::SIOCADDRT as _, &mut route)
+    }
+}
+
+/// An IPv4 address in the form of `struct sockaddr`.
+fn socket_address(address: [u8; 4]) -> libc::sockaddr {
+    let mut data = [0; 14];
+    // `sin_addr` comes after the two bytes of the port.
+    for (to, from) in data[2..6].iter_mut().zip(address) {
+        *to = from as _;
+    }
+    libc::sockaddr { sa_family: libc::AF_INET as _, sa_data: data }
+}
+
+/// Takes the loopback interface up.
+pub(super) fn loopback(warn: &mut dyn FnMut(String)) {
+    if let Err(e) = Configurator::new().and_then(|c| c.up("lo")) {
+        warn(format!("the loopback interface could not be taken up: {e}"));
+    }
+}
+
+/// Gives the guest's first interface its address and route.
+pub(super) fn configure(network: &Network) -> Step {
+    let Some(name) = interface() else {
+        return Err(Failure {
+            step: "find the network interface".to_string(),
+            detail: "there is none (is virtio_net in the kernel or its initramfs?)".to_string(),
+            errno: None,
+        });
+    };
+    let mask = u32::MAX.checked_shl(32u32.saturating_sub(network.prefix.into())).unwrap_or(0);
+    let configured = Configurator::new().and_then(|c| {
+        c.address(&name, libc::SIOCSIFADDR as _, network.address)?;
+        c.address(&name, libc::SIOCSIFNETMASK as _, mask.to_be_bytes())?;
+        c.up(&name)?;
+        c.default_route(network.gateway)
+    });
+    configured.map_err(|e| failed_io(format!("configure the network interface {name}"), &e, ""))
+}
+
+/// The first interface that belongs to a device.
+fn interface() -> Option<String> {
+    let entries = fs::read_dir("/sys/class/net").ok()?;
+    let with_device = entries.flatten().filter(|entry| entry.path().join("device").exists());
+    with_device.map(|entry| entry.file_name().to_string_lossy().into_owned()).min()
+}

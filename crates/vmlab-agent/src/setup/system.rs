@@ -1,0 +1,61 @@
+//! Clock, random numbers, host name.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use rustix::ioctl::{Opcode, opcode};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+/// Sets the wall clock.
+pub(super) fn clock(clock_ns: u64, warn: &mut dyn FnMut(String)) {
+    let time = Timespec {
+        tv_sec: (clock_ns / 1_000_000_000) as _,
+        tv_nsec: (clock_ns % 1_000_000_000) as _,
+    };
+    if let Err(e) = clock_settime(ClockId::Realtime, time) {
+        warn(format!("the clock could not be set: {e}"));
+    }
+}
+
+/// The most bytes of entropy that are taken at once; the kernel's pool holds 32.
+const ENTROPY_MAX: usize = 512;
+
+/// `_IOW('R', 0x03, int[2])` of linux/random.h.
+const RNDADDENTROPY: Opcode = opcode::write::<[c_int; 2]>(b'R', 3);
+
+/// The argument of RNDADDENTROPY, `struct rand_pool_info` in linux/random.h.
+#[repr(C)]
+struct PoolInfo {
+    entropy_count: c_int,
+    buf_size: c_int,
+    buf: [u8; ENTROPY_MAX],
+}
+
+/// Seeds the kernel's random number generator, so that nobody waits for it.
+pub(super) fn entropy(seed: &[u8], warn: &mut dyn FnMut(String)) {
+    let seed = &seed[..seed.len().min(ENTROPY_MAX)];
+    let mut info = PoolInfo {
+        entropy_count: seed.len() as c_int * 8,
+        buf_size: seed.len() as c_int,
+        buf: [0; ENTROPY_MAX],
+    };
+    info.buf[..seed.len()].copy_from_slice(seed);
+    let added = File::options().write(true).open("/dev/random").and_then(|random| {
+        // SAFETY: the kernel reads the two counts and `buf_size` bytes behind them, all in `info`.
+        match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &info) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    });
+    if let Err(e) = added {
+        warn(format!("the random number generator could not be seeded: {e}"));
+    }
+}
+
+/// Sets the host name.
+pub(super) fn hostname(name: &str, warn: &mut dyn FnMut(String)) {
+    if let Err(e) = rustix::system::sethostname(name.as_bytes()) {
+        warn(format!("the host name could not be set to {name:?}: {e}"));
+    }
+}

@@ -1,0 +1,209 @@
+//! The host's side of the protocol, as small as tests need it.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use vmlab_wire::frame::{put_credit, put_data, put_empty};
+use vmlab_wire::message::{Exec, Exited, Ready, Setup, StartFailure, Stdio};
+use vmlab_wire::{
+    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
+    SendWindow, StreamId, message,
+};
+
+/// What came from the agent.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Message(GuestMessage),
+    Data(StreamId, Vec<u8>),
+    Eof(StreamId),
+    Stop(StreamId),
+}
+
+/// One end of a session.
+pub struct Host {
+    socket: UnixStream,
+    decoder: Decoder,
+    send: HashMap<StreamId, SendWindow>,
+    receive: HashMap<StreamId, ReceiveWindow>,
+    /// Streams that are granted no credit.
+    pub stalled: Vec<StreamId>,
+}
+
+/// All that a command did.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub stdin_stopped: bool,
+    pub exited: Option<Exited>,
+    pub failed: Option<StartFailure>,
+}
+
+impl Host {
+    pub fn greet(mut socket: UnixStream) -> (Self, Ready) {
+        socket.write_all(&Preamble::OURS.encode()).unwrap();
+        let mut preamble = [0; Preamble::LEN];
+        socket.read_exact(&mut preamble).unwrap();
+        Preamble::check(preamble).unwrap();
+        let mut host = Self {
+            socket,
+            decoder: Decoder::new(),
+            send: HashMap::new(),
+            receive: HashMap::new(),
+            stalled: Vec::new(),
+        };
+        match host.next() {
+            Some(Event::Message(GuestMessage::Ready(ready))) => (host, ready),
+            other => panic!("expected Ready, got {other:?}"),
+        }
+    }
+
+    pub fn message(&mut self, message: &HostMessage) {
+        let mut out = Vec::new();
+        message::encode(message, &mut out).unwrap();
+        self.socket.write_all(&out).unwrap();
+    }
+
+    #[allow(dead_code, reason = "not every test uses all of it")]
+    pub fn setup(&mut self, setup: Setup) -> GuestMessage {
+        self.message(&HostMessage::Setup(Box::new(setup)));
+        loop {
+            match self.next() {
+                Some(Event::Message(GuestMessage::Warning(text))) => eprintln!("warning: {text}"),
+                Some(Event::Message(message)) => return message,
+                other => panic!("expected the set-up's end, got {other:?}"),
+            }
+        }
+    }
+
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).unwrap();
+    }
+
+    /// The next thing from the agent; `None` when it has closed the channel.
+    pub fn next(&mut self) -> Option<Event> {
+        loop {
+            let event = match self.decoder.next_frame().unwrap() {
+                Some(Frame::Message(payload)) => Event::Message(message::decode(payload).unwrap()),
+                Some(Frame::Data(stream, data)) => {
+                    let window = self.receive.entry(stream).or_default();
+                    window.received(data.len()).unwrap();
+                    if !self.stalled.contains(&stream)
+                        && let Some(grant) = window.consumed(data.len())
+                    {
+                        let mut out = Vec::new();
+                        put_credit(&mut out, stream, grant);
+                        // The agent may be gone by now.
+                        let _ = self.socket.write_all(&out);
+                    }
+                    Event::Data(stream, data.to_vec())
+                }
+                Some(Frame::Eof(stream)) => Event::Eof(stream),
+                Some(Frame::Stop(stream)) => Event::Stop(stream),
+                Some(Frame::Credit(stream, bytes)) => {
+                    self.send.entry(stream).or_default().granted(bytes).unwrap();
+                    continue;
+                }
+                None => {
+                    let mut space = self.decoder.space(1 << 20);
+                    let count = match self.socket.read(space.bytes()) {
+                        Ok(count) => count,
+                        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => 0,
+                        Err(e) => panic!("reading from the agent: {e}"),
+                    };
+                    space.filled(count);
+                    if count == 0 {
+                        return None;
+                    }
+                    continue;
+                }
+            };
+            return Some(event);
+        }
+    }
+
+    pub fn data(&mut self, stream: StreamId, data: &[u8]) {
+        self.send.entry(stream).or_default().sent(data.len());
+        let mut out = Vec::new();
+        put_data(&mut out, stream, data);
+        // The agent may have ended the stream or itself.
+        let _ = self.socket.write_all(&out);
+    }
+
+    pub fn room(&mut self, stream: StreamId) -> usize {
+        self.send.entry(stream).or_default().available()
+    }
+
+    pub fn empty(&mut self, stream: StreamId, kind: FrameKind) {
+        let mut out = Vec::new();
+        put_empty(&mut out, stream, kind);
+        self.socket.write_all(&out).unwrap();
+    }
+
+    pub fn grant(&mut self, stream: StreamId, bytes: u32) {
+        let mut out = Vec::new();
+        put_credit(&mut out, stream, bytes);
+        self.socket.write_all(&out).unwrap();
+    }
+
+    pub fn start(&mut self, exec: &Exec) {
+        self.message(&HostMessage::Exec(Box::new(exec.clone())));
+    }
+
+    /// Runs a command to its end and that of its streams, with `input` on its stdin.
+    pub fn run(&mut self, exec: &Exec, input: &[u8]) -> Outcome {
+        self.start(exec);
+        self.finish(exec.process, Some(input))
+    }
+
+    /// Serves a command that was started until it and its streams have ended.
+    pub fn finish(&mut self, process: ProcessId, input: Option<&[u8]>) -> Outcome {
+        let [stdin, stdout, stderr] =
+            [Stdio::Stdin, Stdio::Stdout, Stdio::Stderr].map(|s| process.stream(s));
+        let mut outcome = Outcome::default();
+        let mut started = false;
+        let mut left = input;
+        let mut open: Option<usize> = None;
+        let mut eofs = 0;
+        loop {
+            if started && !outcome.stdin_stopped {
+                while let Some(rest) = left {
+                    let room = self.room(stdin);
+                    if rest.is_empty() {
+                        self.empty(stdin, FrameKind::Eof);
+                        left = None;
+                    } else if room == 0 {
+                        break;
+                    } else {
+                        let (now, later) = rest.split_at(room.min(rest.len()).min(65536));
+                        self.data(stdin, now);
+                        left = Some(later);
+                    }
+                }
+            }
+            if outcome.exited.is_some() && open.is_some_and(|open| eofs >= open) {
+                return outcome;
+            }
+            match self.next_or_credit().expect("the agent went away") {
+                None => {}
+                Some(Event::Data(s, data)) if s == stdout => outcome.stdout.extend(data),
+                Some(Event::Data(s, data)) if s == stderr => outcome.stderr.extend(data),
+                Some(Event::Eof(s)) if s == stdout || s == stderr => eofs += 1,
+                Some(Event::Stop(s)) if s == stdin => outcome.stdin_stopped = true,
+                Some(Event::Message(GuestMessage::Started(p))) if p == process => {
+                    started = true;
+                    open = Some(self.streams(process));
+                }
+                Some(Event::Message(GuestMessage::StartFailed(p, failure))) if p == process => {
+                    outcome.failed = Some(failure);
+                    return outcome;
+                }
+                Some(Event::Message(GuestMessage::Exited(p, exited))) if p == process => {
+                    outcome.exited = Some(exited);
+                }
+                Some(_) => {}
+            }
+        }
+    }
+}
