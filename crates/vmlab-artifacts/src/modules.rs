@@ -217,11 +217,12 @@ impl ModuleTree {
         names.into_iter()
     }
 
-    /// The modules that have to be loaded before `module`, in load order, without itself.
+    /// The modules that have to be loaded before `module`, in load order, without itself (or what
+    /// it is an alias of) and without soft dependencies.
     pub fn dependencies(&self, module: &str) -> Result<Vec<ModuleRef>, ModulesError> {
-        let name = normalize(module);
+        let own = self.index.resolve(&normalize(module));
         let mut closure = self.closure(&[module])?;
-        closure.retain(|m| !m.optional && m.name != name);
+        closure.retain(|m| !m.optional && !own.contains(&m.name.as_str()));
         Ok(closure)
     }
 
