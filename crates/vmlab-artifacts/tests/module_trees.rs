@@ -92,6 +92,22 @@ fn depmod_reports_what_went_wrong() {
     }
 }
 
+#[test]
+fn an_index_without_the_modules_is_an_error() {
+    let base = tempfile::tempdir().unwrap();
+    let dir = base.path().join("lib/modules").join(RELEASE);
+    // A module in a compression that no depmod knows.
+    write(&dir.join("kernel/lib/a.ko.unknown"), "");
+    write(&dir.join("modules.builtin"), "");
+    write(&dir.join("modules.order"), "kernel/lib/a.ko\n");
+    let result = modules::depmod(base.path(), RELEASE);
+    assert!(matches!(result, Err(ModulesError::NothingIndexed { .. })), "{result:?}");
+    // A kernel without modules is none.
+    write(&dir.join("modules.order"), "");
+    modules::depmod(base.path(), RELEASE).unwrap();
+    assert_eq!(ModuleTree::open(&dir).unwrap().names().count(), 0);
+}
+
 /// A kernel build directory whose `modules.order` has the given lines.
 fn build_dir(order: &str) -> tempfile::TempDir {
     let build = tempfile::tempdir().unwrap();

@@ -70,6 +70,7 @@ fn other_files_are_called_by_their_names() {
         (&encode::compress(Compression::Zstd, b"no kernel"), "a zstd stream"),
         (b"!<arch>\ndebian-binary   1410", "a Debian package"),
         (b"070701000000010000", "a cpio archive (an initramfs?)"),
+        (b"MZ\0\0zimg\0\0\x01", "a self-extracting EFI kernel (zboot)"),
         (b"MZ\x90\x00\x03\x00", "an EFI or DOS program"),
         (b"QFI\xfb\0\0\0\x03", "a qcow2 disk image"),
         (&[0; 4096], "a file that begins with nothing but zero bytes"),

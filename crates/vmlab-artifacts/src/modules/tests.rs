@@ -10,6 +10,7 @@ fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Result<ModuleTree, Module
     let base = tempfile::tempdir().unwrap();
     let dir = base.path().join("lib/modules").join(RELEASE);
     fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join("modules.builtin"), "").unwrap();
     for (name, content) in files {
         fs::write(dir.join(name), content).unwrap();
     }
@@ -200,6 +201,16 @@ fn a_tree_without_index_says_what_to_run() {
 
     let error = ModuleTree::open(&base.path().join("lib/modules/6.0")).unwrap_err();
     assert!(matches!(error, ModulesError::Read { .. }), "{error:?}");
+}
+
+#[test]
+fn a_tree_without_its_builtin_list_is_not_whole() {
+    let (base, tree) = tree(&files());
+    let dir = tree.unwrap().dir().to_owned();
+    fs::remove_file(dir.join("modules.builtin")).unwrap();
+    let error = ModuleTree::open(&dir).unwrap_err();
+    assert!(matches!(error, ModulesError::NoBuiltinList { .. }), "{error:?}");
+    drop(base);
 }
 
 #[test]
