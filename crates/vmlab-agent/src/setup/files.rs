@@ -47,22 +47,9 @@ fn make_file(path: &Path) -> Step {
 }
 
 /// Mounts a share at its target.
-pub(super) fn share(index: usize, share: &Mount, mounted: &mut Mounted) -> Step {
-    let target = path(&share.target)?;
-    let mount_point = match &share.file {
-        None => target.to_path_buf(),
-        Some(_) => PathBuf::from(format!("{ASIDE}/shares/{index}")),
-    };
-    make_dir(&mount_point)?;
-    mount_at(&share.filesystem, mount_point.as_os_str().as_bytes(), share.read_only)?;
-    if !share.read_only {
-        mounted.add(mount_point.as_os_str().as_bytes());
-    }
-    let Some(name) = &share.file else { return Ok(()) };
-    make_file(target)?;
-    let file = mount_point.join(OsStr::from_bytes(name));
-    mount_bind(&file, target)
-        .map_err(|e| failed(format!("mount {} at {}", file.display(), target.display()), e, ""))?;
+pub(super) fn share(share: &Mount, mounted: &mut Mounted) -> Step {
+    make_dir(path(&share.target)?)?;
+    mount_at(&share.filesystem, &share.target, share.read_only)?;
     if !share.read_only {
         mounted.add(&share.target);
     }

@@ -84,8 +84,8 @@ pub(crate) fn run(
         modules::mount(tree, setup.root.mode)?;
         done("module tree");
     }
-    for (index, share) in setup.shares.iter().enumerate() {
-        files::share(index, share, mounted)?;
+    for share in &setup.shares {
+        files::share(share, mounted)?;
     }
     if !setup.shares.is_empty() {
         done("shares");

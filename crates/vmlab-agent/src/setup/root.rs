@@ -1,7 +1,7 @@
 //! The root filesystem.
 
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount as mount_fs, mount_move};
+use rustix::mount::{MountFlags, mount as mount_fs, mount_bind, mount_move};
 use vmlab_wire::message::{Failure, Filesystem, Root, RootMode};
 
 use super::{Mounted, Step, failed};
@@ -80,6 +80,11 @@ fn make_dir(path: &str) -> Step {
 /// Mounts a filesystem that the host describes.
 pub(super) fn mount_at(filesystem: &Filesystem, target: &[u8], read_only: bool) -> Step {
     let Filesystem { kind, source, options } = filesystem;
+    if kind == "bind" {
+        return mount_bind(source.as_str(), target).map_err(|e| {
+            failed(format!("bind {source} to {}", String::from_utf8_lossy(target)), e, "")
+        });
+    }
     let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     let data = std::ffi::CString::new(options.as_str()).map_err(|_| Failure {
         step: format!("mount {source}"),

@@ -1,0 +1,10 @@
+//! Runs `uname -a` under the kernel that is given.
+
+fn main() -> Result<(), vmlab::Error> {
+    let kernel = std::env::args().nth(1).unwrap_or_else(|| "debian:6.12".to_owned());
+    let vm = vmlab::Vm::builder().kernel(kernel).start()?;
+    let output = vm.exec(["uname", "-a"])?;
+    vm.shutdown()?;
+    print!("{}", output.stdout_text());
+    Ok(())
+}
