@@ -60,7 +60,9 @@ fn run() -> Result<(), Box<dyn Error>> {
             }
         }
         ["rm", name] => println!("{}", store.remove(name)?),
-        _ => return Err("usage: kernel resolve|pull|inspect SPEC | default | list | rm NAME".into()),
+        _ => {
+            return Err("usage: kernel resolve|pull|inspect SPEC | default | list | rm NAME".into());
+        }
     }
     Ok(())
 }
