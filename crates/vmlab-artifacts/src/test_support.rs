@@ -98,7 +98,7 @@ impl DebBuilder {
         use std::io::Read;
         let mut out = Vec::new();
         match self.packing {
-            Packing::None => return ("", bytes),
+            Packing::None => ("", bytes),
             Packing::Gzip => {
                 let mut encoder = flate2::read::GzEncoder::new(&bytes[..], Default::default());
                 encoder.read_to_end(&mut out).unwrap();

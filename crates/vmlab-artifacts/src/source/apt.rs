@@ -29,8 +29,13 @@ const WITH_SUITE: [&str; 2] = ["-updates", "-security"];
 /// each release, so that this list stays right.
 const DEBIAN_ELSEWHERE: [&str; 6] =
     ["stable", "stable-updates", "stable-security", "stable-backports", "testing", "unstable"];
-const DEBIAN_OLD: [&str; 4] =
-    ["oldstable", "oldstable-security", "oldstable-backports", "oldoldstable"];
+const DEBIAN_OLD: [&str; 5] = [
+    "oldstable",
+    "oldstable-security",
+    "oldstable-backports",
+    "oldoldstable",
+    "oldoldstable-security",
+];
 const UBUNTU_ELSEWHERE: [&str; 8] = [
     "devel",
     "resolute",
@@ -363,9 +368,12 @@ impl Search<'_> {
         let mut all: Vec<Candidate> =
             offers.iter().flat_map(|o| Candidate::all(&o.index.packages, distro)).collect();
         all.sort_by(|a, b| b.order(a));
+        // Best are other versions of this flavour, then other flavours of this version.
         let wanted = wanted_flavour(self.spec);
         if all.iter().any(|candidate| candidate.flavour.as_deref() == wanted) {
             all.retain(|candidate| candidate.flavour.as_deref() == wanted);
+        } else if all.iter().any(|candidate| candidate.has_version(self.spec)) {
+            all.retain(|candidate| candidate.has_version(self.spec));
         }
         let mut available: Vec<String> = Vec::new();
         for candidate in all {
