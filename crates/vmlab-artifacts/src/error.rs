@@ -148,7 +148,7 @@ pub enum KernelError {
         words: String,
     },
     /// apt failed.
-    #[error("apt cannot {doing}; it says: {words}")]
+    #[error("apt cannot {doing}; it says: {words}{}", disk_hint(words))]
     Apt {
         /// What was being done, an infinitive.
         doing: String,
@@ -193,7 +193,7 @@ pub enum KernelError {
         entries: Vec<String>,
     },
     /// No store entry has this name.
-    #[error("the store has no kernel `{name}`{}", closest(have))]
+    #[error("there is no kernel `{name}` in the store{}", stored(have))]
     NoEntry {
         /// What was asked for.
         name: String,
@@ -232,6 +232,21 @@ fn list(names: &[String]) -> String {
 
 fn closest(names: &[String]) -> String {
     if names.is_empty() { String::new() } else { format!("; there is {}", list(names)) }
+}
+
+fn stored(names: &[String]) -> String {
+    match names {
+        [] => "; the store is empty".to_owned(),
+        _ => format!("; the store has {}", list(names)),
+    }
+}
+
+/// apt works in the cache directory, and cannot know what moves it.
+fn disk_hint(words: &str) -> String {
+    match words.contains("No space left on device") || words.contains("enough free space") {
+        true => crate::cache::advice(&io::Error::from(io::ErrorKind::StorageFull)),
+        false => String::new(),
+    }
 }
 
 fn installed_list(names: &[String]) -> String {

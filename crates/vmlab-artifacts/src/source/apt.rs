@@ -259,6 +259,10 @@ impl Search<'_> {
                     Err(error) => return Err(error),
                 }
             }
+            // Where no suite answers at all, the others would not, either.
+            if offers.is_empty() && !failures.is_empty() {
+                return Err(failures.remove(0).1);
+            }
             if let Some(found) = self.best(&offers)? {
                 for (name, error) in &failures {
                     self.progress.note(&format!("the suite {name} was left out: {error}"));
@@ -266,16 +270,8 @@ impl Search<'_> {
                 return Ok(found);
             }
         }
-        match failures.first() {
-            // Nothing at all was reached, so the failure is the news.
-            Some(_) if offers.iter().all(|offer| offer.index.missing.is_some()) => {
-                Err(failures.remove(0).1)
-            }
-            _ => {
-                let names: Vec<String> = failures.into_iter().map(|(name, _)| name).collect();
-                Err(self.no_match(&offers, &names))
-            }
-        }
+        let names: Vec<String> = failures.into_iter().map(|(name, _)| name).collect();
+        Err(self.no_match(&offers, &names))
     }
 
     /// Where to look for a version, group by group.
