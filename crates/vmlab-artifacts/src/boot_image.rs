@@ -89,8 +89,9 @@ pub enum Defect {
         /// The value found.
         value: u64,
     },
-    /// The header has no place for a payload, or the payload's format is unknown.
-    #[error("its compressed kernel is in no known format (it starts with the bytes {0})")]
+    /// What is compressed is in an unknown format, or the header does not say where it is. Holds
+    /// what is known of it.
+    #[error("it is in no known compression format ({0})")]
     UnknownPayload(String),
     /// The decompressed kernel has another length than the image declares.
     #[error("its kernel decompresses to {got} bytes, and {declared} are declared")]
@@ -107,7 +108,7 @@ pub enum Defect {
 #[non_exhaustive]
 pub enum BootImageError {
     /// The file cannot be opened or read.
-    #[error("cannot read the kernel {}", path.display())]
+    #[error("cannot read the kernel {}{}", path.display(), permission_hint(source))]
     Io {
         /// The file.
         path: PathBuf,
@@ -158,7 +159,7 @@ enum Payload {
         /// in the case of gzip.
         has_length: bool,
     },
-    /// A part of the file is a kernel in a format that is unknown. Holds its first bytes.
+    /// A part of the file is a kernel in a format that is unknown. Holds what is known of it.
     Unknown(String),
 }
 
@@ -264,10 +265,10 @@ impl BootImage {
     ///
     /// The result has passed the same validation as a file of its format.
     pub fn extract(&self) -> Result<Option<Vec<u8>>, BootImageError> {
-        let invalid = |defect| BootImageError::Invalid { path: self.path.clone(), defect };
+        let invalid = |defect| BootImageError::InvalidPayload { path: self.path.clone(), defect };
         let (range, compression, has_length) = match &self.header.payload {
             Payload::Plain => return Ok(None),
-            Payload::Unknown(head) => return Err(invalid(Defect::UnknownPayload(head.clone()))),
+            Payload::Unknown(what) => return Err(invalid(Defect::UnknownPayload(what.clone()))),
             Payload::Compressed { range, compression, has_length } => {
                 (range, *compression, *has_length)
             }
@@ -292,10 +293,7 @@ impl BootImage {
             Payload::Plain => Err(Defect::ForeignMachine(inner.arch.to_string())),
             _ => Err(Defect::NotAKernel("another compressed kernel".to_owned())),
         });
-        match inner {
-            Ok(()) => Ok(Some(kernel)),
-            Err(defect) => Err(BootImageError::InvalidPayload { path: self.path.clone(), defect }),
-        }
+        inner.map(|()| Some(kernel)).map_err(invalid)
     }
 }
 
@@ -308,6 +306,14 @@ pub fn pvh_entry(vmlinux: &[u8]) -> Option<u32> {
 /// Whether an uncompressed x86 kernel can be booted through PVH.
 pub fn extracted_supports_pvh(vmlinux: &[u8]) -> bool {
     pvh_entry(vmlinux).is_some()
+}
+
+/// Some distributions make kernels readable for root only, which surprises everybody else.
+fn permission_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; make it readable (`sudo chmod a+r`) or copy it",
+        _ => "",
+    }
 }
 
 enum PayloadError {

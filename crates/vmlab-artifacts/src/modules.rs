@@ -49,6 +49,18 @@ pub enum ModulesError {
         /// The tree's release.
         release: String,
     },
+    /// The tree lacks the list of what is built into the kernel, without which everything that is
+    /// built in would seem to be absent.
+    #[error(
+        "{} has no modules.builtin, so it is not the whole tree; Debian's kernels from 7.x on have \
+         that file in the package linux-base-{}", dir.display(), release
+    )]
+    NoBuiltinList {
+        /// The tree.
+        dir: PathBuf,
+        /// The tree's release.
+        release: String,
+    },
     /// An index file is larger than any real one, or is not text.
     #[error("{} is damaged: {reason}; run depmod again", path.display())]
     BadIndex {
@@ -111,6 +123,15 @@ pub enum ModulesError {
         status: std::process::ExitStatus,
         /// The end of what it printed.
         message: String,
+    },
+    /// depmod passed over all modules.
+    #[error(
+        "depmod found none of the modules in {}; see `depmod --version` for whether it can read the \
+         format that they are compressed in", dir.display()
+    )]
+    NothingIndexed {
+        /// The tree.
+        dir: PathBuf,
     },
     /// depmod could not be run at all.
     #[error("cannot run {}", program.display())]
@@ -217,11 +238,12 @@ impl ModuleTree {
         names.into_iter()
     }
 
-    /// The modules that have to be loaded before `module`, in load order, without itself.
+    /// The modules that have to be loaded before `module`, in load order, without itself (or what
+    /// it is an alias of) and without soft dependencies.
     pub fn dependencies(&self, module: &str) -> Result<Vec<ModuleRef>, ModulesError> {
-        let name = normalize(module);
+        let own = self.index.resolve(&normalize(module));
         let mut closure = self.closure(&[module])?;
-        closure.retain(|m| !m.optional && m.name != name);
+        closure.retain(|m| !m.optional && !own.contains(&m.name.as_str()));
         Ok(closure)
     }
 

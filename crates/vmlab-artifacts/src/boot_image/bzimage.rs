@@ -127,7 +127,7 @@ fn payload<'data, R: ReadRef<'data>>(
     let field = |at| u32_at(head, at).map_or(0, u64::from);
     let (offset, length) = (field(offset::PAYLOAD_OFFSET), field(offset::PAYLOAD_LENGTH));
     if protocol < PROTOCOL_WITH_PAYLOAD {
-        return Ok(Payload::Unknown("its boot protocol does not say where".to_owned()));
+        return Ok(Payload::Unknown("its boot protocol has no place for it".to_owned()));
     }
     if length == 0 {
         return Err(Defect::BadField { field: "payload_length", value: 0 });
@@ -144,6 +144,6 @@ fn payload<'data, R: ReadRef<'data>>(
         Some(compression) => {
             Payload::Compressed { range: start..end, compression, has_length: true }
         }
-        None => Payload::Unknown(found::hex(magic)),
+        None => Payload::Unknown(format!("it starts with the bytes {}", found::hex(magic))),
     })
 }

@@ -18,6 +18,7 @@ const MAGICS: &[(&[u8], &str)] = &[
     (b"hsqs", "a squashfs image"),
     (b"PK\x03\x04", "a zip archive"),
     (b"\x27\x05\x19\x56", "a U-Boot image"),
+    (b"MZ\0\0zimg", "a self-extracting EFI kernel (zboot)"),
     (b"MZ", "an EFI or DOS program"),
 ];
 

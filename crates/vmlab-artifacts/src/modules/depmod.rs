@@ -53,8 +53,15 @@ pub fn depmod(base: &Path, release: &str) -> Result<(), ModulesError> {
         }
     };
     // It reports some errors without an exit status that says so.
-    let made = output.status.success() && dir.join("modules.dep").is_file();
-    if made { Ok(()) } else { Err(failed()) }
+    let index_len = dir.join("modules.dep").metadata().map(|index| index.len());
+    match index_len {
+        Ok(len) if output.status.success() => {
+            let expected = dir.join("modules.order").metadata().is_ok_and(|order| order.len() > 0);
+            // It passes over modules in a compression that it was built without.
+            if len == 0 && expected { Err(ModulesError::NothingIndexed { dir }) } else { Ok(()) }
+        }
+        _ => Err(failed()),
+    }
 }
 
 /// `BASE/lib/modules/RELEASE`, for a release that is one file name.

@@ -73,7 +73,16 @@ impl Index {
             .map_err(|reason| bad_index("modules.dep", reason))?;
         index.add_softdep(&optional("modules.softdep")?);
         index.add_alias(&optional("modules.alias")?);
-        index.add_builtin(&optional("modules.builtin")?);
+        let builtin = match read_capped(&dir.join("modules.builtin"), INDEX_LEN_MAX) {
+            Err(ModulesError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(ModulesError::NoBuiltinList {
+                    dir: dir.to_owned(),
+                    release: release.to_owned(),
+                });
+            }
+            read => text("modules.builtin", read?)?,
+        };
+        index.add_builtin(&builtin);
         // Descriptions and author names in it may be in any encoding.
         match read_capped(&dir.join("modules.builtin.modinfo"), INDEX_LEN_MAX) {
             Ok(bytes) => index.add_builtin_modinfo(&String::from_utf8_lossy(&bytes)),

@@ -129,7 +129,7 @@ fn an_unpacked_package_gets_an_index_in_the_cache() {
     assert_eq!(kernel.features().unwrap().get(Feature::Overlay), Availability::BuiltIn);
 
     // A change makes a new tree and removes the old one.
-    put(&root, &format!("usr/lib/modules/{RELEASE}/modules.order"), "kernel/x.ko\n");
+    put(&root, &format!("usr/lib/modules/{RELEASE}/vmlinuz"), [bzimage(RELEASE), vec![0]].concat());
     let again = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
     assert_ne!(again, tree);
     assert!(!tree.exists());
