@@ -329,7 +329,7 @@ impl KernelStore {
             return Err(KernelError::NoSuchPath { path });
         }
         let control = deb::control(&path)?;
-        let debs = entry::with_siblings(&path, &control);
+        let debs = entry::with_siblings(&path, &control)?;
         let mut key = ContentKey::new("deb-1");
         for deb in &debs {
             key = key.file("deb", deb).map_err(|e| KernelError::io("read the package", deb, e))?;

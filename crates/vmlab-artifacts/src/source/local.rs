@@ -69,7 +69,7 @@ fn image_error(path: &Path, error: BootImageError) -> KernelError {
         BootImageError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
             KernelError::Unreadable { path: path.to_owned(), source }
         }
-        error => KernelError::BadImage { path: path.to_owned(), source: Box::new(error) },
+        error => KernelError::BadImage(error),
     }
 }
 

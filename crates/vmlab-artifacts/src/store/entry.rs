@@ -128,32 +128,44 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Kern
 }
 
 /// A `.deb` and the packages beside it that hold other parts of its kernel.
-pub(super) fn with_siblings(path: &Path, control: &Control) -> Vec<PathBuf> {
+///
+/// # Errors
+/// [`KernelError::MissingParts`] when one that it depends on is not there.
+pub(super) fn with_siblings(path: &Path, control: &Control) -> Result<Vec<PathBuf>, KernelError> {
     let mut debs = vec![path.to_owned()];
-    let mut todo = control.depends.clone();
+    let mut missing = Vec::new();
+    let mut todo: Vec<(String, bool)> =
+        control.depends.iter().map(|name| (name.clone(), true)).collect();
     let mut seen = vec![control.package.clone()];
-    // A kernel image does not depend on its modules everywhere, so the names are tried, too.
+    // Not every image depends on the modules that there are for it, so their names are tried, too.
     if let Some(release) = ["linux-image-", "linux-binary-"]
         .iter()
         .find_map(|prefix| control.package.strip_prefix(prefix))
     {
         let parts = ["base", "binary", "modules", "modules-extra"];
-        todo.extend(parts.iter().map(|part| format!("linux-{part}-{release}")));
+        todo.extend(parts.iter().map(|part| (format!("linux-{part}-{release}"), false)));
     }
-    while let Some(name) = todo.pop() {
+    let mut next = 0;
+    while let Some((name, needed)) = todo.get(next).cloned() {
+        next += 1;
         if seen.contains(&name) {
             continue;
         }
         let file = format!("{name}_{}_{}.deb", control.version, control.architecture);
-        let sibling = path.with_file_name(file);
+        let sibling = path.with_file_name(&file);
         seen.push(name);
-        if let Ok(other) = deb::control(&sibling) {
-            todo.extend(other.depends);
+        if sibling.exists() {
+            todo.extend(deb::control(&sibling)?.depends.into_iter().map(|name| (name, true)));
             debs.push(sibling);
+        } else if needed {
+            missing.push(file);
         }
     }
     debs[1..].sort();
-    debs
+    match missing.is_empty() {
+        true => Ok(debs),
+        false => Err(KernelError::MissingParts { path: path.to_owned(), missing }),
+    }
 }
 
 /// A key made fit for a file name.
