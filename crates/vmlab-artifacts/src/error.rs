@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::boot_image::BootImageError;
 use crate::cache::{CacheError, Flaw};
 use crate::spec::{Distro, SpecError};
 
@@ -24,13 +25,8 @@ pub enum KernelError {
         path: PathBuf,
     },
     /// The file is no kernel that can be booted.
-    #[error("{} cannot be booted", path.display())]
-    BadImage {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: Flaw,
-    },
+    #[error(transparent)]
+    BadImage(#[from] BootImageError),
     /// The directory is neither a build tree nor an unpacked package.
     #[error(
         "there is no kernel in {}: a build tree has arch/*/boot/bzImage or Image (was it built?), \
@@ -103,13 +99,23 @@ pub enum KernelError {
     },
     /// The package has no kernel in it.
     #[error(
-        "the package {} has no kernel in it; packages with kernels are named linux-image-VERSION \
-         (from Debian's 7.x on linux-binary-VERSION: put its linux-modules and linux-base packages \
-         beside it)", path.display()
+        "{} has no kernel in it; packages with kernels are named linux-image-VERSION",
+        path.display()
     )]
     NoKernelInDeb {
         /// The package.
         path: PathBuf,
+    },
+    /// Other packages of the same kernel are wanted beside this one.
+    #[error(
+        "{} holds only a part of a kernel; put the others into the same directory: {} \
+         (`apt-get download` fetches them)", path.display(), list(missing)
+    )]
+    MissingParts {
+        /// The package.
+        path: PathBuf,
+        /// The file names of the others.
+        missing: Vec<String>,
     },
     /// This host has no apt.
     #[error(
@@ -148,7 +154,7 @@ pub enum KernelError {
         words: String,
     },
     /// apt failed.
-    #[error("apt cannot {doing}; it says: {words}")]
+    #[error("apt cannot {doing}; it says: {words}{}", disk_hint(words))]
     Apt {
         /// What was being done, an infinitive.
         doing: String,
@@ -166,10 +172,7 @@ pub enum KernelError {
         available: Vec<String>,
     },
     /// The store has no kernel that fits, and nothing may be fetched.
-    #[error(
-        "{spec} is not in the store; fetch it with `vmlab kernel pull {spec}`{}",
-        closest(have)
-    )]
+    #[error("{spec} is not in the store; fetch it with `vmlab kernel pull {spec}`{}", stored(have))]
     NotInStore {
         /// The spec.
         spec: String,
@@ -193,7 +196,7 @@ pub enum KernelError {
         entries: Vec<String>,
     },
     /// No store entry has this name.
-    #[error("the store has no kernel `{name}`{}", closest(have))]
+    #[error("there is no kernel `{name}` in the store{}", stored(have))]
     NoEntry {
         /// What was asked for.
         name: String,
@@ -232,6 +235,21 @@ fn list(names: &[String]) -> String {
 
 fn closest(names: &[String]) -> String {
     if names.is_empty() { String::new() } else { format!("; there is {}", list(names)) }
+}
+
+fn stored(names: &[String]) -> String {
+    match names {
+        [] => "; the store is empty".to_owned(),
+        _ => format!("; the store has {}", list(names)),
+    }
+}
+
+/// apt works in the cache directory, and cannot know what moves it.
+fn disk_hint(words: &str) -> String {
+    match words.contains("No space left on device") || words.contains("enough free space") {
+        true => crate::cache::advice(&io::Error::from(io::ErrorKind::StorageFull)),
+        false => String::new(),
+    }
 }
 
 fn installed_list(names: &[String]) -> String {

@@ -14,6 +14,8 @@ mod progress;
 mod source;
 pub mod spec;
 mod store;
+#[cfg(test)]
+mod test_support;
 mod version;
 
 pub use arch::Arch;

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::source::{apt, deb, local};
 use crate::{
-    Arch, Cache, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec, Origin, Progress,
-    Select, Silent, version,
+    Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec,
+    Origin, Progress, Select, Silent, version,
 };
 
 mod entry;
@@ -113,8 +113,7 @@ impl KernelStore {
             }
             Err(error) => format!("the running one ({release}) cannot be used, because {error}"),
         };
-        let newest = self.list()?.into_iter().rfind(|k| k.valid && k.arch == Arch::HOST);
-        if let Some(newest) = newest {
+        if let Some(newest) = self.newest(|kernel| kernel.arch == Arch::HOST)? {
             progress.note(&format!(
                 "no kernel was named, and {why_not}: using the newest of the store, {}",
                 newest.release
@@ -157,13 +156,19 @@ impl KernelStore {
     /// # Errors
     /// [`KernelError::Cache`] when the store cannot be read.
     pub fn list(&self) -> Result<Vec<StoredKernel>, KernelError> {
+        let mut kernels = self.described()?;
+        for kernel in &mut kernels {
+            kernel.valid = self.is_whole(&kernel.key)?;
+        }
+        Ok(kernels)
+    }
+
+    /// The kernels of the store, the newest last; whether they are whole was not looked at.
+    fn described(&self) -> Result<Vec<StoredKernel>, KernelError> {
         let mut kernels = Vec::new();
         for item in self.cache.entries(KERNELS)? {
-            let checked = entry::verify(&item.path);
             let Ok(entry) = Entry::read(&item.path) else { continue };
             kernels.push(StoredKernel {
-                bytes: entry.files.files.values().sum(),
-                valid: checked.is_ok(),
                 key: item.key,
                 release: entry.release,
                 distro: entry.distro,
@@ -172,10 +177,34 @@ impl KernelStore {
                 package: entry.package,
                 version: entry.version,
                 suites: entry.suites,
+                bytes: entry.bytes,
+                valid: false,
             });
         }
         kernels.sort_by(order);
         Ok(kernels)
+    }
+
+    /// The newest kernel of the store that passes `wanted` and is whole.
+    fn newest(
+        &self,
+        wanted: impl Fn(&StoredKernel) -> bool,
+    ) -> Result<Option<StoredKernel>, KernelError> {
+        for kernel in self.described()?.into_iter().rev().filter(|kernel| wanted(kernel)) {
+            if self.is_whole(&kernel.key)? {
+                return Ok(Some(kernel));
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_whole(&self, key: &str) -> Result<bool, KernelError> {
+        // A mark that names the entry can be damaged as any file, so a bad key is no error.
+        match self.cache.lookup(KERNELS, key, entry::verify) {
+            Ok(found) => Ok(found.is_some()),
+            Err(CacheError::BadName { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Removes a kernel, named by its key, package, release or spec; gives back its key.
@@ -183,7 +212,7 @@ impl KernelStore {
     /// # Errors
     /// [`KernelError::NoEntry`] and [`KernelError::SeveralEntries`].
     pub fn remove(&self, name: &str) -> Result<String, KernelError> {
-        let all = self.list()?;
+        let all = self.described()?;
         let spec = match name.parse() {
             Ok(KernelSpec::Distro(spec)) => Some(spec),
             _ => None,
@@ -214,23 +243,21 @@ impl KernelStore {
     }
 
     fn releases(&self) -> Result<Vec<String>, KernelError> {
-        Ok(self.list()?.into_iter().map(|kernel| kernel.release).collect())
+        Ok(self.described()?.into_iter().map(|kernel| kernel.release).collect())
     }
 
     /// The answer of the store to a distribution's spec.
     fn stored(&self, spec: &DistroSpec) -> Result<Option<Kernel>, KernelError> {
         let key = match &spec.select {
             Select::Version(_) => {
-                self.list()?.into_iter().rfind(|k| k.valid && fits(k, spec)).map(|k| k.key)
+                self.newest(|kernel| fits(kernel, spec))?.map(|kernel| kernel.key)
             }
-            Select::Suite(_) => fs::read_to_string(self.suite_mark(spec)).ok(),
+            Select::Suite(_) => match fs::read_to_string(self.suite_mark(spec)) {
+                Ok(key) if self.is_whole(&key)? => Some(key),
+                _ => None,
+            },
         };
-        let Some(key) = key else { return Ok(None) };
-        match self.cache.lookup(KERNELS, &key, entry::verify) {
-            Ok(Some(_)) => self.open_entry(&key, spec.to_string()).map(Some),
-            // A mark can outlive its entry, and be damaged as any file.
-            Ok(None) | Err(_) => Ok(None),
-        }
+        key.map(|key| self.open_entry(&key, spec.to_string())).transpose()
     }
 
     /// The file that names the entry which was a suite's newest when it was last asked.
@@ -302,7 +329,7 @@ impl KernelStore {
             return Err(KernelError::NoSuchPath { path });
         }
         let control = deb::control(&path)?;
-        let debs = entry::with_siblings(&path, &control);
+        let debs = entry::with_siblings(&path, &control)?;
         let mut key = ContentKey::new("deb-1");
         for deb in &debs {
             key = key.file("deb", deb).map_err(|e| KernelError::io("read the package", deb, e))?;

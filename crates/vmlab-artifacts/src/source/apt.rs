@@ -29,8 +29,13 @@ const WITH_SUITE: [&str; 2] = ["-updates", "-security"];
 /// each release, so that this list stays right.
 const DEBIAN_ELSEWHERE: [&str; 6] =
     ["stable", "stable-updates", "stable-security", "stable-backports", "testing", "unstable"];
-const DEBIAN_OLD: [&str; 4] =
-    ["oldstable", "oldstable-security", "oldstable-backports", "oldoldstable"];
+const DEBIAN_OLD: [&str; 5] = [
+    "oldstable",
+    "oldstable-security",
+    "oldstable-backports",
+    "oldoldstable",
+    "oldoldstable-security",
+];
 const UBUNTU_ELSEWHERE: [&str; 8] = [
     "devel",
     "resolute",
@@ -254,6 +259,10 @@ impl Search<'_> {
                     Err(error) => return Err(error),
                 }
             }
+            // Where no suite answers at all, the others would not, either.
+            if offers.is_empty() && !failures.is_empty() {
+                return Err(failures.remove(0).1);
+            }
             if let Some(found) = self.best(&offers)? {
                 for (name, error) in &failures {
                     self.progress.note(&format!("the suite {name} was left out: {error}"));
@@ -261,16 +270,8 @@ impl Search<'_> {
                 return Ok(found);
             }
         }
-        match failures.first() {
-            // Nothing at all was reached, so the failure is the news.
-            Some(_) if offers.iter().all(|offer| offer.index.missing.is_some()) => {
-                Err(failures.remove(0).1)
-            }
-            _ => {
-                let names: Vec<String> = failures.into_iter().map(|(name, _)| name).collect();
-                Err(self.no_match(&offers, &names))
-            }
-        }
+        let names: Vec<String> = failures.into_iter().map(|(name, _)| name).collect();
+        Err(self.no_match(&offers, &names))
     }
 
     /// Where to look for a version, group by group.
@@ -363,9 +364,12 @@ impl Search<'_> {
         let mut all: Vec<Candidate> =
             offers.iter().flat_map(|o| Candidate::all(&o.index.packages, distro)).collect();
         all.sort_by(|a, b| b.order(a));
+        // Best are other versions of this flavour, then other flavours of this version.
         let wanted = wanted_flavour(self.spec);
         if all.iter().any(|candidate| candidate.flavour.as_deref() == wanted) {
             all.retain(|candidate| candidate.flavour.as_deref() == wanted);
+        } else if all.iter().any(|candidate| candidate.has_version(self.spec)) {
+            all.retain(|candidate| candidate.has_version(self.spec));
         }
         let mut available: Vec<String> = Vec::new();
         for candidate in all {

@@ -18,6 +18,9 @@ mod tests;
 /// was built with debug information has 5 GB.
 const MAX_UNPACKED: u64 = 16 << 30;
 
+/// What is being done when a file of a package cannot be written.
+const WRITE: &str = "unpack the package into";
+
 /// Most bytes of a control file; real ones have a few thousand.
 const MAX_CONTROL: u64 = 1 << 20;
 
@@ -111,6 +114,11 @@ pub(crate) fn unpack(path: &Path, dest: &Path, progress: &dyn Progress) -> Resul
         progress.download(done, None);
         out.flush()
     })
+    .map_err(|error| match error {
+        // The package was read well; it is the place that has a problem.
+        KernelError::Io { doing: WRITE, source, .. } => KernelError::io(WRITE, dest, source),
+        error => error,
+    })
 }
 
 /// Where a file of a package goes; none for a file that a kernel does not need.
@@ -183,7 +191,7 @@ fn each_file(
                 io::ErrorKind::StorageFull
                 | io::ErrorKind::QuotaExceeded
                 | io::ErrorKind::PermissionDenied
-                | io::ErrorKind::ReadOnlyFilesystem => KernelError::io("unpack", path, error),
+                | io::ErrorKind::ReadOnlyFilesystem => KernelError::io(WRITE, path, error),
                 _ => bad(path, error),
             })?;
         }

@@ -61,12 +61,16 @@ pub(crate) fn assemble(cache: &Cache, spec: String, parts: Parts) -> Result<Kern
 
 /// Opens a boot image, with an error of its own for one that this user may not read.
 pub(crate) fn open_image(path: &Path) -> Result<BootImage, KernelError> {
-    BootImage::open(path).map_err(|error| match error {
+    BootImage::open(path).map_err(|error| image_error(path, error))
+}
+
+fn image_error(path: &Path, error: BootImageError) -> KernelError {
+    match error {
         BootImageError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
             KernelError::Unreadable { path: path.to_owned(), source }
         }
-        error => KernelError::BadImage { path: path.to_owned(), source: Box::new(error) },
-    })
+        error => KernelError::BadImage(error),
+    }
 }
 
 /// The kernel at a path that is no `.deb`.

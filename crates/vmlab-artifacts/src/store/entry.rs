@@ -1,7 +1,6 @@
-//! What is in a store entry: `boot/`, `lib/modules/RELEASE/` and `entry.json`.
+//! What is in a store entry: `boot/`, `lib/modules/RELEASE/`, `files.json` and `entry.json`.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +15,10 @@ use crate::{Arch, ContentKey, Distro, KernelError, Progress, modules};
 const FORMAT: u32 = 1;
 
 const ENTRY: &str = "entry.json";
+
+/// All files but these two, with their sizes. Apart from the description, because a look-up reads
+/// the descriptions of all entries and the files of one.
+const FILES: &str = "files.json";
 
 /// Longest key before it is cut and hashed.
 const MAX_KEY: usize = 150;
@@ -33,8 +36,8 @@ pub(super) struct Entry {
     pub(super) suites: Vec<String>,
     /// The boot image, relative to the entry.
     pub(super) image: PathBuf,
-    /// All files but this description.
-    pub(super) files: Manifest,
+    /// Bytes of all files.
+    pub(super) bytes: u64,
 }
 
 impl Entry {
@@ -52,10 +55,11 @@ pub(super) fn verify(dir: &Path) -> Result<(), Flaw> {
     if entry.format != FORMAT {
         return Err(format!("it has format {} instead of {FORMAT}", entry.format).into());
     }
-    if !entry.files.files.contains_key(&entry.image) {
+    let files: Manifest = serde_json::from_slice(&fs::read(dir.join(FILES))?)?;
+    if !files.files.contains_key(&entry.image) {
         return Err("its boot image is not among its files".into());
     }
-    entry.files.check(dir)?;
+    files.check(dir)?;
     BootImage::open(&dir.join(&entry.image))?;
     Ok(())
 }
@@ -96,6 +100,7 @@ pub(super) fn finish(
         progress.phase("index the modules");
         modules::depmod(dir, &release).map_err(|e| local::modules_error(&tree, e))?;
     }
+    let files = Manifest::of(dir).map_err(|e| KernelError::io("list", dir, e))?;
     let mut entry = Entry {
         format: FORMAT,
         distro: None,
@@ -106,42 +111,61 @@ pub(super) fn finish(
         version: String::new(),
         suites: Vec::new(),
         image: image.strip_prefix(dir).unwrap_or(&image).to_owned(),
-        files: Manifest::of(dir).map_err(|e| KernelError::io("list", dir, e))?,
+        bytes: files.files.values().sum(),
     };
     describe(&mut entry);
-    let path = dir.join(ENTRY);
-    let write =
-        || -> std::io::Result<()> { File::create(&path)?.write_all(&serde_json::to_vec(&entry)?) };
-    write().map_err(|e| KernelError::io("describe the kernel in", &path, e))
+    // The description comes last: an entry without it is none.
+    write_json(dir, FILES, &files)?;
+    write_json(dir, ENTRY, &entry)
+}
+
+fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), KernelError> {
+    let path = dir.join(name);
+    serde_json::to_vec(value)
+        .map_err(std::io::Error::from)
+        .and_then(|json| fs::write(&path, json))
+        .map_err(|e| KernelError::io("describe the kernel in", &path, e))
 }
 
 /// A `.deb` and the packages beside it that hold other parts of its kernel.
-pub(super) fn with_siblings(path: &Path, control: &Control) -> Vec<PathBuf> {
+///
+/// # Errors
+/// [`KernelError::MissingParts`] when one that it depends on is not there.
+pub(super) fn with_siblings(path: &Path, control: &Control) -> Result<Vec<PathBuf>, KernelError> {
     let mut debs = vec![path.to_owned()];
-    let mut todo = control.depends.clone();
+    let mut missing = Vec::new();
+    let mut todo: Vec<(String, bool)> =
+        control.depends.iter().map(|name| (name.clone(), true)).collect();
     let mut seen = vec![control.package.clone()];
-    // A kernel image does not depend on its modules everywhere, so the names are tried, too.
+    // Not every image depends on the modules that there are for it, so their names are tried, too.
     if let Some(release) = ["linux-image-", "linux-binary-"]
         .iter()
         .find_map(|prefix| control.package.strip_prefix(prefix))
     {
         let parts = ["base", "binary", "modules", "modules-extra"];
-        todo.extend(parts.iter().map(|part| format!("linux-{part}-{release}")));
+        todo.extend(parts.iter().map(|part| (format!("linux-{part}-{release}"), false)));
     }
-    while let Some(name) = todo.pop() {
+    let mut next = 0;
+    while let Some((name, needed)) = todo.get(next).cloned() {
+        next += 1;
         if seen.contains(&name) {
             continue;
         }
         let file = format!("{name}_{}_{}.deb", control.version, control.architecture);
-        let sibling = path.with_file_name(file);
+        let sibling = path.with_file_name(&file);
         seen.push(name);
-        if let Ok(other) = deb::control(&sibling) {
-            todo.extend(other.depends);
+        if sibling.exists() {
+            todo.extend(deb::control(&sibling)?.depends.into_iter().map(|name| (name, true)));
             debs.push(sibling);
+        } else if needed {
+            missing.push(file);
         }
     }
     debs[1..].sort();
-    debs
+    match missing.is_empty() {
+        true => Ok(debs),
+        false => Err(KernelError::MissingParts { path: path.to_owned(), missing }),
+    }
 }
 
 /// A key made fit for a file name.

@@ -1,1 +1,115 @@
+use super::*;
+use crate::test_support::{DebBuilder, bzimage, chain};
 
+mod repository;
+
+const RELEASE: &str = "6.12.1+deb12-amd64";
+
+fn image_deb(dir: &Path) -> PathBuf {
+    DebBuilder::new(&format!("linux-image-{RELEASE}"), "6.12.1-1")
+        .file(&format!("./boot/vmlinuz-{RELEASE}"), &bzimage(RELEASE))
+        .file(&format!("./boot/config-{RELEASE}"), b"CONFIG_PVH=y\n")
+        .file(&format!("./lib/modules/{RELEASE}/modules.order"), b"")
+        .file(&format!("./lib/modules/{RELEASE}/modules.builtin"), b"")
+        .file("./usr/share/doc/linux/README", b"left out")
+        .write(dir)
+}
+
+fn path_spec(path: &Path) -> KernelSpec {
+    KernelSpec::Path(path.to_owned())
+}
+
+#[test]
+fn a_deb_is_imported_once_and_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let deb = image_deb(dir.path());
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let kernel = store.resolve(&path_spec(&deb), &Silent).unwrap();
+    assert_eq!(kernel.release, RELEASE);
+    assert!(kernel.modules.as_ref().unwrap().join("modules.dep").is_file());
+    assert!(kernel.config.is_some());
+    let Origin::Package { entry, package, version, suites } = &kernel.origin else { panic!() };
+    assert!(entry.starts_with("deb-"));
+    assert_eq!(
+        (package.as_str(), version.as_str()),
+        ("linux-image-6.12.1+deb12-amd64", "6.12.1-1")
+    );
+    assert!(suites.is_empty());
+    assert!(!store.cache().root().join(KERNELS).join(entry).join("usr").exists());
+
+    let list = store.list().unwrap();
+    assert_eq!(list.len(), 1);
+    assert!(list[0].valid && list[0].bytes > 1000);
+
+    // Damage is seen in the list, and repaired by the next use.
+    std::fs::write(&kernel.boot_image, "cut").unwrap();
+    assert!(!store.list().unwrap()[0].valid);
+    assert_eq!(store.resolve(&path_spec(&deb), &Silent).unwrap().release, RELEASE);
+    assert!(store.list().unwrap()[0].valid);
+
+    assert_eq!(&store.remove(RELEASE).unwrap(), entry);
+    assert!(store.list().unwrap().is_empty());
+    let gone = store.remove(RELEASE).unwrap_err();
+    assert!(matches!(gone, KernelError::NoEntry { .. }));
+}
+
+#[test]
+fn parts_beside_a_split_kernel_are_taken_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let release = "7.2.1-amd64";
+    let image = DebBuilder::new(&format!("linux-image-{release}"), "7.2.1-1")
+        .depends(&format!(
+            "linux-binary-{release} (= 7.2.1-1), linux-modules-{release} (= 7.2.1-1)"
+        ))
+        .write(dir.path());
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let error = store.resolve(&path_spec(&image), &Silent).unwrap_err();
+    let text = chain(&error);
+    assert!(matches!(error, KernelError::MissingParts { .. }), "{text}");
+    assert!(text.contains("linux-binary-7.2.1-amd64_7.2.1-1_amd64.deb"), "{text}");
+    assert!(text.contains("linux-modules-7.2.1-amd64_7.2.1-1_amd64.deb"), "{text}");
+
+    DebBuilder::new(&format!("linux-modules-{release}"), "7.2.1-1")
+        .file(&format!("./usr/lib/modules/{release}/modules.builtin"), b"")
+        .write(dir.path());
+    DebBuilder::new(&format!("linux-binary-{release}"), "7.2.1-1")
+        .depends(&format!("linux-base-{release}"))
+        .file(&format!("./usr/lib/modules/{release}/vmlinuz"), &bzimage(release))
+        .write(dir.path());
+    DebBuilder::new(&format!("linux-base-{release}"), "7.2.1-1")
+        .file(&format!("./usr/lib/modules/{release}/config"), b"CONFIG_PVH=y\n")
+        .file(&format!("./usr/lib/modules/{release}/modules.order"), b"")
+        .write(dir.path());
+    let kernel = store.resolve(&path_spec(&image), &Silent).unwrap();
+    assert_eq!(kernel.release, release);
+    assert!(kernel.config.is_some() && kernel.modules.is_some());
+}
+
+#[test]
+fn a_package_without_a_kernel_leaves_no_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let deb = DebBuilder::new("hello", "1").file("./usr/bin/hello", b"x").write(dir.path());
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let error = store.resolve(&path_spec(&deb), &Silent).unwrap_err();
+    assert!(error.to_string().contains("hello_1_amd64.deb has no kernel in it"), "{error}");
+    assert!(store.cache().entries(KERNELS).unwrap().is_empty());
+}
+
+#[test]
+fn inspect_and_pull_say_what_they_cannot_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let spec = "debian:6.12".parse().unwrap();
+    let error = store.inspect(&spec).unwrap_err().to_string();
+    assert!(error.contains("vmlab kernel pull debian:6.12"), "{error}");
+    let error = store.pull(&KernelSpec::Host, &Silent).unwrap_err();
+    assert!(matches!(error, KernelError::NotPullable { .. }));
+}
+
+#[test]
+fn keys_are_file_names() {
+    assert_eq!(entry::sanitise("linux-image-6.1_1:6.1~x+b/1"), "linux-image-6.1_1-6.1~x+b-1");
+    let (a, b) = ("x".repeat(300), format!("{}y", "x".repeat(299)));
+    assert!(entry::sanitise(&a).len() <= 150);
+    assert_ne!(entry::sanitise(&a), entry::sanitise(&b));
+}

@@ -112,11 +112,15 @@ impl Candidate {
 
     /// Whether this kernel fits, suites left aside.
     pub(super) fn fits(&self, spec: &DistroSpec) -> bool {
-        let version_fits = match &spec.select {
+        self.has_version(spec) && self.flavour.as_deref() == wanted_flavour(spec)
+    }
+
+    /// Whether this kernel has the wanted version; where a suite is wanted, any is.
+    pub(super) fn has_version(&self, spec: &DistroSpec) -> bool {
+        match &spec.select {
             Select::Suite(_) => true,
             Select::Version(prefix) => version_fits(&self.release, &self.image.version, prefix),
-        };
-        version_fits && self.flavour.as_deref() == wanted_flavour(spec)
+        }
     }
 
     /// By version, and by release where one version has several.

@@ -222,6 +222,8 @@ impl AptRoot {
             "Dir::Etc::preferences=/dev/null",
             "Dir::Etc::preferencesparts=/dev/null",
             "Acquire::Languages=none",
+            // Two suites' lists would be 100 MB otherwise.
+            "Acquire::GzipIndexes=true",
             // The directories are private to this user, whoever that is.
             "APT::Sandbox::User=root",
             &format!("APT::Architecture={arch}"),

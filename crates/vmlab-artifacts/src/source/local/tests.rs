@@ -1,1 +1,162 @@
+use super::*;
+use crate::test_support::{bzimage, chain};
+use crate::{Availability, Feature};
 
+const RELEASE: &str = "6.12.1-test";
+
+fn put(root: &Path, path: &str, content: impl AsRef<[u8]>) {
+    let path = root.join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, content).unwrap();
+}
+
+fn host(root: &Path) {
+    put(root, &format!("boot/vmlinuz-{RELEASE}"), bzimage(RELEASE));
+    put(
+        root,
+        &format!("boot/config-{RELEASE}"),
+        "CONFIG_VIRTIO_PCI=y\nCONFIG_9P_FS=m\nCONFIG_NET_9P_VIRTIO=m\n",
+    );
+    put(
+        root,
+        &format!("lib/modules/{RELEASE}/modules.dep"),
+        "kernel/9p.ko:\nkernel/9pnet_virtio.ko:\n",
+    );
+}
+
+#[test]
+fn an_installed_release_is_used_in_place() {
+    let dir = tempfile::tempdir().unwrap();
+    host(dir.path());
+    let cache = Cache::at(dir.path().join("cache"));
+    let kernel = installed(&cache, dir.path(), RELEASE, false).unwrap();
+    assert_eq!(kernel.release, RELEASE);
+    assert_eq!(kernel.arch, Arch::X86_64);
+    assert_eq!(kernel.boot_image, dir.path().join(format!("boot/vmlinuz-{RELEASE}")));
+    assert_eq!(kernel.modules, Some(dir.path().join(format!("lib/modules/{RELEASE}"))));
+    assert_eq!(kernel.origin, Origin::Installed);
+    assert!(kernel.version_string.as_ref().unwrap().contains("#1 SMP test"));
+    let features = kernel.features().unwrap();
+    assert_eq!(features.get(Feature::VirtioPci), Availability::BuiltIn);
+    assert_eq!(features.get(Feature::NineP), Availability::Module);
+    assert_eq!(features.get(Feature::Btrfs), Availability::Absent);
+    assert!(!cache.root().exists(), "nothing is copied");
+    assert_eq!(installed(&cache, dir.path(), RELEASE, true).unwrap().spec, "host");
+}
+
+#[test]
+fn a_missing_release_is_answered_with_what_there_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path().join("cache"));
+    let none = installed(&cache, dir.path(), "6.12", false).unwrap_err().to_string();
+    assert!(none.contains("no kernel 6.12 is installed") && none.contains("at all"), "{none}");
+    assert!(none.contains("did you mean debian:6.12?"), "{none}");
+    host(dir.path());
+    let other = installed(&cache, dir.path(), "5.10-x", false).unwrap_err().to_string();
+    assert!(other.contains(&format!("installed: {RELEASE}")), "{other}");
+    assert!(!other.contains("did you mean"), "{other}");
+}
+
+#[test]
+fn a_module_tree_without_an_index_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    host(dir.path());
+    fs::remove_file(dir.path().join(format!("lib/modules/{RELEASE}/modules.dep"))).unwrap();
+    let cache = Cache::at(dir.path().join("cache"));
+    let error = installed(&cache, dir.path(), RELEASE, false).unwrap_err();
+    assert!(matches!(error, KernelError::NoModulesDep { .. }));
+    assert!(error.to_string().contains(&format!("sudo depmod {RELEASE}")), "{error}");
+}
+
+#[test]
+fn an_unreadable_image_is_told_from_a_bad_one() {
+    let denied = BootImageError::Io {
+        path: "x".into(),
+        source: io::Error::from(io::ErrorKind::PermissionDenied),
+    };
+    let error = image_error(Path::new("/boot/vmlinuz-1"), denied);
+    assert!(matches!(error, KernelError::Unreadable { .. }));
+    assert!(error.to_string().contains("sudo chmod a+r /boot/vmlinuz-1"), "{error}");
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "image", "just text, no kernel");
+    let cache = Cache::at(dir.path().join("cache"));
+    let error = at_path(&cache, "s".to_owned(), &dir.path().join("image")).unwrap_err();
+    assert!(matches!(error, KernelError::BadImage(_)));
+    assert!(error.to_string().contains("image cannot be booted"), "{}", chain(&error));
+}
+
+#[test]
+fn a_plain_file_has_no_modules_and_unknown_features() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "bzImage", bzimage(RELEASE));
+    let cache = Cache::at(dir.path().join("cache"));
+    let kernel = at_path(&cache, "s".to_owned(), &dir.path().join("bzImage")).unwrap();
+    assert_eq!((kernel.modules.as_ref(), kernel.config_source.as_ref()), (None, None));
+    assert_eq!(kernel.release, RELEASE);
+    assert_eq!(kernel.features().unwrap().get(Feature::Overlay), Availability::Unknown);
+    // That it has no configuration is remembered.
+    assert_eq!(cache.entries(CONFIGS).unwrap().len(), 1);
+    let missing = at_path(&cache, "s".to_owned(), &dir.path().join("none")).unwrap_err();
+    assert!(matches!(missing, KernelError::NoSuchPath { .. }));
+}
+
+#[test]
+fn a_directory_without_a_kernel_is_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path().join("cache"));
+    let error = at_path(&cache, "s".to_owned(), dir.path()).unwrap_err();
+    assert!(matches!(error, KernelError::NoKernelInDir { .. }));
+    put(dir.path(), "boot/vmlinuz-1", bzimage("1"));
+    put(dir.path(), "boot/vmlinuz-2", bzimage("2"));
+    let error = at_path(&cache, "s".to_owned(), dir.path()).unwrap_err();
+    assert!(error.to_string().contains("vmlinuz-1, "), "{error}");
+}
+
+#[test]
+fn an_unpacked_package_gets_an_index_in_the_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("unpacked");
+    put(&root, &format!("usr/lib/modules/{RELEASE}/vmlinuz"), bzimage(RELEASE));
+    put(&root, &format!("usr/lib/modules/{RELEASE}/config"), "CONFIG_OVERLAY_FS=y\n");
+    put(&root, &format!("usr/lib/modules/{RELEASE}/modules.order"), "");
+    put(&root, &format!("usr/lib/modules/{RELEASE}/modules.builtin"), "kernel/fs/overlay.ko\n");
+    let cache = Cache::at(dir.path().join("cache"));
+    let kernel = at_path(&cache, "s".to_owned(), &root).unwrap();
+    let tree = kernel.modules.clone().unwrap();
+    assert!(tree.starts_with(cache.root().join(LINKED_MODULES)), "{}", tree.display());
+    assert!(tree.join("modules.dep").is_file());
+    assert!(!root.join(format!("usr/lib/modules/{RELEASE}/modules.dep")).exists());
+    assert_eq!(kernel.features().unwrap().get(Feature::Overlay), Availability::BuiltIn);
+
+    // A change makes a new tree and removes the old one.
+    put(&root, &format!("usr/lib/modules/{RELEASE}/vmlinuz"), [bzimage(RELEASE), vec![0]].concat());
+    let again = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
+    assert_ne!(again, tree);
+    assert!(!tree.exists());
+}
+
+#[test]
+fn a_build_tree_without_modules() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "arch/x86/boot/bzImage", bzimage(RELEASE));
+    put(dir.path(), ".config", "CONFIG_VIRTIO_FS=y\n");
+    put(dir.path(), "modules.order", "");
+    let cache = Cache::at(dir.path().join("cache"));
+    let kernel = at_path(&cache, "s".to_owned(), dir.path()).unwrap();
+    assert!(matches!(kernel.origin, Origin::BuildTree { .. }));
+    assert_eq!(kernel.modules, None);
+    assert_eq!(kernel.features().unwrap().get(Feature::Virtiofs), Availability::BuiltIn);
+}
+
+#[test]
+fn a_compressed_configuration_is_read() {
+    use io::Read;
+    let dir = tempfile::tempdir().unwrap();
+    let mut packed = Vec::new();
+    flate2::read::GzEncoder::new(&b"CONFIG_PVH=y\n"[..], Default::default())
+        .read_to_end(&mut packed)
+        .unwrap();
+    put(dir.path(), "config.gz", packed);
+    let config = read_config(&dir.path().join("config.gz")).unwrap();
+    assert_eq!(config.value("CONFIG_PVH"), Some("y"));
+}
