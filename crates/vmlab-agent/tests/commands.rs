@@ -252,7 +252,7 @@ fn the_end_comes_after_all_output_and_before_background_children() {
 #[test]
 fn signals_reach_the_whole_group() {
     let mut agent = Agent::start();
-    let exec = sh("trap 'echo got; exit 7' TERM; sleep 60 & echo ready; wait; wait");
+    let exec = sh("trap 'echo got; exit 7' TERM; sh -c 'echo ready; exec sleep 60' & wait; wait");
     agent.host.start(&exec);
     while !matches!(agent.host.next(), Some(Event::Data(..))) {}
     agent.host.message(&HostMessage::Signal(exec.process, libc::SIGTERM));
