@@ -1,6 +1,7 @@
 //! The host's side of the protocol, as small as tests need it.
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several programs")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -72,7 +73,7 @@ impl Host {
         self.message(&HostMessage::Setup(Box::new(setup)));
         loop {
             match self.next() {
-                Some(Event::Message(GuestMessage::Warning(text))) => eprintln!("warning: {text}"),
+                Some(Event::Message(GuestMessage::Warning(text))) => panic!("warning: {text}"),
                 Some(Event::Message(message)) => return message,
                 other => panic!("expected the set-up's end, got {other:?}"),
             }
