@@ -1,5 +1,7 @@
 //! Commands through the real agent, outside of a VM: it serves them on its standard input.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+
 mod host;
 
 use std::os::fd::OwnedFd;
