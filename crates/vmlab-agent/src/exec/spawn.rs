@@ -169,10 +169,10 @@ impl Plan {
                 return Err(StartStage::Stdio);
             }
         }
-        for signal in 1..=LAST_SIGNAL {
-            // SAFETY: SIG_DFL runs no code of ours; a refused number changes nothing.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
+        default_signals();
+        // All descriptors of the agent's are close-on-exec; those that a service inherited may not be.
+        // SAFETY: close_range takes numbers only.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
         // SAFETY: all zeros is the empty set on Linux.
         let none: libc::sigset_t = unsafe { std::mem::zeroed() };
         // SAFETY: `none` is a valid set, and a null old set is allowed.
@@ -242,6 +242,18 @@ impl Plan {
             }
         }
         if denied { libc::EACCES } else { last }
+    }
+}
+
+/// Gives every signal its default action.
+fn default_signals() {
+    // The kernel's own sigaction in four words, all zero: SIG_DFL, no flags, an empty mask. The
+    // library's call leaves out the two signals that it uses itself, which may be inherited ignored.
+    let default = [0u64; 4];
+    let old = std::ptr::null_mut::<u64>();
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: the kernel reads its structure of four words; the mask has 8 bytes.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, 8) };
     }
 }
 

@@ -45,6 +45,7 @@ const LINKS: &[(&str, &str)] = &[
 /// Mounts all of them in the new root.
 pub(super) fn mount(mode: RootMode) -> Step {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let _paused = PausedModprobe::new();
     for Wanted { kind, target, options } in OPTIONAL {
         // Asking for an unknown type would make the kernel run modprobe.
         if !known.lines().any(|line| line.strip_prefix("nodev\t") == Some(kind)) {
@@ -79,6 +80,32 @@ pub(super) fn mount(mode: RootMode) -> Step {
     // /var/lock leads here on most distributions.
     make_dir("/run/lock", 0o1777);
     Ok(())
+}
+
+/// Where the kernel keeps the path of its modprobe.
+const MODPROBE: &str = "/proc/sys/kernel/modprobe";
+
+/// Keeps the kernel from running modprobe until it is dropped. To mount bpf it would look for
+/// `bpf_preload`, which nobody needs and which costs as much as all the rest of the set-up.
+struct PausedModprobe(Option<Vec<u8>>);
+
+impl PausedModprobe {
+    fn new() -> Self {
+        // A kernel without modules has no such file.
+        let path = std::fs::read(MODPROBE).ok();
+        if path.is_some() {
+            let _ = std::fs::write(MODPROBE, "\n");
+        }
+        Self(path)
+    }
+}
+
+impl Drop for PausedModprobe {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = std::fs::write(MODPROBE, path);
+        }
+    }
 }
 
 /// The device that devtmpfs has belongs to root alone and to another instance of devpts.

@@ -1,14 +1,17 @@
 //! The host's side of the protocol, as small as tests need it.
 
+#![allow(dead_code, unreachable_pub, reason = "a module of several programs")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
-use vmlab_wire::message::{Exec, Exited, Ready, Setup, StartFailure, Stdio};
+use vmlab_wire::message::{Exec, ExecStdio, Exited, Ready, Setup, StartFailure, StderrTo, Stdio};
 use vmlab_wire::{
-    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
-    SendWindow, StreamId, message,
+    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ReceiveWindow, SendWindow,
+    StreamId, message,
 };
 
 /// What came from the agent.
@@ -18,6 +21,7 @@ pub enum Event {
     Data(StreamId, Vec<u8>),
     Eof(StreamId),
     Stop(StreamId),
+    Credit(StreamId),
 }
 
 /// One end of a session.
@@ -65,15 +69,11 @@ impl Host {
         self.socket.write_all(&out).unwrap();
     }
 
-    #[allow(dead_code, reason = "not every test uses all of it")]
     pub fn setup(&mut self, setup: Setup) -> GuestMessage {
         self.message(&HostMessage::Setup(Box::new(setup)));
-        loop {
-            match self.next() {
-                Some(Event::Message(GuestMessage::Warning(text))) => eprintln!("warning: {text}"),
-                Some(Event::Message(message)) => return message,
-                other => panic!("expected the set-up's end, got {other:?}"),
-            }
+        match self.next() {
+            Some(Event::Message(message)) => message,
+            other => panic!("expected the set-up's end, got {other:?}"),
         }
     }
 
@@ -103,7 +103,7 @@ impl Host {
                 Some(Frame::Stop(stream)) => Event::Stop(stream),
                 Some(Frame::Credit(stream, bytes)) => {
                     self.send.entry(stream).or_default().granted(bytes).unwrap();
-                    continue;
+                    Event::Credit(stream)
                 }
                 None => {
                     let mut space = self.decoder.space(1 << 20);
@@ -141,6 +141,37 @@ impl Host {
         self.socket.write_all(&out).unwrap();
     }
 
+    /// Writes bytes that the agent may not wait for.
+    pub fn raw_lossy(&mut self, bytes: &[u8]) {
+        let _ = self.socket.write_all(bytes);
+    }
+
+    pub fn hang_up(&mut self) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    /// Reads a command's stdout until it contains `end`.
+    pub fn until(&mut self, exec: &Exec, end: &str) -> String {
+        let stdout = exec.process.stream(Stdio::Stdout);
+        let mut seen = String::new();
+        while !seen.contains(end) {
+            match self.next() {
+                Some(Event::Data(s, data)) if s == stdout => {
+                    seen.push_str(&String::from_utf8_lossy(&data));
+                }
+                Some(_) => {}
+                None => panic!("the agent went away after {seen:?}"),
+            }
+        }
+        seen
+    }
+
+    /// Grants a stream that was stalled its whole window again.
+    pub fn regrant(&mut self, stream: StreamId, bytes: u32) {
+        self.receive.insert(stream, ReceiveWindow::default());
+        self.grant(stream, bytes);
+    }
+
     pub fn grant(&mut self, stream: StreamId, bytes: u32) {
         let mut out = Vec::new();
         put_credit(&mut out, stream, bytes);
@@ -154,20 +185,26 @@ impl Host {
     /// Runs a command to its end and that of its streams, with `input` on its stdin.
     pub fn run(&mut self, exec: &Exec, input: &[u8]) -> Outcome {
         self.start(exec);
-        self.finish(exec.process, Some(input))
+        self.finish(exec, Some(input))
     }
 
     /// Serves a command that was started until it and its streams have ended.
-    pub fn finish(&mut self, process: ProcessId, input: Option<&[u8]>) -> Outcome {
+    pub fn finish(&mut self, exec: &Exec, input: Option<&[u8]>) -> Outcome {
+        let process = exec.process;
         let [stdin, stdout, stderr] =
             [Stdio::Stdin, Stdio::Stdout, Stdio::Stderr].map(|s| process.stream(s));
         let mut outcome = Outcome::default();
         let mut started = false;
         let mut left = input;
-        let mut open: Option<usize> = None;
+        let (takes_input, open) = match exec.stdio {
+            ExecStdio::Terminal(_) => (true, 1),
+            ExecStdio::Pipes { stdin, stdout, stderr } => {
+                (stdin, usize::from(stdout) + usize::from(stderr == StderrTo::Stream))
+            }
+        };
         let mut eofs = 0;
         loop {
-            if started && !outcome.stdin_stopped {
+            if started && takes_input && !outcome.stdin_stopped {
                 while let Some(rest) = left {
                     let room = self.room(stdin);
                     if rest.is_empty() {
@@ -182,27 +219,25 @@ impl Host {
                     }
                 }
             }
-            if outcome.exited.is_some() && open.is_some_and(|open| eofs >= open) {
+            if outcome.exited.is_some() && eofs >= open {
                 return outcome;
             }
-            match self.next_or_credit().expect("the agent went away") {
-                None => {}
-                Some(Event::Data(s, data)) if s == stdout => outcome.stdout.extend(data),
-                Some(Event::Data(s, data)) if s == stderr => outcome.stderr.extend(data),
-                Some(Event::Eof(s)) if s == stdout || s == stderr => eofs += 1,
-                Some(Event::Stop(s)) if s == stdin => outcome.stdin_stopped = true,
-                Some(Event::Message(GuestMessage::Started(p))) if p == process => {
+            match self.next().expect("the agent went away") {
+                Event::Data(s, data) if s == stdout => outcome.stdout.extend(data),
+                Event::Data(s, data) if s == stderr => outcome.stderr.extend(data),
+                Event::Eof(s) if s == stdout || s == stderr => eofs += 1,
+                Event::Stop(s) if s == stdin => outcome.stdin_stopped = true,
+                Event::Message(GuestMessage::Started(p)) if p == process => {
                     started = true;
-                    open = Some(self.streams(process));
                 }
-                Some(Event::Message(GuestMessage::StartFailed(p, failure))) if p == process => {
+                Event::Message(GuestMessage::StartFailed(p, failure)) if p == process => {
                     outcome.failed = Some(failure);
                     return outcome;
                 }
-                Some(Event::Message(GuestMessage::Exited(p, exited))) if p == process => {
+                Event::Message(GuestMessage::Exited(p, exited)) if p == process => {
                     outcome.exited = Some(exited);
                 }
-                Some(_) => {}
+                _ => {}
             }
         }
     }
