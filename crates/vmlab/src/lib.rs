@@ -28,6 +28,7 @@ mod rootfs;
 mod runs;
 mod share;
 mod sync;
+mod tsc;
 pub mod units;
 mod vm;
 
