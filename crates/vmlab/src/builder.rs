@@ -12,7 +12,7 @@ use crate::accel::{self, AccelChoice};
 use crate::boot::{self, Needs};
 use crate::config::{Accel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder};
 use crate::guest::Environment;
-use crate::hypervisor::{Hypervisor, qemu::Qemu};
+use crate::hypervisor::{Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Timeline};
 use crate::rootfs::{self, guest_bytes};
 use crate::share::{Caching, NineP, Share, Transport};
@@ -440,7 +440,16 @@ impl PreparedVm {
     /// # Errors
     /// When the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
-        Vm::start(self)
+        self.start_watched(|_| {})
+    }
+
+    /// As [`start`](Self::start), and gives the machine to `started` as soon as it runs: to watch its
+    /// console, or to end it while it boots.
+    ///
+    /// # Errors
+    /// When the VM does not start, or the guest does not come up.
+    pub fn start_watched(self, started: impl FnOnce(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
+        Vm::start(self, started)
     }
 
     pub(crate) fn fresh_setup(&mut self) -> Setup {

@@ -19,6 +19,7 @@ mod accel;
 mod boot;
 mod builder;
 pub mod config;
+pub mod doctor;
 mod error;
 pub mod guest;
 mod host;
