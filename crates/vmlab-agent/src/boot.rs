@@ -113,6 +113,10 @@ fn load_module(line: &str) -> Result<(), String> {
         .map_err(|e| format!("opening module {path}: {e}"))?;
     match finit_module(&file, &parameters, 0) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
+        // What the kernel says for a symbol that no loaded module has.
+        Err(Errno::NOENT) => {
+            Err(format!("loading module {path}: a module that it needs is missing"))
+        }
         Err(e) => Err(format!("loading module {path}: {e}")),
     }
 }

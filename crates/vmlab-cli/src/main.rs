@@ -1,2 +1,18 @@
-//! TODO
-fn main() {}
+//! The `vmlab` command.
+
+mod cli;
+mod doctor;
+mod exit;
+mod generate;
+mod kernel;
+mod output;
+mod progress;
+mod request;
+mod run;
+mod signals;
+mod stdio;
+mod terminal;
+
+fn main() -> std::process::ExitCode {
+    cli::dispatch().into()
+}

@@ -1,7 +1,8 @@
 //! The protocol between vmlab on the host and its agent in the guest.
 //!
 //! It runs over any reliable, ordered byte channel: a virtio-serial port, a serial line, vsock. Each
-//! side first sends a [`Preamble`]; then both send frames. A frame belongs to a stream: stream 0
+//! side first sends a [`Preamble`], the guest before the host, because a serial line echoes what comes
+//! before the agent has opened it; then both send frames. A frame belongs to a stream: stream 0
 //! carries [messages](message), every other stream carries the bytes of one standard stream of one
 //! process, under [credit](flow): a sender sends no more than the receiver has said it has room for,
 //! so neither side ever buffers without bound and one stalled stream does not hold up the others.

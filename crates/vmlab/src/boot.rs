@@ -43,12 +43,12 @@ pub(crate) struct PreparedKernel {
     pub(crate) channel: AgentChannel,
 }
 
-/// Makes a kernel ready to boot. `append` is added to the command line.
+/// Makes a kernel ready to boot. `arguments` are added to the command line.
 pub(crate) fn prepare(
     cache: &Cache,
     kernel: &Kernel,
     needs: Needs,
-    append: &[String],
+    arguments: &[String],
 ) -> Result<PreparedKernel, Error> {
     let image = BootImage::open(&kernel.boot_image)?;
     if image.arch() != Arch::HOST {
@@ -67,7 +67,7 @@ pub(crate) fn prepare(
         image: direct_image(cache, &image)?,
         arch: image.arch(),
         initramfs: initramfs(cache, modules)?,
-        command_line: command_line(channel, append),
+        command_line: command_line(channel, arguments),
     };
     Ok(PreparedKernel { boot, channel })
 }
@@ -135,7 +135,7 @@ fn way_to_root(
     Ok((modules, channel))
 }
 
-fn command_line(channel: AgentChannel, append: &[String]) -> String {
+fn command_line(channel: AgentChannel, arguments: &[String]) -> String {
     let channel = match channel {
         AgentChannel::Virtio => "virtio",
         AgentChannel::Serial => "ttyS1",
@@ -145,7 +145,7 @@ fn command_line(channel: AgentChannel, append: &[String]) -> String {
     line.push_str(" cryptomgr.notests");
     line.push_str(" vmlab.channel=");
     line.push_str(channel);
-    for more in append {
+    for more in arguments {
         line.push(' ');
         line.push_str(more);
     }

@@ -10,12 +10,13 @@ use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRoot
 use crate::Error;
 use crate::accel::{self, AccelChoice};
 use crate::boot::{self, Needs};
-use crate::config::{Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder};
+use crate::config::{Accel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder};
 use crate::guest::Environment;
-use crate::hypervisor::{Hypervisor, qemu::Qemu};
+use crate::hypervisor::{Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Timeline};
 use crate::rootfs::{self, guest_bytes};
 use crate::share::{Caching, NineP, Share, Transport};
+use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
 
@@ -229,6 +230,7 @@ impl VmBuilder {
     /// When something cannot be had, or the whole cannot work.
     pub fn prepare(self) -> Result<PreparedVm, Error> {
         let mut timeline = Timeline::start();
+        let tsc = TscPoint::now();
         let environment = match &self.environment {
             Some(environment) => environment.clone(),
             None => Environment::of_caller().map_err(|source| Error::Io {
@@ -253,15 +255,22 @@ impl VmBuilder {
             overlay: self.root_mode == RootMode::Overlay,
             network: self.network != NetworkMode::None,
         };
-        let prepared = boot::prepare(&cache, &kernel, needs, &self.append)?;
         let (accel, accel_reason) = accel::choose(self.accel)?;
+        let machine = self.machine.unwrap_or(self.fastest_machine());
+        let mut arguments = Vec::new();
+        if (accel, machine) == (Accel::Tcg, Machine::Microvm) {
+            // This board has no timer that the guest could check its time-stamp counter against.
+            arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+        }
+        arguments.extend(self.append.iter().cloned());
+        let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;
         let mut plan = MountPlan::new();
         let setup = self.setup(&mut plan, &environment, &kernel)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
             .memory(self.memory)
             .topology(self.topology)
             .accel(accel)
-            .machine(self.machine.unwrap_or(self.fastest_machine()))
+            .machine(machine)
             .network(self.network)
             .channel(prepared.channel)
             .qemu_args(self.qemu_args);
@@ -431,7 +440,16 @@ impl PreparedVm {
     /// # Errors
     /// When the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
-        Vm::start(self)
+        self.start_watched(|_| {})
+    }
+
+    /// As [`start`](Self::start), and gives the machine to `started` as soon as it runs: to watch its
+    /// console, or to end it while it boots.
+    ///
+    /// # Errors
+    /// When the VM does not start, or the guest does not come up.
+    pub fn start_watched(self, started: impl FnOnce(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
+        Vm::start(self, started)
     }
 
     pub(crate) fn fresh_setup(&mut self) -> Setup {

@@ -19,6 +19,7 @@ mod accel;
 mod boot;
 mod builder;
 pub mod config;
+pub mod doctor;
 mod error;
 pub mod guest;
 mod host;
@@ -28,6 +29,7 @@ mod rootfs;
 mod runs;
 mod share;
 mod sync;
+mod tsc;
 pub mod units;
 mod vm;
 

@@ -55,7 +55,10 @@ impl Vm {
         VmBuilder::default()
     }
 
-    pub(crate) fn start(mut prepared: PreparedVm) -> Result<Self, Error> {
+    pub(crate) fn start(
+        mut prepared: PreparedVm,
+        started: impl FnOnce(&Arc<dyn VmHandle>),
+    ) -> Result<Self, Error> {
         let mut timeline = prepared.timeline.clone();
         prepared.progress.phase(Phase::Boot.name());
         let run_dir = RunDir::create()?;
@@ -65,6 +68,7 @@ impl Vm {
             deadline: prepared.timeout.map(|timeout| now + timeout),
         };
         let handle = prepared.hypervisor.start(&prepared.config, options)?;
+        started(&handle);
         let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since: now };
         let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
         let connection = Connection::open(channel).map_err(|source| Error::Io {

@@ -34,18 +34,6 @@ fn make_dir(path: &Path) -> Step {
     })
 }
 
-/// Makes sure that there is a file to mount over.
-fn make_file(path: &Path) -> Step {
-    if path.exists() {
-        return Ok(());
-    }
-    if let Some(parent) = path.parent() {
-        make_dir(parent)?;
-    }
-    fs::write(path, "")
-        .map_err(|e| failed_io(format!("make the file {}", path.display()), &e, READ_ONLY_HINT))
-}
-
 /// Mounts a share at its target.
 pub(super) fn share(share: &Mount, mounted: &mut Mounted) -> Step {
     make_dir(path(&share.target)?)?;

@@ -46,10 +46,11 @@ pub struct Outcome {
 
 impl Host {
     pub fn greet(mut socket: UnixStream) -> (Self, Ready) {
-        socket.write_all(&Preamble::OURS.encode()).unwrap();
         let mut preamble = [0; Preamble::LEN];
         socket.read_exact(&mut preamble).unwrap();
         Preamble::check(preamble).unwrap();
+        // Only now: a serial line echoes what comes before the agent has opened it.
+        socket.write_all(&Preamble::OURS.encode()).unwrap();
         let mut host = Self {
             socket,
             decoder: Decoder::new(),

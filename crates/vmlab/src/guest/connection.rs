@@ -46,6 +46,8 @@ pub(crate) struct Connection {
 
 #[derive(Debug, Default)]
 struct State {
+    /// The guest has greeted. On a serial line, what comes before would be echoed.
+    greeted: bool,
     queue: VecDeque<Vec<u8>>,
     ready: Option<Ready>,
     setup: Option<Result<SetupReport, Failure>>,
@@ -85,7 +87,7 @@ struct Output {
 }
 
 impl Connection {
-    /// Takes over the channel and sends the preamble. The guest need not run yet.
+    /// Takes over the channel. The guest need not run yet: what is sent waits for its preamble.
     pub(crate) fn open(socket: UnixStream) -> io::Result<Arc<Self>> {
         let (reading, writing) = (socket.try_clone()?, socket.try_clone()?);
         let mut state = State::default();
@@ -307,7 +309,9 @@ impl Connection {
             let bytes = {
                 let mut state = self.lock();
                 loop {
-                    if let Some(bytes) = state.queue.pop_front() {
+                    if state.greeted
+                        && let Some(bytes) = state.queue.pop_front()
+                    {
                         break bytes;
                     }
                     if state.lost.is_some() {
@@ -327,6 +331,8 @@ impl Connection {
         let mut preamble = [0; Preamble::LEN];
         socket.read_exact(&mut preamble)?;
         Preamble::check(preamble).map_err(protocol)?;
+        self.lock().greeted = true;
+        self.outgoing.notify_one();
         let mut decoder = Decoder::new();
         loop {
             let mut space = decoder.space(READ_SIZE);

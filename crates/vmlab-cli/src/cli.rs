@@ -1,0 +1,226 @@
+//! The command line, as it is written.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::exit::{self, Code};
+use crate::{doctor, generate, kernel, output, request, run};
+
+/// Run anything in a fresh virtual machine, under any Linux kernel.
+#[derive(Debug, Parser)]
+#[command(name = "vmlab", version, after_help = exit::HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a command in a fresh VM, on the host's own userspace
+    ///
+    /// The guest has the host's root, with a layer of its own memory over it for what is written, and
+    /// the working directory, writable. The command runs as root, with the caller's environment,
+    /// working directory, umask and limits.
+    #[command(after_help = exit::HELP)]
+    Run(RunArgs),
+    /// Open an interactive shell in a fresh VM
+    ///
+    /// Ctrl-] pressed three times within a second ends the VM.
+    #[command(after_help = exit::HELP)]
+    Shell(ShellArgs),
+    /// Fetch, list, inspect and remove kernels
+    #[command(subcommand)]
+    Kernel(KernelCommand),
+    /// Say what this host can do, what is missing, and how to get it
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelCommand {
+    /// Fetch a distribution's newest kernel that fits, or take in a .deb
+    Pull {
+        /// Such as debian:6.12, debian:sid-cloud, ./linux-image.deb
+        #[arg(required = true)]
+        kernels: Vec<String>,
+    },
+    /// List the kernels that were fetched
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what a kernel is and what it has
+    Inspect {
+        /// As for `run -k`; nothing is fetched
+        kernel: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove kernels that were fetched
+    Rm {
+        /// Key, package, release, or as for `run -k`
+        #[arg(required = true)]
+        kernels: Vec<String>,
+    },
+}
+
+/// What both `run` and `shell` take.
+#[derive(Debug, Args)]
+pub(crate) struct VmArgs {
+    /// Kernel: debian:6.12, debian:sid-cloud, host, an installed release, or the path of a bzImage,
+    /// vmlinux, build tree, .deb or unpacked .deb. Several run one after the other
+    #[arg(short, long = "kernel", value_name = "KERNEL")]
+    pub(crate) kernel: Vec<String>,
+    /// Memory: 512M, 2G; a number alone is MiB
+    #[arg(short, long, value_name = "SIZE", default_value = "1G")]
+    pub(crate) memory: String,
+    /// CPUs, or `host` for as many as the host has
+    #[arg(short, long, value_name = "N", conflicts_with = "topology")]
+    pub(crate) cpus: Option<String>,
+    /// CPUs as NUMA nodes, last-level caches per node, cores per cache, threads per core
+    #[arg(long, value_name = "NODES,LLCS,CORES,THREADS")]
+    pub(crate) topology: Option<String>,
+    /// Who executes instructions; auto takes KVM where it is proved to work
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) accel: AccelArg,
+    /// Board; the one that boots fastest unless given
+    #[arg(long, value_enum)]
+    pub(crate) machine: Option<MachineArg>,
+    /// Add to the kernel's command line
+    #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
+    pub(crate) append: Vec<String>,
+    /// Add an argument to QEMU's command line
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    pub(crate) qemu_arg: Vec<String>,
+    /// Directory that is the guest's root
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) rootfs: PathBuf,
+    /// What becomes of writes to the root: refused, kept in the guest's memory, or done
+    #[arg(long, value_enum, default_value = "overlay")]
+    pub(crate) root_mode: RootModeArg,
+    /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
+    #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
+    pub(crate) share: Vec<String>,
+    /// Do not share the working directory
+    #[arg(long)]
+    pub(crate) no_cwd: bool,
+    /// Network: none, or user for what the host's user can reach
+    #[arg(long, value_enum, default_value = "none")]
+    pub(crate) net: NetArg,
+    /// Load a module before the command, with its parameters: 'kvm-amd nested=1'
+    #[arg(long, value_name = "MODULE")]
+    pub(crate) module: Vec<String>,
+    /// The guest's host name
+    #[arg(long, value_name = "NAME", default_value = "vmlab")]
+    pub(crate) hostname: String,
+    /// Who runs the command: a name or number of the guest's root, or `caller`
+    #[arg(short, long, value_name = "USER", default_value = "root")]
+    pub(crate) user: String,
+    /// Set an environment variable
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<OsString>,
+    /// End everything after this time: 90s, 5m, 1h; a number alone is seconds
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<String>,
+    /// How long the guest may take to come up
+    #[arg(long, value_name = "TIME", default_value = "120s")]
+    pub(crate) boot_timeout: String,
+    /// Print the phases, and the guest's console as it comes
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+    /// Print nothing but failures
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Write a report of the run as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Print what would be run, as JSON and as QEMU's command line, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) vm: VmArgs,
+    /// Give the command a terminal. Ctrl-] pressed three times within a second ends the VM
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShellArgs {
+    #[command(flatten)]
+    pub(crate) vm: VmArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum AccelArg {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum MachineArg {
+    Microvm,
+    Q35,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum RootModeArg {
+    Ro,
+    Overlay,
+    Rw,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum NetArg {
+    None,
+    User,
+}
+
+/// Reads the arguments and does what they say.
+pub(crate) fn dispatch() -> Code {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A stream that is gone cannot be told.
+            let _ = error.print();
+            return if error.use_stderr() { Code::FAILED } else { Code::SUCCESS };
+        }
+    };
+    let done = |result: anyhow::Result<()>| result.map(|()| Code::SUCCESS);
+    let result = match cli.command {
+        Command::Run(args) => request::of_run(args).and_then(|request| run::run(&request)),
+        Command::Shell(args) => request::of_shell(args).and_then(|request| run::run(&request)),
+        Command::Kernel(command) => done(kernel::run(command)),
+        Command::Doctor { json } => doctor::run(json),
+        Command::Completions { shell } => done(generate::completions(&mut Cli::command(), shell)),
+        Command::Man { dir } => done(generate::man(Cli::command(), &dir)),
+    };
+    result.unwrap_or_else(|error| {
+        output::error(&error);
+        error.downcast_ref::<vmlab::Error>().map_or(Code::FAILED, Code::of_error)
+    })
+}

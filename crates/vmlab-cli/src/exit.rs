@@ -1,0 +1,58 @@
+//! Exit codes, and the one place where failures become them.
+
+use vmlab::Error;
+use vmlab::hypervisor::ExitReason;
+
+/// Text for `--help` and the man page.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0-255  the command's own; 128+N when signal N killed it
+  122    the guest reset or powered itself off before the command had ended
+  123    the guest's kernel panicked
+  124    a time limit passed (--timeout, --boot-timeout)
+  125    vmlab itself failed, or its arguments are wrong
+  126    the command cannot be executed
+  127    the command was not found
+With several kernels, the code is that of the first that did not give 0.";
+
+const GUEST_ENDED: u8 = 122;
+const GUEST_PANIC: u8 = 123;
+const TIMEOUT: u8 = 124;
+const FAILED: u8 = 125;
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// What the process ends with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Code(pub(crate) u8);
+
+impl Code {
+    pub(crate) const SUCCESS: Code = Code(0);
+    pub(crate) const FAILED: Code = Code(FAILED);
+
+    /// The code for a signal that ended vmlab.
+    pub(crate) fn of_signal(signal: i32) -> Self {
+        Code(128u8.saturating_add(signal as u8 & 0x7f))
+    }
+
+    pub(crate) fn of_error(error: &Error) -> Self {
+        Code(match error {
+            Error::BootTimeout { .. } => TIMEOUT,
+            Error::Ended { reason, .. } => match reason {
+                ExitReason::Timeout => TIMEOUT,
+                ExitReason::GuestPanic(_) => GUEST_PANIC,
+                ExitReason::Shutdown | ExitReason::Reset | ExitReason::TripleFault => GUEST_ENDED,
+                ExitReason::Killed | ExitReason::MonitorFailed(_) => FAILED,
+            },
+            Error::CommandNotFound { .. } => NOT_FOUND,
+            Error::CommandNotExecutable { .. } => NOT_EXECUTABLE,
+            _ => FAILED,
+        })
+    }
+}
+
+impl From<Code> for std::process::ExitCode {
+    fn from(code: Code) -> Self {
+        code.0.into()
+    }
+}

@@ -1,0 +1,40 @@
+//! What vmlab itself says: results on stdout, everything else on stderr.
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use vmlab::Error;
+
+/// Prints a result. A reader that has gone away is no failure.
+pub(crate) fn stdout(bytes: &[u8]) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("the output cannot be written")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a line for the user. A stream that is gone cannot be told.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "vmlab: {text}");
+}
+
+/// Prints a failure: what happened, why, what the guest's console said last, and where all of it is.
+pub(crate) fn error(error: &anyhow::Error) {
+    let mut text = String::from("error");
+    for cause in error.chain() {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+    }
+    note(&text);
+    let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else { return };
+    if !evidence.tail.is_empty() {
+        note("the console's last lines:");
+        for line in evidence.tail.lines() {
+            let _ = writeln!(io::stderr().lock(), "  | {line}");
+        }
+    }
+    note(&format!("the whole console: {}", evidence.log.display()));
+}

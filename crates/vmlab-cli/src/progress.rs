@@ -1,0 +1,92 @@
+//! What a person sees while they wait.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use vmlab::artifacts::Progress;
+
+use crate::output;
+use crate::request::Verbosity;
+use crate::stdio::stderr_is_watched;
+
+/// How often the live line is drawn anew.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A short run should not flash a line at the user.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// A live line on a terminal; plain lines elsewhere.
+#[derive(Debug)]
+pub(crate) struct Display {
+    verbosity: Verbosity,
+    bar: ProgressBar,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    since: Instant,
+    phase: String,
+    shown: bool,
+}
+
+impl Display {
+    pub(crate) fn new(verbosity: Verbosity) -> Self {
+        let live = stderr_is_watched() && verbosity == Verbosity::Normal;
+        let target = match live {
+            true => ProgressDrawTarget::stderr_with_hz(10),
+            false => ProgressDrawTarget::hidden(),
+        };
+        let bar = ProgressBar::with_draw_target(None, target);
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+            bar.set_style(style);
+        }
+        let state = State { since: Instant::now(), phase: String::new(), shown: false };
+        Self { verbosity, bar, state: Mutex::new(state) }
+    }
+
+    /// Takes the live line away, before anything else is written.
+    pub(crate) fn clear(&self) {
+        self.bar.disable_steady_tick();
+        self.bar.finish_and_clear();
+    }
+
+    fn show(&self, text: String) {
+        if self.bar.is_hidden() {
+            return;
+        }
+        let mut state = self.lock();
+        if !state.shown && state.since.elapsed() >= PATIENCE {
+            state.shown = true;
+            self.bar.enable_steady_tick(TICK);
+        }
+        self.bar.set_message(text);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress for Display {
+    fn phase(&self, name: &str) {
+        let known = std::mem::replace(&mut self.lock().phase, name.to_owned()) == name;
+        if self.verbosity == Verbosity::Verbose && !known {
+            output::note(name);
+        }
+        self.show(name.to_owned());
+    }
+
+    fn note(&self, text: &str) {
+        if self.verbosity > Verbosity::Quiet {
+            self.bar.suspend(|| output::note(text));
+        }
+    }
+
+    fn download(&self, done: u64, total: Option<u64>) {
+        let phase = self.lock().phase.clone();
+        let of = total.map(|total| format!(" of {}", HumanBytes(total))).unwrap_or_default();
+        self.show(format!("{phase}: {}{of}", HumanBytes(done)));
+    }
+}

@@ -1,0 +1,211 @@
+//! From arguments as they are written to a request that makes sense.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use vmlab::config::{Machine, NetworkMode, Topology};
+use vmlab::units::Bytes;
+use vmlab::{AccelChoice, Environment, GuestUser, RootMode, Share, Vm, VmBuilder};
+
+use crate::cli::{AccelArg, MachineArg, NetArg, RootModeArg, RunArgs, ShellArgs, VmArgs};
+
+/// A command to be run under one or more kernels.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// `None` is the default kernel.
+    pub(crate) kernels: Vec<Option<String>>,
+    pub(crate) vm: VmBuilder,
+    pub(crate) command: Vec<OsString>,
+    pub(crate) terminal: bool,
+    pub(crate) verbosity: Verbosity,
+    pub(crate) json: Option<PathBuf>,
+    pub(crate) dry_run: bool,
+}
+
+/// How much vmlab says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Verbosity {
+    Quiet,
+    Normal,
+    Verbose,
+}
+
+pub(crate) fn of_run(args: RunArgs) -> Result<Request> {
+    let terminal = args.tty;
+    if terminal && !rustix::termios::isatty(std::io::stdin()) {
+        bail!("-t needs a terminal on standard input; without -t, any input will do");
+    }
+    request(args.vm, args.command, terminal)
+}
+
+pub(crate) fn of_shell(args: ShellArgs) -> Result<Request> {
+    let shell = shell_of(&args.vm.rootfs, std::env::var_os("SHELL"));
+    // Without a terminal the shell reads commands from its input, as any shell does.
+    let terminal = rustix::termios::isatty(std::io::stdin());
+    request(args.vm, vec![shell], terminal)
+}
+
+/// The user's shell where the guest's root has it, else what every root has.
+fn shell_of(root: &Path, wanted: Option<OsString>) -> OsString {
+    let candidates = wanted.into_iter().chain(["/bin/bash".into(), "/bin/sh".into()]);
+    let in_root = |shell: &OsString| {
+        let below = shell.as_bytes().strip_prefix(b"/");
+        below.is_some_and(|path| root.join(OsStr::from_bytes(path)).exists())
+    };
+    candidates.into_iter().find(in_root).unwrap_or_else(|| "/bin/sh".into())
+}
+
+fn request(args: VmArgs, command: Vec<OsString>, terminal: bool) -> Result<Request> {
+    let kernels = match args.kernel.is_empty() {
+        true => vec![None],
+        false => args.kernel.iter().cloned().map(Some).collect(),
+    };
+    let verbosity = match (args.quiet, args.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (_, true) => Verbosity::Verbose,
+        _ => Verbosity::Normal,
+    };
+    let (json, dry_run) = (args.json.clone(), args.dry_run);
+    Ok(Request { kernels, vm: builder(args)?, command, terminal, verbosity, json, dry_run })
+}
+
+fn builder(args: VmArgs) -> Result<VmBuilder> {
+    let mut vm = Vm::builder()
+        .memory(args.memory.parse::<Bytes>().context("--memory")?)
+        .accel(match args.accel {
+            AccelArg::Auto => AccelChoice::Auto,
+            AccelArg::Kvm => AccelChoice::Kvm,
+            AccelArg::Tcg => AccelChoice::Tcg,
+        })
+        .rootfs(&args.rootfs)
+        .root_mode(match args.root_mode {
+            RootModeArg::Ro => RootMode::ReadOnly,
+            RootModeArg::Overlay => RootMode::Overlay,
+            RootModeArg::Rw => RootMode::ReadWrite,
+        })
+        .network(match args.net {
+            NetArg::None => NetworkMode::None,
+            NetArg::User => NetworkMode::User,
+        })
+        .share_cwd(!args.no_cwd)
+        .hostname(args.hostname)
+        .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
+    vm = match (args.cpus.as_deref(), args.topology.as_deref()) {
+        (Some("host"), _) => {
+            let cpus = std::thread::available_parallelism().context("--cpus host")?;
+            vm.cpus(cpus.get().try_into().unwrap_or(u32::MAX))
+        }
+        (Some(cpus), _) => {
+            vm.cpus(cpus.parse().with_context(|| format!("--cpus: `{cpus}` is not a number"))?)
+        }
+        (None, Some(topology)) => vm.topology(topology.parse::<Topology>().context("--topology")?),
+        (None, None) => vm,
+    };
+    if let Some(machine) = args.machine {
+        vm = vm.machine(match machine {
+            MachineArg::Microvm => Machine::Microvm,
+            MachineArg::Q35 => Machine::Q35,
+        });
+    }
+    for share in &args.share {
+        vm = vm.share(share.parse::<Share>().context("--share")?);
+    }
+    for arguments in args.append {
+        vm = vm.append(arguments);
+    }
+    for argument in args.qemu_arg {
+        vm = vm.qemu_arg(argument);
+    }
+    for module in &args.module {
+        vm = vm.module(module.split_whitespace());
+    }
+    if let Some(timeout) = &args.timeout {
+        vm = vm.timeout(duration(timeout).context("--timeout")?);
+    }
+    Ok(vm.environment(environment(&args.user, &args.env, &args.rootfs)?))
+}
+
+fn environment(user: &str, variables: &[OsString], root: &Path) -> Result<Environment> {
+    let mut environment =
+        Environment::of_caller().context("the working directory cannot be found")?;
+    environment.user = match user {
+        "root" => GuestUser::default(),
+        "caller" => GuestUser::caller(),
+        name => GuestUser::named(name, root).context("--user")?,
+    };
+    for variable in variables {
+        let bytes = variable.as_bytes();
+        let Some(equals) = bytes.iter().position(|b| *b == b'=').filter(|at| *at > 0) else {
+            bail!("--env: `{}` is not NAME=VALUE", variable.display());
+        };
+        let name = OsString::from_vec(bytes[..equals].to_vec());
+        let value = OsString::from_vec(bytes[equals + 1..].to_vec());
+        environment.vars.retain(|(other, _)| *other != name);
+        environment.vars.push((name, value));
+    }
+    Ok(environment)
+}
+
+/// Reads `90`, `90s`, `1.5m`, `2h`, `300ms`.
+fn duration(text: &str) -> Result<Duration> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let seconds = match unit.trim() {
+        "ms" => Some(0.001),
+        "" | "s" => Some(1.0),
+        "m" | "min" => Some(60.0),
+        "h" => Some(3600.0),
+        _ => None,
+    };
+    let number = number.parse::<f64>().ok();
+    let time = number.zip(seconds).and_then(|(n, s)| Duration::try_from_secs_f64(n * s).ok());
+    match time {
+        Some(time) if !time.is_zero() => Ok(time),
+        _ => bail!("`{text}` is not a time: a number with ms, s, m or h, such as 90s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read() {
+        let read = |text: &str| duration(text).ok();
+        assert_eq!(read("90"), Some(Duration::from_secs(90)));
+        assert_eq!(read("1.5m"), Some(Duration::from_secs(90)));
+        assert_eq!(read("300ms"), Some(Duration::from_millis(300)));
+        assert_eq!(read("2h"), Some(Duration::from_secs(7200)));
+        for bad in ["", "0", "-1", "s", "5 days", "1e9", "999999999999999999999h"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn variables_replace_inherited_ones() {
+        let set = ["PATH=/x".into(), "A=b=c".into(), "EMPTY=".into()];
+        let environment = environment("root", &set, Path::new("/")).unwrap();
+        let values = |name: &str| {
+            let found = environment.vars.iter().filter(|(n, _)| n == name);
+            found.map(|(_, v)| v.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(values("PATH"), ["/x"]);
+        assert_eq!(values("A"), ["b=c"]);
+        assert_eq!(values("EMPTY"), [""]);
+        assert!(super::environment("root", &["=x".into()], Path::new("/")).is_err());
+        assert!(super::environment("root", &["x".into()], Path::new("/")).is_err());
+    }
+
+    #[test]
+    fn the_shell_is_one_that_the_root_has() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("bin")).unwrap();
+        std::fs::write(root.path().join("bin/sh"), "").unwrap();
+        assert_eq!(shell_of(root.path(), Some("/bin/zsh".into())), "/bin/sh");
+        std::fs::write(root.path().join("bin/zsh"), "").unwrap();
+        assert_eq!(shell_of(root.path(), Some("/bin/zsh".into())), "/bin/zsh");
+    }
+}

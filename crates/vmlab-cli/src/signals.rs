@@ -1,0 +1,120 @@
+//! Signals that a user sends to vmlab: the first goes to the command, the second ends the VM.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use rustix::termios::tcgetwinsize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::iterator::{Handle, Signals};
+use vmlab::guest::{ChildControl, TerminalSize};
+use vmlab::hypervisor::{ExitReason, VmHandle};
+
+use crate::exit::Code;
+use crate::terminal;
+
+/// What signals act on at the moment.
+#[derive(Debug, Default)]
+struct Target {
+    vm: Option<Arc<dyn VmHandle>>,
+    command: Option<ChildControl>,
+    forwarded: bool,
+    killed_by: Option<i32>,
+}
+
+/// A thread that takes the signals of this process, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct SignalThread {
+    target: Arc<Mutex<Target>>,
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalThread {
+    pub(crate) fn start() -> Result<Self> {
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])
+            .context("signals cannot be handled")?;
+        let target = Arc::new(Mutex::new(Target::default()));
+        let handle = signals.handle();
+        let shared = Arc::clone(&target);
+        let thread = std::thread::Builder::new()
+            .name("vmlab-signals".to_owned())
+            .spawn(move || {
+                for signal in signals.forever() {
+                    take(&shared, signal);
+                }
+            })
+            .context("a thread cannot be started")?;
+        Ok(Self { target, handle, thread: Some(thread) })
+    }
+
+    /// From now on, signals that are not forwarded end this VM.
+    pub(crate) fn vm(&self, vm: Arc<dyn VmHandle>) {
+        *self.lock() = Target { vm: Some(vm), ..Target::default() };
+    }
+
+    /// From now on, the first signal is for this command.
+    pub(crate) fn command(&self, command: ChildControl) {
+        self.lock().command = Some(command);
+    }
+
+    /// No VM runs any more.
+    pub(crate) fn idle(&self) {
+        let mut target = self.lock();
+        target.vm = None;
+        target.command = None;
+    }
+
+    /// The signal by which the user ended the VM.
+    pub(crate) fn killed_by(&self) -> Option<i32> {
+        self.lock().killed_by
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Target> {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for SignalThread {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn take(target: &Mutex<Target>, signal: i32) {
+    let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
+    if signal == SIGWINCH {
+        if let (Some(command), Some(size)) = (&target.command, terminal_size()) {
+            command.resize(size);
+        }
+        return;
+    }
+    if let Some(command) = &target.command
+        && !target.forwarded
+    {
+        command.signal(signal);
+        target.forwarded = true;
+        return;
+    }
+    target.killed_by = Some(signal);
+    match target.vm.take() {
+        Some(vm) => {
+            drop(target);
+            vm.kill(ExitReason::Killed);
+        }
+        // Nothing is running that would have to be ended in order: children die with this process.
+        None => {
+            terminal::restore();
+            std::process::exit(Code::of_signal(signal).0.into());
+        }
+    }
+}
+
+/// The size of the terminal on stdin.
+pub(crate) fn terminal_size() -> Option<TerminalSize> {
+    let size = tcgetwinsize(std::io::stdin()).ok()?;
+    Some(TerminalSize { rows: size.ws_row, columns: size.ws_col })
+}
