@@ -7,8 +7,9 @@ use crate::Error;
 use crate::config::{ShareDevice, ShareTransport};
 use vmlab_wire::message::Filesystem;
 
-/// Bytes of one 9p message. Larger ones cost fewer round trips; QEMU's virtqueue takes up to this.
-const MSIZE_9P: u32 = 512 * 1024;
+/// Bytes of one 9p message, the most that the guest's virtio transport takes: larger messages cost
+/// fewer round trips.
+const MSIZE_9P: u32 = 512_000;
 
 /// A host directory that the guest has at some place.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
