@@ -21,7 +21,6 @@ need_toolchain
 need_vmlab
 need hyperfine hyperfine
 need busybox-static /bin/busybox
-need cpio cpio
 install_needed
 
 work=$(mktemp -d /tmp/vmlab-bench.XXXXXX)
@@ -42,7 +41,7 @@ mkdir -p "$work/initrd/bin"
 cp /bin/busybox "$work/initrd/bin/busybox"
 printf '#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n' >"$work/initrd/init"
 chmod 755 "$work/initrd/init" "$work/initrd/bin/busybox"
-(cd "$work/initrd" && printf '%s\n' . bin bin/busybox init | cpio --quiet -o -H newc) |
+(cd "$work/initrd" && printf '%s\n' . bin bin/busybox init | /bin/busybox cpio -o -H newc 2>/dev/null) |
     gzip >"$work/initrd.gz"
 
 bare=(qemu-system-x86_64 -accel tcg -cpu max -m "$memory" -nographic -no-reboot
@@ -56,12 +55,14 @@ grep -q 'Power down' "$work/console" || die "bare QEMU did not power off: $(tail
 proof=$("$vmlab" run --accel tcg -m "${memory}M" -c 1 -k "$kernel" -- uname -r </dev/null)
 [ "$proof" = "$release" ] || die "vmlab ran under $proof and not under $release"
 
+load=$(cut -d " " -f 1 /proc/loadavg)
+
 # Short alternating rounds, so that a change in the machine's load meets both.
 rounds=4
 for round in $(seq "$rounds"); do
     hyperfine --style none -N --warmup 1 --runs "$(((runs + rounds - 1) / rounds))" \
-        --export-csv "$work/$round.csv" --export-json "$work/$round.json" \
-        --input null -n bare "${bare[*]@Q}" -n vmlab "${ours[*]@Q}" >/dev/null
+        --export-json "$work/$round.json" \
+        -n bare "${bare[*]@Q}" -n vmlab "${ours[*]@Q}" >/dev/null
 done
 
 # times NAME: all times of one command in seconds, in order.
@@ -89,7 +90,7 @@ qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
 {
     echo "## $(date -u +'%Y-%m-%d %H:%M') UTC, commit $commit"
     echo
-    echo "$(nproc) CPUs ($cpu), QEMU $qemu, guest kernel $release, $memory MB, one vCPU, TCG."
+    echo "$(nproc) CPUs ($cpu), QEMU $qemu, guest kernel $release, $memory MB, one vCPU, TCG; load average $load before."
     echo
     echo "| whole process | median | fastest | slowest | runs |"
     echo "|---|---|---|---|---|"
