@@ -254,6 +254,9 @@ impl VmBuilder {
         let needs = Needs {
             overlay: self.root_mode == RootMode::Overlay,
             network: self.network != NetworkMode::None,
+            modules_place: self.root_mode == RootMode::ReadOnly
+                && kernel.modules.is_some()
+                && !self.root.join("lib/modules").is_dir(),
         };
         let (accel, accel_reason) = accel::choose(self.accel)?;
         let machine = self.machine.unwrap_or(self.fastest_machine());
