@@ -455,7 +455,7 @@ impl PreparedVm {
         Vm::start(self, started)
     }
 
-    pub(crate) fn fresh_setup(&mut self) -> Setup {
+    pub(crate) fn fresh_setup(&self) -> Setup {
         let mut setup = self.setup.clone();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
