@@ -254,6 +254,9 @@ impl VmBuilder {
         let needs = Needs {
             overlay: self.root_mode == RootMode::Overlay,
             network: self.network != NetworkMode::None,
+            modules_place: self.root_mode == RootMode::ReadOnly
+                && kernel.modules.is_some()
+                && !self.root.join("lib/modules").is_dir(),
         };
         let (accel, accel_reason) = accel::choose(self.accel)?;
         let machine = self.machine.unwrap_or(self.fastest_machine());
@@ -322,16 +325,9 @@ impl VmBuilder {
         let root = Root { filesystem, mode };
         let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
 
-        let mut shares = Vec::new();
-        let cwd = Share::new(&environment.cwd);
-        let covered = self.root_mode == RootMode::ReadWrite && root_path == Path::new("/");
-        if self.share_cwd && !covered && cwd.guest != Path::new("/") {
-            shares.push(plan.mount(&cwd));
-        }
-        for share in &self.shares {
-            share.validate()?;
-            shares.push(plan.mount(share));
-        }
+        let cwd = self.share_cwd.then_some(environment.cwd.as_path());
+        let shares = self.shares_in_order(cwd)?;
+        let shares = shares.iter().map(|share| plan.mount(share)).collect();
         Ok(Setup {
             hostname: self.hostname.clone(),
             root,
@@ -343,6 +339,27 @@ impl VmBuilder {
             clock_ns: 0,
             entropy: Vec::new(),
         })
+    }
+
+    /// All shares, the working directory among them unless another is given for its place.
+    fn shares_in_order(&self, cwd: Option<&Path>) -> Result<Vec<Share>, Error> {
+        let mut shares: Vec<Share> = Vec::new();
+        for share in &self.shares {
+            share.validate()?;
+            if shares.iter().any(|other| other.guest == share.guest) {
+                return Err(share.error("another share has this place in the guest"));
+            }
+            shares.push(share.clone());
+        }
+        let root = Path::new("/");
+        if let Some(cwd) = cwd.filter(|cwd| *cwd != root)
+            && !shares.iter().any(|share| share.guest == cwd)
+        {
+            shares.push(Share::new(cwd));
+        }
+        // From the outside in: a mount covers what was mounted below it before.
+        shares.sort_by_key(|share| share.guest.components().count());
+        Ok(shares)
     }
 }
 
@@ -452,7 +469,7 @@ impl PreparedVm {
         Vm::start(self, started)
     }
 
-    pub(crate) fn fresh_setup(&mut self) -> Setup {
+    pub(crate) fn fresh_setup(&self) -> Setup {
         let mut setup = self.setup.clone();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
