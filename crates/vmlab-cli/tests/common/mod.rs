@@ -248,6 +248,19 @@ impl Process {
         Some(Self { pid: pid.as_raw_nonzero().get(), pidfd })
     }
 
+    /// Watches a child of the test itself, and kills it when it is still there after some time.
+    pub(crate) fn watchdog(child: &Child, patience: Duration) -> Self {
+        let process = Self::of_child(child);
+        let pidfd = process.pidfd.try_clone().unwrap();
+        let watched = Self { pid: process.pid, pidfd };
+        std::thread::spawn(move || {
+            if !watched.wait_gone(Instant::now() + patience) {
+                watched.signal(Signal::KILL);
+            }
+        });
+        process
+    }
+
     /// Waits for its end. False when the deadline came first.
     pub(crate) fn wait_gone(&self, deadline: Instant) -> bool {
         loop {
