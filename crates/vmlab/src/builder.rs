@@ -62,6 +62,7 @@ pub struct VmBuilder {
     network: NetworkMode,
     hostname: String,
     append: Vec<String>,
+    full_console: bool,
     qemu_args: Vec<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
@@ -92,6 +93,7 @@ impl Default for VmBuilder {
             network: NetworkMode::None,
             hostname: HOSTNAME.to_owned(),
             append: Vec::new(),
+            full_console: false,
             qemu_args: Vec::new(),
             modules: Vec::new(),
             environment: None,
@@ -187,6 +189,13 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the kernel writes all of its log to the console, also under KVM. There, every character
+    /// is an exit to the hypervisor, so that only warnings are written unless this is set.
+    pub fn full_console(mut self, full: bool) -> Self {
+        self.full_console = full;
+        self
+    }
+
     /// Adds an argument for QEMU, as it is.
     pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
         self.qemu_args.push(argument.into());
@@ -264,6 +273,9 @@ impl VmBuilder {
         if (accel, machine) == (Accel::Tcg, Machine::Microvm) {
             // This board has no timer that the guest could check its time-stamp counter against.
             arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+        }
+        if accel == Accel::Kvm && !self.full_console {
+            arguments.push("quiet".to_owned());
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;
