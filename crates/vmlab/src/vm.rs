@@ -172,7 +172,10 @@ impl Vm {
         };
         // All is written back: nothing is gained by watching the guest power itself off.
         self.connection.close();
-        self.handle.kill(ExitReason::Killed);
+        self.handle.kill(match result {
+            Ok(()) => ExitReason::Shutdown,
+            Err(_) => ExitReason::Killed,
+        });
         self.end_phase(Phase::Stop);
         result
     }
