@@ -164,7 +164,7 @@ pub(crate) struct RunArgs {
     #[arg(short, long)]
     pub(crate) tty: bool,
     /// The command and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(required = true, trailing_var_arg = true)]
     pub(crate) command: Vec<OsString>,
 }
 
