@@ -1,6 +1,5 @@
 //! Completions and manual pages, made from the definition of the command line.
 
-use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -15,8 +14,4 @@ pub(crate) fn man(command: clap::Command, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir)
         .and_then(|()| clap_mangen::generate_to(command, dir))
         .with_context(|| format!("the manual pages cannot be written to {}", dir.display()))
-        .map_err(|error: anyhow::Error| match error.downcast::<io::Error>() {
-            Ok(io) => io.into(),
-            Err(other) => other,
-        })
 }

@@ -384,6 +384,11 @@ fn absolute(path: &Path) -> Result<PathBuf, Error> {
     })
 }
 
+/// Whether a path of the root is hidden in the guest by something of its own.
+fn is_of_the_guest(path: &Path) -> bool {
+    ["/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp"].iter().any(|own| path.starts_with(own))
+}
+
 /// Which devices carry which directories, and what the guest mounts of them.
 struct MountPlan {
     transport: Box<dyn Transport>,
@@ -412,13 +417,14 @@ impl MountPlan {
     /// The module tree. Where the root has it somewhere, no device is needed: every one costs time at
     /// boot.
     fn modules(&mut self, dir: &Path, root: &Path) -> Filesystem {
-        match (dir.strip_prefix(root), dir.to_str()) {
-            (Ok(below), Some(_)) => Filesystem {
+        let source = dir.strip_prefix(root).map(|below| Path::new("/").join(below));
+        match source.ok().as_deref().filter(|path| !is_of_the_guest(path)).and_then(Path::to_str) {
+            Some(source) => Filesystem {
                 kind: "bind".to_owned(),
-                source: Path::new("/").join(below).to_string_lossy().into_owned(),
+                source: source.to_owned(),
                 options: String::new(),
             },
-            _ => self.add("modules", dir, true, Caching::Fixed),
+            None => self.add("modules", dir, true, Caching::Fixed),
         }
     }
 }

@@ -98,7 +98,7 @@ pub(crate) fn run(
     network::loopback(warn);
     done("hostname and loopback");
     if let Some(network) = &setup.network {
-        network::configure(network)?;
+        network::configure(network, warn)?;
         done("network");
     }
     if !setup.modprobe.is_empty() {

@@ -4,10 +4,16 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink};
 use vmlab_wire::message::{Failure, Network};
 
 use super::{Step, failed_io};
+use crate::power;
+use crate::sys::monotonic_ns;
+
+/// How long an interface may take to pass packets after it was taken up: the kernel may put that off
+/// by a second.
+const LINK_TIMEOUT_NS: u64 = 5_000_000_000;
 
 /// An empty request for the interface `name`.
 fn request(name: &str) -> io::Result<libc::ifreq> {
@@ -48,6 +54,15 @@ impl Configurator {
         self.ioctl(libc::SIOCSIFFLAGS as _, &mut request)
     }
 
+    /// Whether the interface passes packets.
+    fn is_running(&self, name: &str) -> io::Result<bool> {
+        let mut request = request(name)?;
+        self.ioctl(libc::SIOCGIFFLAGS as _, &mut request)?;
+        // SAFETY: SIOCGIFFLAGS has written this member of the union.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        Ok(libc::c_int::from(flags) & libc::IFF_RUNNING != 0)
+    }
+
     fn address(&self, name: &str, number: libc::Ioctl, address: [u8; 4]) -> io::Result<()> {
         let mut request = request(name)?;
         request.ifr_ifru.ifru_addr = socket_address(address);
@@ -82,8 +97,31 @@ pub(super) fn loopback(warn: &mut dyn FnMut(String)) {
     }
 }
 
+/// Opens a socket that becomes readable when the state of an interface changes.
+fn link_events() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    // The protocol of number 0 is NETLINK_ROUTE.
+    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, None)?;
+    let groups = libc::RTMGRP_LINK as u32;
+    rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, groups))?;
+    Ok(socket)
+}
+
+/// Waits until an interface that was taken up passes packets: it drops them for the moment before.
+fn wait_running(c: &Configurator, events: &OwnedFd, name: &str) -> io::Result<bool> {
+    let until = monotonic_ns() + LINK_TIMEOUT_NS;
+    while !c.is_running(name)? {
+        if !power::wait_until(events, until) {
+            return Ok(false);
+        }
+        let mut event = [0; 4096];
+        while matches!(rustix::io::read(events, &mut event), Ok(n) if n > 0) {}
+    }
+    Ok(true)
+}
+
 /// Gives the guest's first interface its address and route.
-pub(super) fn configure(network: &Network) -> Step {
+pub(super) fn configure(network: &Network, warn: &mut dyn FnMut(String)) -> Step {
     let Some(name) = interface() else {
         return Err(Failure {
             step: "find the network interface".to_string(),
@@ -95,8 +133,13 @@ pub(super) fn configure(network: &Network) -> Step {
     let configured = Configurator::new().and_then(|c| {
         c.address(&name, libc::SIOCSIFADDR as _, network.address)?;
         c.address(&name, libc::SIOCSIFNETMASK as _, mask.to_be_bytes())?;
+        let events = link_events()?;
         c.up(&name)?;
-        c.default_route(network.gateway)
+        c.default_route(network.gateway)?;
+        if !wait_running(&c, &events, &name)? {
+            warn(format!("the network interface {name} does not come up"));
+        }
+        Ok(())
     });
     configured.map_err(|e| failed_io(format!("configure the network interface {name}"), &e, ""))
 }

@@ -74,7 +74,8 @@ pub(super) fn mount(mode: RootMode) -> Step {
     own_ptmx();
     memory("/run", c"mode=755")?;
     memory("/tmp", c"mode=1777")?;
-    if mode == RootMode::ReadOnly {
+    // Unlike the two before it, a small root need not have it.
+    if mode == RootMode::ReadOnly && std::fs::metadata("/var/tmp").is_ok() {
         memory("/var/tmp", c"mode=1777")?;
     }
     // /var/lock leads here on most distributions.

@@ -37,8 +37,17 @@ fn overlay() -> Step {
         .map_err(|e| failed(step, e, "the kernel needs CONFIG_TMPFS"))?;
     make_dir("/overlay/upper")?;
     make_dir("/overlay/work")?;
-    let options = c"lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work";
-    mount_fs("overlay", NEW_ROOT, "overlay", MountFlags::empty(), Some(options)).map_err(|e| {
+    let mount = |options| mount_fs("overlay", NEW_ROOT, "overlay", MountFlags::empty(), options);
+    // With redirects, directories of the root can be renamed. Kernels before 4.10 refuse the option.
+    let mounted = match mount(Some(
+        c"lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work,redirect_dir=on",
+    )) {
+        Err(Errno::INVAL) => {
+            mount(Some(c"lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work"))
+        }
+        other => other,
+    };
+    mounted.map_err(|e| {
         let hint = match e {
             Errno::NODEV => "the kernel needs CONFIG_OVERLAY_FS or the module overlay",
             Errno::INVAL => "the tmpfs needs CONFIG_TMPFS_XATTR; the kernel's log says more",
