@@ -172,7 +172,8 @@ impl Vm {
         };
         // All is written back: nothing is gained by watching the guest power itself off.
         self.connection.close();
-        self.handle.kill(ExitReason::Killed);
+        let orderly = result.is_ok();
+        self.handle.kill(if orderly { ExitReason::Shutdown } else { ExitReason::Killed });
         self.end_phase(Phase::Stop);
         result
     }
