@@ -184,7 +184,7 @@ fn one(
     input: &mut Input,
 ) -> Result<Ran> {
     if let Some(why) = prepared.accel_reason() {
-        display.note(&format!("TCG is used, because KVM is not: {why}"));
+        display.note(&format!("TCG, not KVM: {why}"));
     }
     let verbose = request.verbosity == Verbosity::Verbose;
     let vm = prepared.start_watched(|handle| {

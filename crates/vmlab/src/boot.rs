@@ -34,6 +34,8 @@ pub(crate) struct Needs {
     pub(crate) overlay: bool,
     /// There is a network interface.
     pub(crate) network: bool,
+    /// The root cannot be written to and has no place for modules; an overlay can make one.
+    pub(crate) modules_place: bool,
 }
 
 /// A kernel made ready to boot.
@@ -131,6 +133,9 @@ fn way_to_root(
                 return Err(Lack { purpose, missing: missing.collect(), hint });
             }
         }
+    }
+    if needs.modules_place && features.get(Feature::Overlay) == Availability::Module {
+        modules.extend(Feature::Overlay.needs().iter().filter_map(|(_, module)| *module));
     }
     Ok((modules, channel))
 }
@@ -263,7 +268,7 @@ mod tests {
     use super::*;
     use vmlab_artifacts::kconfig::KernelConfig;
 
-    const NEEDS: Needs = Needs { overlay: true, network: false };
+    const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
     const ALL_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
         CONFIG_NET_9P_VIRTIO=y\nCONFIG_OVERLAY_FS=y\n";
 
@@ -294,15 +299,25 @@ mod tests {
             ("CONFIG_NET_9P_VIRTIO", NEEDS),
             ("CONFIG_VIRTIO_PCI", NEEDS),
             ("CONFIG_OVERLAY_FS", NEEDS),
-            ("CONFIG_VIRTIO_NET", Needs { overlay: true, network: true }),
+            ("CONFIG_VIRTIO_NET", Needs { network: true, ..NEEDS }),
         ] {
             let config = ALL_BUILT_IN.replace(&format!("{option}=y"), "");
             let Err(lack) = way_to_root(&features(&config), needs) else { panic!("{option}") };
             assert!(lack.missing.iter().any(|missing| missing == option), "{option}");
         }
         let config = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-        let without = Needs { overlay: false, network: false };
+        let without = Needs { overlay: false, ..NEEDS };
         assert!(way_to_root(&features(&config), without).is_ok());
+    }
+
+    #[test]
+    fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
+        let place = Needs { overlay: false, modules_place: true, ..NEEDS };
+        let modular = ALL_BUILT_IN.replace("OVERLAY_FS=y", "OVERLAY_FS=m");
+        let Ok((modules, _)) = way_to_root(&features(&modular), place) else { panic!("refused") };
+        assert_eq!(modules, ["overlay"]);
+        let absent = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
+        assert!(way_to_root(&features(&absent), place).is_ok());
     }
 
     #[test]

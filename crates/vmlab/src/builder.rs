@@ -62,6 +62,7 @@ pub struct VmBuilder {
     network: NetworkMode,
     hostname: String,
     append: Vec<String>,
+    full_console: bool,
     qemu_args: Vec<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
@@ -92,6 +93,7 @@ impl Default for VmBuilder {
             network: NetworkMode::None,
             hostname: HOSTNAME.to_owned(),
             append: Vec::new(),
+            full_console: false,
             qemu_args: Vec::new(),
             modules: Vec::new(),
             environment: None,
@@ -187,6 +189,13 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the kernel writes all of its log to the console, also under KVM. There, every character
+    /// is an exit to the hypervisor, so that only warnings are written unless this is set.
+    pub fn full_console(mut self, full: bool) -> Self {
+        self.full_console = full;
+        self
+    }
+
     /// Adds an argument for QEMU, as it is.
     pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
         self.qemu_args.push(argument.into());
@@ -254,6 +263,9 @@ impl VmBuilder {
         let needs = Needs {
             overlay: self.root_mode == RootMode::Overlay,
             network: self.network != NetworkMode::None,
+            modules_place: self.root_mode == RootMode::ReadOnly
+                && kernel.modules.is_some()
+                && !self.root.join("lib/modules").is_dir(),
         };
         let (accel, accel_reason) = accel::choose(self.accel)?;
         let machine = self.machine.unwrap_or(self.fastest_machine());
@@ -261,6 +273,9 @@ impl VmBuilder {
         if (accel, machine) == (Accel::Tcg, Machine::Microvm) {
             // This board has no timer that the guest could check its time-stamp counter against.
             arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+        }
+        if accel == Accel::Kvm && !self.full_console {
+            arguments.push("quiet".to_owned());
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;
@@ -322,16 +337,9 @@ impl VmBuilder {
         let root = Root { filesystem, mode };
         let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
 
-        let mut shares = Vec::new();
-        let cwd = Share::new(&environment.cwd);
-        let covered = self.root_mode == RootMode::ReadWrite && root_path == Path::new("/");
-        if self.share_cwd && !covered && cwd.guest != Path::new("/") {
-            shares.push(plan.mount(&cwd));
-        }
-        for share in &self.shares {
-            share.validate()?;
-            shares.push(plan.mount(share));
-        }
+        let cwd = self.share_cwd.then_some(environment.cwd.as_path());
+        let shares = self.shares_in_order(cwd)?;
+        let shares = shares.iter().map(|share| plan.mount(share)).collect();
         Ok(Setup {
             hostname: self.hostname.clone(),
             root,
@@ -343,6 +351,27 @@ impl VmBuilder {
             clock_ns: 0,
             entropy: Vec::new(),
         })
+    }
+
+    /// All shares, the working directory among them unless another is given for its place.
+    fn shares_in_order(&self, cwd: Option<&Path>) -> Result<Vec<Share>, Error> {
+        let mut shares: Vec<Share> = Vec::new();
+        for share in &self.shares {
+            share.validate()?;
+            if shares.iter().any(|other| other.guest == share.guest) {
+                return Err(share.error("another share has this place in the guest"));
+            }
+            shares.push(share.clone());
+        }
+        let root = Path::new("/");
+        if let Some(cwd) = cwd.filter(|cwd| *cwd != root)
+            && !shares.iter().any(|share| share.guest == cwd)
+        {
+            shares.push(Share::new(cwd));
+        }
+        // From the outside in: a mount covers what was mounted below it before.
+        shares.sort_by_key(|share| share.guest.components().count());
+        Ok(shares)
     }
 }
 
@@ -452,7 +481,7 @@ impl PreparedVm {
         Vm::start(self, started)
     }
 
-    pub(crate) fn fresh_setup(&mut self) -> Setup {
+    pub(crate) fn fresh_setup(&self) -> Setup {
         let mut setup = self.setup.clone();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);

@@ -91,8 +91,13 @@ impl Share {
 
     /// Checks a share that was made by parts.
     pub(crate) fn validate(&self) -> Result<(), Error> {
-        let text = || format!("{}:{}", self.host.display(), self.guest.display());
-        self.check().map_err(|why| Error::Share { text: text(), why })
+        self.check().map_err(|why| self.error(&why))
+    }
+
+    /// What is wrong with a share that was made by parts.
+    pub(crate) fn error(&self, why: &str) -> Error {
+        let text = format!("{}:{}", self.host.display(), self.guest.display());
+        Error::Share { text, why: why.to_owned() }
     }
 }
 

@@ -4,9 +4,10 @@ use std::ffi::OsStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use vmlab_artifacts::Kernel;
 use vmlab_wire::HostMessage;
-use vmlab_wire::message::{Ready, SetupReport};
+use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
 use crate::builder::{PreparedVm, VmBuilder};
@@ -30,6 +31,10 @@ const END_TIME: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to end its processes and write everything back.
 const STOP_TIME: Duration = Duration::from_secs(30);
+
+/// Why a driver may be missing that the kernel was built with.
+const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
+    package, the directory that it was unpacked to or its build tree, not the image alone";
 
 /// Lines of the console that are shown with a failure.
 const TAIL_LINES: usize = 25;
@@ -56,7 +61,7 @@ impl Vm {
     }
 
     pub(crate) fn start(
-        mut prepared: PreparedVm,
+        prepared: PreparedVm,
         started: impl FnOnce(&Arc<dyn VmHandle>),
     ) -> Result<Self, Error> {
         let mut timeline = prepared.timeline.clone();
@@ -77,12 +82,7 @@ impl Vm {
             source,
             hint: "",
         })?;
-        // Sent ahead, so that the guest need not wait for an answer.
-        let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
-        connection
-            .send(&setup)
-            .map_err(|error| starting.lost(Lost::Protocol(error.to_string())))?;
-        let outcome = starting.wait(&connection, &mut timeline, &*prepared.progress);
+        let outcome = starting.wait(&connection, &mut timeline, &prepared);
         let (ready, setup) = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
@@ -234,7 +234,7 @@ impl Starting<'_> {
         &self,
         connection: &Connection,
         timeline: &mut Timeline,
-        progress: &dyn vmlab_artifacts::Progress,
+        prepared: &PreparedVm,
     ) -> Result<(Ready, SetupReport), Error> {
         let ready = loop {
             let look = Some(Instant::now() + OOPS_LOOK);
@@ -243,18 +243,24 @@ impl Starting<'_> {
                 None => self.check_time()?,
             }
         };
+        // Made only now: it tells the time.
+        let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
+        connection.send(&setup).map_err(|error| self.lost(Lost::Protocol(error.to_string())))?;
         timeline.end(Phase::Boot);
-        progress.phase(Phase::Setup.name());
+        prepared.progress.phase(Phase::Setup.name());
         let deadline = Some(self.since + self.timeout);
         let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
         timeline.end(Phase::Setup);
         match setup {
             Some(Ok(setup)) => Ok((ready, setup)),
-            Some(Err(failure)) => Err(Error::Setup {
-                step: failure.step,
-                detail: failure.detail,
-                console: evidence(&**self.handle),
-            }),
+            Some(Err(mut failure)) => {
+                let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
+                if unknown && prepared.kernel.modules.is_none() {
+                    failure.detail.push_str(NO_MODULES);
+                }
+                let Failure { step, detail, .. } = failure;
+                Err(Error::Setup { step, detail, console: evidence(&**self.handle) })
+            }
             None => Err(self.too_slow(None)),
         }
     }

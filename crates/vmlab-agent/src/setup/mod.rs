@@ -81,7 +81,7 @@ pub(crate) fn run(
     pseudo::mount(setup.root.mode)?;
     done("pseudo filesystems");
     if let Some(tree) = &setup.modules {
-        modules::mount(tree, setup.root.mode)?;
+        modules::mount(tree, setup.root.mode, warn)?;
         done("module tree");
     }
     for share in &setup.shares {
