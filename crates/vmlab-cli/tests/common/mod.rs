@@ -5,6 +5,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "no test file uses all of it")]
 
+pub(crate) mod pty;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -223,6 +225,11 @@ impl Vmlab {
         let stdout = child.stdout.take().map(Capture::of).unwrap_or_default();
         let stderr = child.stderr.take().map(Capture::of).unwrap_or_default();
         Running { child, process, stdin, stdout, stderr, deadline }
+    }
+
+    /// The command, for a terminal of the test's.
+    pub(crate) fn into_terminal_command(self) -> Command {
+        self.command
     }
 
     /// Runs it to its end.
