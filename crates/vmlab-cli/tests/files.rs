@@ -87,7 +87,7 @@ fn shares_are_where_and_how_they_were_asked_for() {
         // The inner one first: it has to be there all the same.
         format!("{}:/mnt/outer/sub", text("inner")),
         format!("{}:/mnt/outer:rw", text("outer")),
-        format!("../other:/usr/share/other"),
+        "../other:/usr/share/other".to_owned(),
         format!("{}:/mnt/odd", text("odd, näme")),
     ];
     let options: Vec<&str> = share.iter().flat_map(|share| ["--share", share]).collect();
