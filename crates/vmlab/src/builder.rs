@@ -31,6 +31,9 @@ const HOSTNAME: &str = "vmlab";
 const USER_NETWORK: Network =
     Network { address: [10, 0, 2, 15], prefix: 24, gateway: [10, 0, 2, 2] };
 
+/// Where the guest has filesystems of its own, which hide what the root has there.
+const GUESTS_OWN: [&str; 6] = ["/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp"];
+
 /// How much entropy a guest is given before anything runs in it, in bytes.
 const ENTROPY: usize = 64;
 
@@ -409,13 +412,15 @@ impl MountPlan {
         }
     }
 
-    /// The module tree. Where the root has it somewhere, no device is needed: every one costs time at
-    /// boot.
+    /// The module tree. Where the guest sees it in its root, no device is needed: every one costs time
+    /// at boot.
     fn modules(&mut self, dir: &Path, root: &Path) -> Filesystem {
-        match (dir.strip_prefix(root), dir.to_str()) {
-            (Ok(below), Some(_)) => Filesystem {
+        let inside = dir.strip_prefix(root).map(|below| Path::new("/").join(below));
+        let hidden = |path: &Path| GUESTS_OWN.iter().any(|own| path.starts_with(own));
+        match (inside, dir.to_str()) {
+            (Ok(inside), Some(_)) if !hidden(&inside) => Filesystem {
                 kind: "bind".to_owned(),
-                source: Path::new("/").join(below).to_string_lossy().into_owned(),
+                source: inside.to_string_lossy().into_owned(),
                 options: String::new(),
             },
             _ => self.add("modules", dir, true, Caching::Fixed),
@@ -491,5 +496,25 @@ impl PreparedVm {
         entropy.truncate(got.unwrap_or(0));
         setup.entropy = entropy;
         setup
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_that_the_guests_own_mounts_would_hide_get_a_device() {
+        let kind = |dir: &str, root: &str| {
+            let mut plan = MountPlan::new();
+            let filesystem = plan.modules(Path::new(dir), Path::new(root));
+            (filesystem.kind, plan.devices.len())
+        };
+        assert_eq!(kind("/home/u/modules", "/"), ("bind".to_owned(), 0));
+        assert_eq!(kind("/tmpfs/modules", "/"), ("bind".to_owned(), 0));
+        assert_eq!(kind("/tmp/modules", "/"), ("9p".to_owned(), 1));
+        assert_eq!(kind("/var/tmp/modules", "/"), ("9p".to_owned(), 1));
+        assert_eq!(kind("/tmp/root/modules", "/tmp/root"), ("bind".to_owned(), 0));
+        assert_eq!(kind("/home/u/modules", "/srv/root"), ("9p".to_owned(), 1));
     }
 }
