@@ -47,6 +47,26 @@ pub enum RootMode {
 }
 
 /// Collects what a VM should be.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use vmlab::units::Bytes;
+/// use vmlab::{AccelChoice, RootMode, Share, Vm};
+///
+/// let vm = Vm::builder()
+///     .kernel("./arch/x86/boot/bzImage")
+///     .memory("2G".parse::<Bytes>().expect("a size"))
+///     .cpus(2)
+///     .accel(AccelChoice::Auto)
+///     .root_mode(RootMode::Overlay)
+///     .share(Share::new("/srv/data").at("/mnt/data").read_only())
+///     .module(["loop", "max_loop=4"])
+///     .append("softlockup_panic=1")
+///     .timeout(Duration::from_secs(300))
+///     .start()?;
+/// println!("{}", vm.release());
+/// # Ok::<(), vmlab::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct VmBuilder {
     kernel: Option<String>,
