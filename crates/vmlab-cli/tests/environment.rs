@@ -1,5 +1,7 @@
 //! What a command finds around itself in a guest.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+
 mod common;
 mod facts;
 

@@ -1,5 +1,7 @@
 //! The commands that start no VM: doctor, completions, manual pages, help.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+
 mod common;
 
 use std::path::Path;
