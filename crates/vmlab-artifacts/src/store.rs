@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::cache::Flaw;
 use crate::source::{apt, deb, local};
 use crate::{
     Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec,
@@ -158,7 +159,7 @@ impl KernelStore {
     pub fn list(&self) -> Result<Vec<StoredKernel>, KernelError> {
         let mut kernels = self.described()?;
         for kernel in &mut kernels {
-            kernel.valid = self.is_whole(&kernel.key)?;
+            kernel.valid = self.is_whole(&kernel.key, entry::verify_all)?;
         }
         Ok(kernels)
     }
@@ -191,16 +192,20 @@ impl KernelStore {
         wanted: impl Fn(&StoredKernel) -> bool,
     ) -> Result<Option<StoredKernel>, KernelError> {
         for kernel in self.described()?.into_iter().rev().filter(|kernel| wanted(kernel)) {
-            if self.is_whole(&kernel.key)? {
+            if self.is_whole(&kernel.key, entry::verify)? {
                 return Ok(Some(kernel));
             }
         }
         Ok(None)
     }
 
-    fn is_whole(&self, key: &str) -> Result<bool, KernelError> {
+    fn is_whole(
+        &self,
+        key: &str,
+        verify: fn(&Path) -> Result<(), Flaw>,
+    ) -> Result<bool, KernelError> {
         // A mark that names the entry can be damaged as any file, so a bad key is no error.
-        match self.cache.lookup(KERNELS, key, entry::verify) {
+        match self.cache.lookup(KERNELS, key, verify) {
             Ok(found) => Ok(found.is_some()),
             Err(CacheError::BadName { .. }) => Ok(false),
             Err(error) => Err(error.into()),
@@ -253,7 +258,7 @@ impl KernelStore {
                 self.newest(|kernel| fits(kernel, spec))?.map(|kernel| kernel.key)
             }
             Select::Suite(_) => match fs::read_to_string(self.suite_mark(spec)) {
-                Ok(key) if self.is_whole(&key)? => Some(key),
+                Ok(key) if self.is_whole(&key, entry::verify)? => Some(key),
                 _ => None,
             },
         };

@@ -30,7 +30,9 @@ pub(crate) fn error(error: &anyhow::Error) {
     }
     note(&text);
     let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else { return };
-    if !evidence.tail.is_empty() {
+    if evidence.tail.is_empty() {
+        note("the guest wrote nothing to its console");
+    } else {
         note("the console's last lines:");
         for line in evidence.tail.lines() {
             let _ = writeln!(io::stderr().lock(), "  | {line}");

@@ -91,6 +91,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             NetArg::User => NetworkMode::User,
         })
         .share_cwd(!args.no_cwd)
+        .full_console(args.verbose)
         .hostname(args.hostname)
         .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
     vm = match (args.cpus.as_deref(), args.topology.as_deref()) {

@@ -2,9 +2,11 @@
 
 use std::io::{self, Seek};
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::Serialize;
 use vmlab::artifacts::Progress;
@@ -32,7 +34,8 @@ struct Outcome {
     exit_code: u8,
     signal: Option<i32>,
     error: Option<String>,
-    console_log: Option<String>,
+    exit_reason: Option<ExitReason>,
+    console_log: Option<PathBuf>,
     report: Option<Report>,
 }
 
@@ -103,15 +106,26 @@ fn outcome(
         Ok(ran) => (ran, None),
         Err(error) => (None, Some(error)),
     };
-    let log = error.as_ref().and_then(|error| error.downcast_ref::<Error>()?.evidence());
+    let report = ran.as_ref().map(|ran| ran.report.clone());
+    let cause = error.as_ref().and_then(|error| error.downcast_ref::<Error>());
+    let evidence = cause.and_then(Error::evidence);
+    let failed_by = match cause {
+        Some(Error::Ended { reason, .. }) => Some(reason.clone()),
+        Some(Error::BootTimeout { .. }) => Some(ExitReason::Timeout),
+        _ => None,
+    };
     Outcome {
         kernel: kernel.cloned(),
         command: request.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
         exit_code: code.0,
         signal: ran.as_ref().and_then(|ran| ran.status?.signal()),
         error: error.as_ref().map(|error| format!("{error:#}")),
-        console_log: log.map(|evidence| evidence.log.display().to_string()),
-        report: ran.map(|ran| ran.report),
+        exit_reason: report.as_ref().and_then(|r| r.exit_reason.clone()).or(failed_by),
+        console_log: report
+            .as_ref()
+            .map(|report| report.console_log.clone())
+            .or_else(|| evidence.map(|evidence| evidence.log.clone())),
+        report,
     }
 }
 
@@ -170,7 +184,7 @@ fn one(
     input: &mut Input,
 ) -> Result<Ran> {
     if let Some(why) = prepared.accel_reason() {
-        display.note(&format!("TCG is used, because KVM is not: {why}"));
+        display.note(&format!("TCG, not KVM: {why}"));
     }
     let verbose = request.verbosity == Verbosity::Verbose;
     let vm = prepared.start_watched(|handle| {
@@ -244,11 +258,13 @@ fn execute(
 
     let stdin = child.stdin.take().filter(|_| use_input || request.terminal);
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let escaped = AtomicBool::new(false);
     let status = std::thread::scope(|scope| {
         if let Some(stdin) = stdin {
-            let (stop, handle) = (stop.as_fd(), vm.handle());
+            let (stop, handle, escaped) = (stop.as_fd(), vm.handle(), &escaped);
             scope.spawn(move || {
                 if copy_input(stdin, stop, escape) == InputEnd::Escape {
+                    escaped.store(true, Ordering::Relaxed);
                     handle.kill(ExitReason::Killed);
                 }
             });
@@ -271,6 +287,9 @@ fn execute(
         status
     });
     drop(raw);
+    if escaped.into_inner() {
+        bail!("the VM was ended by Ctrl-], pressed three times");
+    }
     Ok(status?)
 }
 

@@ -200,7 +200,7 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Room for up to `want` bytes to read into; [`filled`](Self::filled) says how many came.
+    /// Room for up to `want` bytes to read into; [`filled`](Space::filled) says how many came.
     pub fn space(&mut self, want: usize) -> Space<'_> {
         self.compact();
         let old = self.buffer.len();

@@ -47,6 +47,26 @@ pub enum RootMode {
 }
 
 /// Collects what a VM should be.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use vmlab::units::Bytes;
+/// use vmlab::{AccelChoice, RootMode, Share, Vm};
+///
+/// let vm = Vm::builder()
+///     .kernel("./arch/x86/boot/bzImage")
+///     .memory("2G".parse::<Bytes>().expect("a size"))
+///     .cpus(2)
+///     .accel(AccelChoice::Auto)
+///     .root_mode(RootMode::Overlay)
+///     .share(Share::new("/srv/data").at("/mnt/data").read_only())
+///     .module(["loop", "max_loop=4"])
+///     .append("softlockup_panic=1")
+///     .timeout(Duration::from_secs(300))
+///     .start()?;
+/// println!("{}", vm.release());
+/// # Ok::<(), vmlab::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct VmBuilder {
     kernel: Option<String>,
@@ -62,6 +82,7 @@ pub struct VmBuilder {
     network: NetworkMode,
     hostname: String,
     append: Vec<String>,
+    full_console: bool,
     qemu_args: Vec<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
@@ -92,6 +113,7 @@ impl Default for VmBuilder {
             network: NetworkMode::None,
             hostname: HOSTNAME.to_owned(),
             append: Vec::new(),
+            full_console: false,
             qemu_args: Vec::new(),
             modules: Vec::new(),
             environment: None,
@@ -188,6 +210,13 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the kernel writes all of its log to the console, also under KVM. There, every character
+    /// is an exit to the hypervisor, so that only warnings are written unless this is set.
+    pub fn full_console(mut self, full: bool) -> Self {
+        self.full_console = full;
+        self
+    }
+
     /// Adds an argument for QEMU, as it is.
     pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
         self.qemu_args.push(argument.into());
@@ -268,6 +297,9 @@ impl VmBuilder {
         if (accel, machine) == (Accel::Tcg, Machine::Microvm) {
             // This board has no timer that the guest could check its time-stamp counter against.
             arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+        }
+        if accel == Accel::Kvm && !self.full_console {
+            arguments.push("quiet".to_owned());
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;

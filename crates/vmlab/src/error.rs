@@ -201,6 +201,9 @@ fn ended_text(reason: &ExitReason, booting: bool) -> String {
         ExitReason::GuestPanic(Some(message)) if message.starts_with(INIT_DIED) => {
             format!("the agent in the guest died{when} ({message})")
         }
+        ExitReason::GuestPanic(Some(message)) => {
+            format!("the guest's kernel panicked{when}: {message}")
+        }
         ExitReason::Shutdown if !booting => {
             "the guest powered itself off before the command had ended".to_owned()
         }

@@ -5,7 +5,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -44,7 +44,7 @@ impl RunDir {
             hint: "; XDG_STATE_HOME chooses another place",
         };
         DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
-        let lock = File::create(path.join(LOCK)).map_err(failed)?;
+        let lock = private_file(&path.join(LOCK)).map_err(failed)?;
         lock.lock().map_err(failed)?;
         prune(root);
         Ok(Self { path, _lock: lock })
@@ -53,6 +53,11 @@ impl RunDir {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Makes a file that only the user can read, whatever their umask.
+pub(crate) fn private_file(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 fn default_root() -> Result<PathBuf, Error> {

@@ -40,6 +40,24 @@ const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has
 const TAIL_LINES: usize = 25;
 
 /// A VM whose guest is ready for commands. Dropping it ends it at once.
+///
+/// What the guest does to itself is told apart from what a command does:
+///
+/// ```no_run
+/// use vmlab::hypervisor::ExitReason;
+/// use vmlab::{Error, Vm};
+///
+/// let vm = Vm::builder().kernel("debian:6.12").start()?;
+/// match vm.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]) {
+///     Ok(output) => println!("the command ended with {}", output.status),
+///     Err(Error::Ended { reason: ExitReason::GuestPanic(message), console, .. }) => {
+///         println!("the kernel panicked: {message:?}");
+///         println!("{}\nmore in {}", console.tail, console.log.display());
+///     }
+///     Err(other) => return Err(other),
+/// }
+/// # Ok::<(), vmlab::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Vm {
     handle: Arc<dyn VmHandle>,
@@ -172,7 +190,10 @@ impl Vm {
         };
         // All is written back: nothing is gained by watching the guest power itself off.
         self.connection.close();
-        self.handle.kill(ExitReason::Killed);
+        self.handle.kill(match result {
+            Ok(()) => ExitReason::Shutdown,
+            Err(_) => ExitReason::Killed,
+        });
         self.end_phase(Phase::Stop);
         result
     }

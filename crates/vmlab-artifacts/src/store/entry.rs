@@ -16,8 +16,7 @@ const FORMAT: u32 = 1;
 
 const ENTRY: &str = "entry.json";
 
-/// All files but these two, with their sizes. Apart from the description, because a look-up reads
-/// the descriptions of all entries and the files of one.
+/// All files but these two, with their sizes: thousands of modules, which only a listing checks.
 const FILES: &str = "files.json";
 
 /// Longest key before it is cut and hashed.
@@ -38,6 +37,8 @@ pub(super) struct Entry {
     pub(super) image: PathBuf,
     /// Bytes of all files.
     pub(super) bytes: u64,
+    /// The files that every run depends on, with their sizes: all but the modules themselves.
+    pub(super) key_files: Manifest,
 }
 
 impl Entry {
@@ -49,19 +50,34 @@ impl Entry {
     }
 }
 
-/// Checks an entry: the format, every file's size, and the boot image's header.
+/// Checks what every run depends on: the format, the sizes of the key files, and the boot image's
+/// header. A module that is damaged is noticed when it is read.
 pub(super) fn verify(dir: &Path) -> Result<(), Flaw> {
     let entry: Entry = serde_json::from_slice(&fs::read(dir.join(ENTRY))?)?;
     if entry.format != FORMAT {
         return Err(format!("it has format {} instead of {FORMAT}", entry.format).into());
     }
-    let files: Manifest = serde_json::from_slice(&fs::read(dir.join(FILES))?)?;
-    if !files.files.contains_key(&entry.image) {
+    if !entry.key_files.files.contains_key(&entry.image) {
         return Err("its boot image is not among its files".into());
     }
-    files.check(dir)?;
+    entry.key_files.check(dir)?;
     BootImage::open(&dir.join(&entry.image))?;
     Ok(())
+}
+
+/// Checks an entry as [`verify`] does, and the size of every file.
+pub(super) fn verify_all(dir: &Path) -> Result<(), Flaw> {
+    verify(dir)?;
+    let files: Manifest = serde_json::from_slice(&fs::read(dir.join(FILES))?)?;
+    Ok(files.check(dir)?)
+}
+
+/// Whether a file is a module, compressed or not.
+fn is_module(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| {
+        let name = name.to_string_lossy();
+        name.ends_with(".ko") || name.contains(".ko.")
+    })
 }
 
 /// Unpacks packages over each other.
@@ -112,6 +128,14 @@ pub(super) fn finish(
         suites: Vec::new(),
         image: image.strip_prefix(dir).unwrap_or(&image).to_owned(),
         bytes: files.files.values().sum(),
+        key_files: Manifest {
+            files: files
+                .files
+                .iter()
+                .filter(|(path, _)| !is_module(path))
+                .map(|(path, size)| (path.clone(), *size))
+                .collect(),
+        },
     };
     describe(&mut entry);
     // The description comes last: an entry without it is none.

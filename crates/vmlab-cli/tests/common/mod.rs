@@ -5,6 +5,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "no test file uses all of it")]
 
+pub(crate) mod pty;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -225,6 +227,11 @@ impl Vmlab {
         Running { child, process, stdin, stdout, stderr, deadline }
     }
 
+    /// The command, for a terminal of the test's.
+    pub(crate) fn into_terminal_command(self) -> Command {
+        self.command
+    }
+
     /// Runs it to its end.
     pub(crate) fn output(self) -> Outcome {
         self.start().finish()
@@ -246,6 +253,19 @@ impl Process {
     fn of_pid(pid: Pid) -> Option<Self> {
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         Some(Self { pid: pid.as_raw_nonzero().get(), pidfd })
+    }
+
+    /// Watches a child of the test itself, and kills it when it is still there after some time.
+    pub(crate) fn watchdog(child: &Child, patience: Duration) -> Self {
+        let process = Self::of_child(child);
+        let pidfd = process.pidfd.try_clone().unwrap();
+        let watched = Self { pid: process.pid, pidfd };
+        std::thread::spawn(move || {
+            if !watched.wait_gone(Instant::now() + patience) {
+                watched.signal(Signal::KILL);
+            }
+        });
+        process
     }
 
     /// Waits for its end. False when the deadline came first.

@@ -191,14 +191,14 @@ fn messages_are_one_line_and_do_not_repeat_their_source() {
         ),
         (
             KvmUnusable::CannotEmulate { instruction: "shlx", stop: wrong },
-            "does not execute shlx correctly: the guest computed [0] instead of [1f]",
+            "cannot execute shlx: the guest computed [0] instead of [1f]",
         ),
         (
             KvmUnusable::CannotEmulate {
                 instruction: "int3",
                 stop: GuestStop::InternalError { suberror: 1 },
             },
-            "int3 correctly: the guest ended with KVM_EXIT_INTERNAL_ERROR, suberror 1",
+            "cannot execute int3: the guest ended with KVM_EXIT_INTERNAL_ERROR, suberror 1",
         ),
         (
             KvmUnusable::TooSlow { iterations: 5000, took: ms(5), limit: ms(2) },

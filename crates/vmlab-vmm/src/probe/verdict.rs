@@ -98,7 +98,7 @@ pub enum KvmUnusable {
         source: io::Error,
     },
     /// The guest's code was not executed as a processor would do it.
-    #[error("/dev/kvm does not execute {instruction} correctly: the guest {stop}")]
+    #[error("/dev/kvm cannot execute {instruction}: the guest {stop}")]
     CannotEmulate {
         /// The instruction under test.
         instruction: &'static str,
@@ -193,14 +193,7 @@ pub enum GuestStop {
     #[error("triple-faulted (KVM_EXIT_SHUTDOWN)")]
     TripleFault,
     /// `KVM_EXIT_INTERNAL_ERROR`.
-    #[error(
-        "ended with KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{}",
-        if *suberror == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
-            ": a software emulation without this instruction"
-        } else {
-            ""
-        }
-    )]
+    #[error("ended with KVM_EXIT_INTERNAL_ERROR, suberror {suberror}")]
     InternalError {
         /// `KVM_INTERNAL_ERROR_EMULATION`, 1, says that KVM tried to emulate an instruction and
         /// could not, where a processor executes it.

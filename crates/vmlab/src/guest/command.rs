@@ -30,6 +30,22 @@ pub enum Stdio {
 }
 
 /// A command to be run in a VM.
+///
+/// ```no_run
+/// use std::io::{Read, Write};
+/// use vmlab::{Stdio, Vm};
+///
+/// let vm = Vm::builder().kernel("debian:6.1").start()?;
+/// let mut child = vm.command("sort").arg("-r").stdin(Stdio::Piped).spawn()?;
+/// let mut stdin = child.stdin.take().expect("it is piped");
+/// stdin.write_all(b"a\nb\n")?;
+/// drop(stdin); // the end of the input
+/// let mut sorted = String::new();
+/// child.stdout.take().expect("it is piped").read_to_string(&mut sorted)?;
+/// assert_eq!(sorted, "b\na\n");
+/// assert!(child.wait()?.success());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Command<'vm> {
     vm: &'vm Vm,

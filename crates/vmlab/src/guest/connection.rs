@@ -215,7 +215,9 @@ impl Connection {
     /// Waits until writing to the stream would not wait. False when nobody will read it any more.
     pub(crate) fn input_wanted(&self, stream: StreamId) -> bool {
         let wanted = self.wait_for(None, |state| match state.inputs.get(&stream) {
-            Some(input) if !input.stopped => (input.window.available() > 0).then_some(true),
+            Some(input) if !input.stopped && state.lost.is_none() => {
+                (input.window.available() > 0).then_some(true)
+            }
             _ => Some(false),
         });
         wanted == Ok(Some(true))
@@ -397,6 +399,9 @@ impl State {
                     // is nobody's.
                     self.end_output(process.stream(Stdio::Stdout));
                     self.end_output(process.stream(Stdio::Stderr));
+                    if let Some(input) = self.inputs.get_mut(&process.stream(Stdio::Stdin)) {
+                        input.stopped = true;
+                    }
                 }
             },
             Frame::Data(stream, bytes) => {
@@ -453,3 +458,6 @@ impl State {
             .ok_or_else(|| protocol(format_args!("data on stream {}, which is not open", stream.0)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,6 +35,7 @@ struct State {
     line: Vec<u8>,
     panic: Option<String>,
     oops: Option<(Instant, String)>,
+    restart: bool,
     first_byte: Option<Instant>,
     subscribers: Vec<Sender<Vec<u8>>>,
     input: Option<Box<dyn WriteDebug>>,
@@ -105,6 +106,11 @@ impl SerialConsole {
         self.lock().oops.clone()
     }
 
+    /// Whether the kernel has said that it is about to reset the machine.
+    pub(crate) fn restart_announced(&self) -> bool {
+        self.lock().restart
+    }
+
     /// When the guest's first byte came.
     pub fn first_byte(&self) -> Option<Instant> {
         self.lock().first_byte
@@ -171,6 +177,10 @@ impl SerialConsole {
 /// How a panic begins, in every kernel since 2.6.
 const PANIC: &str = "Kernel panic - not syncing: ";
 
+/// What the kernel says before it resets the machine: by reboot(2), and by the SysRq key.
+const RESTARTS: [&str; 3] =
+    ["reboot: Restarting system", "reboot: machine restart", "sysrq: Resetting"];
+
 /// How the kernel begins a report about damage to itself.
 const OOPSES: [&str; 6] = [
     "BUG: unable to handle",
@@ -191,6 +201,7 @@ impl State {
         if self.oops.is_none() && OOPSES.iter().any(|oops| line.contains(oops)) {
             self.oops = Some((Instant::now(), line.trim().to_owned()));
         }
+        self.restart |= RESTARTS.iter().any(|restart| line.contains(restart));
     }
 }
 

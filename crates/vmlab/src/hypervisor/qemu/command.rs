@@ -144,3 +144,87 @@ fn share_device(args: &mut Arguments, index: usize, share: &ShareDevice) {
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Boot, VmConfigBuilder};
+    use crate::units::Bytes;
+    use vmlab_artifacts::Arch;
+
+    fn line(change: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Vec<String> {
+        // Any readable file will do: nothing is started.
+        let file = std::env::current_exe().unwrap();
+        let boot = Boot {
+            image: file.clone(),
+            arch: Arch::HOST,
+            initramfs: file,
+            command_line: "console=ttyS0 a=\"b c\"".to_owned(),
+        };
+        let config = change(VmConfigBuilder::new(boot)).build().unwrap();
+        let fds = Descriptors { console: 7, agent: 8, qmp: 9 };
+        arguments(&config, fds, Path::new("/logs/cpu.log"))
+    }
+
+    /// The values of an option, in order.
+    fn values<'a>(line: &'a [String], option: &str) -> Vec<&'a str> {
+        let pairs = line.iter().zip(line.iter().skip(1));
+        pairs.filter(|(name, _)| *name == option).map(|(_, value)| value.as_str()).collect()
+    }
+
+    #[test]
+    fn descriptors_and_command_line_go_through_as_they_are() {
+        let line = line(|config| config);
+        assert_eq!(values(&line, "-append"), ["console=ttyS0 a=\"b c\""]);
+        let chardevs = values(&line, "-chardev");
+        assert!(chardevs.contains(&"socket,id=console,fd=7"), "{chardevs:?}");
+        assert!(chardevs.contains(&"socket,id=agent,fd=8"), "{chardevs:?}");
+        assert!(chardevs.contains(&"socket,id=qmp,fd=9"), "{chardevs:?}");
+    }
+
+    #[test]
+    fn a_topology_has_dies_for_caches_and_nodes_with_memory() {
+        let topology = Topology { nodes: 2, llcs: 3, cores: 4, threads: 2 };
+        let line = line(|config| {
+            config.machine(Machine::Q35).topology(topology).memory(Bytes(1024 * MIB))
+        });
+        assert_eq!(values(&line, "-smp"), ["48,sockets=2,dies=3,cores=4,threads=2"]);
+        let numa = values(&line, "-numa");
+        assert_eq!(numa[0], "node,nodeid=0,memdev=node0");
+        assert_eq!(numa[3], "cpu,node-id=1,socket-id=1");
+        assert!(values(&line, "-object").contains(&"memory-backend-ram,id=node1,size=512M"));
+    }
+
+    #[test]
+    fn shares_are_read_only_in_the_server_and_commas_survive() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("a,b");
+        std::fs::create_dir(&dir).unwrap();
+        let share = |read_only| ShareDevice {
+            tag: if read_only { "ro".to_owned() } else { "rw".to_owned() },
+            path: dir.clone(),
+            read_only,
+            transport: ShareTransport::NineP,
+        };
+        let line = line(|config| config.share(share(true)).share(share(false)));
+        let fsdevs = values(&line, "-fsdev");
+        assert!(fsdevs[0].contains("/a,,b,") && fsdevs[0].ends_with(",readonly=on"));
+        assert!(!fsdevs[1].contains("readonly"));
+        let devices = values(&line, "-device");
+        assert!(devices.contains(&"virtio-9p-pci,fsdev=share1,mount_tag=rw"), "{devices:?}");
+    }
+
+    #[test]
+    fn a_serial_channel_is_the_second_serial_port() {
+        let line = line(|config| config.channel(AgentChannel::Serial));
+        assert_eq!(values(&line, "-serial"), ["chardev:console", "chardev:agent"]);
+        assert!(!line.iter().any(|word| word.contains("virtserialport")));
+    }
+
+    #[test]
+    fn a_network_is_there_only_when_asked_for() {
+        assert!(values(&line(|config| config), "-netdev").is_empty());
+        let line = line(|config| config.network(NetworkMode::User));
+        assert_eq!(values(&line, "-netdev"), ["user,id=net"]);
+    }
+}

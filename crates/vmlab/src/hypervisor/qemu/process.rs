@@ -20,6 +20,7 @@ use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmH
 use super::command::{Descriptors, arguments};
 use super::qmp::{Qmp, ShutdownCause};
 use crate::config::VmConfig;
+use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
 
 /// How much of what QEMU says on stderr is kept.
@@ -92,9 +93,11 @@ impl QemuVm {
         let (ours, theirs) = Sockets::pairs().map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
-        let log = File::create(&log_path).map_err(resource("a log file"))?;
-        let stderr_log =
-            File::create(options.log_dir.join("qemu.log")).map_err(resource("a log file"))?;
+        let log_file = |path: &Path| private_file(path).map_err(resource("a log file"));
+        let log = log_file(&log_path)?;
+        let stderr_log = log_file(&options.log_dir.join("qemu.log"))?;
+        // QEMU would make it with the user's umask.
+        drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
         command.args(arguments(config, theirs.descriptors(), &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -251,6 +254,8 @@ impl Shared {
             }
             (Some(ShutdownCause::GuestReset), _) => match self.console.panic_message() {
                 Some(message) => ExitReason::GuestPanic(Some(message)),
+                // A kernel on a board without a reset register faults on purpose.
+                None if self.console.restart_announced() => ExitReason::Reset,
                 None if triple_fault(&self.cpu_log) => ExitReason::TripleFault,
                 None => ExitReason::Reset,
             },

@@ -1,0 +1,255 @@
+//! When things go wrong: each failure ends soon, says what happened and has its own code.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Outcome, Site, Vmlab};
+use rustix::process::Signal;
+
+/// How long a failure may take to be told, the boot included, on a busy machine.
+const SOON: Duration = Duration::from_secs(40);
+
+/// Runs it to its end, which has to come soon and with this code.
+#[track_caller]
+fn fail(run: Vmlab, code: i32, wanted: &[&str]) -> Outcome {
+    let since = Instant::now();
+    let outcome = run.output();
+    outcome.expect_code(code).expect_stderr(wanted);
+    assert!(since.elapsed() < SOON, "it took {:?}", since.elapsed());
+    assert_eq!(outcome.stdout_text(), "");
+    outcome
+}
+
+/// The log that the message names has the whole console.
+#[track_caller]
+fn assert_names_the_log(site: &Site, outcome: &Outcome) {
+    let log = site.log_dir().join("console.log");
+    outcome.expect_stderr(&[&format!("vmlab: the whole console: {}\n", log.display())]);
+    let tail = outcome.stderr_text();
+    let shown = tail.lines().rev().find_map(|line| line.strip_prefix("  | ")).unwrap();
+    let text = std::fs::read_to_string(log).unwrap();
+    assert!(text.contains(shown), "{shown:?} is not in the log");
+    assert!(text.contains("Linux version"));
+}
+
+#[test]
+fn a_kernel_panic() {
+    let site = Site::new();
+    let run = site.sh(&[], "echo c > /proc/sysrq-trigger; sleep 1000");
+    let outcome = fail(
+        run,
+        123,
+        &["vmlab: error: the guest's kernel panicked: sysrq triggered crash\n", "last lines:\n"],
+    );
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn a_panic_before_the_agent_is_up() {
+    let site = Site::new();
+    let run = site.run(&["--append", "rdinit=/nonexistent"], ["true"]);
+    let wanted = "the guest's kernel panicked before the agent was up: VFS: Unable to mount root";
+    let outcome = fail(run, 123, &[wanted, "  | ", "Kernel panic - not syncing"]);
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn a_command_that_hangs() {
+    let site = Site::new();
+    let since = Instant::now();
+    let run = site.sh(&["--timeout", "12s"], "trap '' TERM; sleep 1000");
+    let outcome = fail(run, 124, &["vmlab: error: the VM ran into its time limit\n"]);
+    assert!(since.elapsed() >= Duration::from_secs(12), "{:?}", since.elapsed());
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn a_guest_that_never_runs() {
+    let site = Site::new();
+    // The CPUs stay stopped.
+    let run = site.run(&["--boot-timeout", "2s", "--qemu-arg", "-S"], ["true"]);
+    let wanted = [
+        "vmlab: error: the guest did not come up within 2 s\n",
+        "vmlab: the guest wrote nothing to its console\n",
+    ];
+    fail(run, 124, &wanted);
+}
+
+#[test]
+fn a_guest_that_hangs_in_its_boot() {
+    let site = Site::new();
+    // A shell script that waits, instead of the agent, would need a shell: the agent itself is told
+    // to talk to a port that nobody listens to.
+    let run = site.run(&["--boot-timeout", "15s", "--append", "vmlab.channel=ttyS0"], ["true"]);
+    let outcome =
+        fail(run, 124, &["vmlab: error: the guest did not come up within 15 s\n", "  | "]);
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn resets_and_power_off() {
+    for (key, wanted) in [
+        ('b', "vmlab: error: the guest reset itself before the command had ended\n"),
+        ('o', "vmlab: error: the guest powered itself off before the command had ended\n"),
+    ] {
+        let site = Site::new();
+        let run = site.sh(&[], &format!("echo {key} > /proc/sysrq-trigger; sleep 1000"));
+        let outcome = fail(run, 122, &[wanted, "  | "]);
+        assert_names_the_log(&site, &outcome);
+    }
+    // By the system call, as reboot(8) does without a daemon to ask.
+    let site = Site::new();
+    fail(site.sh(&[], REBOOT), 122, &["the guest reset itself before the command had ended\n"]);
+}
+
+/// `reboot -f`, which not every userspace has.
+const REBOOT: &str = "perl -e 'syscall(169, 0xfee1dead, 672274793, 0x1234567, 0)'; sleep 1000";
+
+#[test]
+fn a_triple_fault() {
+    let site = Site::new();
+    // A CPU without long mode: the kernel faults where it has no handlers yet.
+    let run = site.run(&["--qemu-arg", "-cpu", "--qemu-arg", "qemu32"], ["true"]);
+    fail(run, 122, &["the guest's CPU reset itself after a triple fault before the agent was up"]);
+}
+
+#[test]
+fn a_command_that_needs_more_memory_than_there_is() {
+    let site = Site::new();
+    let arguments = ["run", "-k", common::kernel(common::DEBIAN_6_12), "-m", "256M", "--"];
+    let command = arguments.iter().chain(&["tail", "/dev/zero"]);
+    let wanted = "vmlab: the guest ran out of memory and killed 1 process(es); it has 256 MiB, \
+                  --memory gives it more\n";
+    fail(site.vmlab(command), 137, &[wanted]);
+}
+
+#[test]
+fn qemu_is_killed() {
+    let site = Site::new();
+    let run = site.sh(&[], "echo ready; sleep 1000").start();
+    run.wait_stdout("ready\n");
+    run.process.qemu().signal(Signal::KILL);
+    let killed = Instant::now();
+    let outcome = run.finish();
+    outcome.expect_code(125).expect_stderr(&["QEMU failed: it was killed by signal 9"]);
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn qemu_is_missing_or_refuses() {
+    let site = Site::new();
+    // Not even the directories that are looked at besides PATH have it on any distribution.
+    let outcome = fail(
+        site.run(&[], ["true"]).env("PATH", site.path()),
+        125,
+        &["vmlab: error: qemu-system-x86_64 was not found in PATH; install QEMU"],
+    );
+    outcome.expect_stderr(&["apt-get install qemu-system-x86"]);
+    let site = Site::new();
+    fail(
+        site.run(&["--qemu-arg", "-bogus"], ["true"]),
+        125,
+        &["vmlab: error: QEMU did not start the VM", "-bogus: invalid option"],
+    );
+}
+
+/// Overwrites the code of PID 1 with zeros, then wakes it up. (Signals do nothing to it.)
+const KILL_THE_AGENT: &str = r#"
+grep r-xp /proc/1/maps | grep -v '\[' | while read -r range _; do
+    start=$((0x${range%-*} / 4096)) end=$((0x${range#*-} / 4096))
+    dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$start count=$((end - start)) conv=notrunc 2>&1
+done > /dev/null
+echo >&2
+sleep 1000"#;
+
+#[test]
+fn the_agent_dies() {
+    let site = Site::new();
+    let run = site.run(&[], ["bash", "-c", KILL_THE_AGENT]);
+    let outcome = fail(run, 123, &["vmlab: error: the agent in the guest died", "kill init"]);
+    assert_names_the_log(&site, &outcome);
+}
+
+#[test]
+fn places_that_cannot_be_written() {
+    let site = Site::new();
+    let blocked = site.path().join("file");
+    std::fs::write(&blocked, "").unwrap();
+    let below = blocked.join("dir");
+    let image = boot_image(&site);
+    let run = |site: &Site| site.vmlab(["run", "-k", &image, "--", "true"]);
+    let dir = below.display().to_string();
+    fail(run(&site).env("VMLAB_CACHE_DIR", &below), 125, &[&dir, "VMLAB_CACHE_DIR"]);
+    fail(run(&site).env("XDG_STATE_HOME", &below), 125, &[&dir, "XDG_STATE_HOME"]);
+    if !common::is_root() {
+        // Permissions do not stop root.
+        let dir = site.path().join("read-only");
+        std::fs::create_dir(&dir).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o555);
+        std::fs::set_permissions(&dir, mode).unwrap();
+        let text = dir.display().to_string();
+        let wanted = [&*text, "VMLAB_CACHE_DIR", "Permission denied"];
+        fail(run(&site).env("VMLAB_CACHE_DIR", &dir), 125, &wanted);
+    }
+}
+
+#[test]
+fn a_cache_on_a_full_disk() {
+    common::need("unshare", "util-linux");
+    let site = Site::new();
+    let image = boot_image(&site);
+    let script = r#"set -e
+mkdir ../cache
+mount -t tmpfs -o size=4m tmpfs ../cache
+export VMLAB_CACHE_DIR=$PWD/../cache
+code=0
+"$VMLAB" run -q -k "$IMAGE" -- true || code=$?
+test -z "$(find ../cache -name 'vmlinux' -o -name '*.cpio')" || echo "something was left"
+exit $code"#;
+    // A user needs a user namespace to mount anything.
+    let namespaces = if common::is_root() { "--mount" } else { "--mount --map-root-user" };
+    let run = site
+        .host_sh(&format!("unshare {namespaces} bash -c \"$SCRIPT\""))
+        .env("SCRIPT", script)
+        .env("IMAGE", image);
+    fail(run, 125, &["cannot write to the cache", "No space left on device", "VMLAB_CACHE_DIR"]);
+}
+
+/// The path of the boot image of Debian's 6.12, in the store.
+fn boot_image(site: &Site) -> String {
+    let spec = common::kernel(common::DEBIAN_6_12);
+    let outcome = site.vmlab(["kernel", "inspect", spec, "--json"]).output();
+    outcome.expect_code(0);
+    let json: serde_json::Value = serde_json::from_slice(&outcome.stdout).unwrap();
+    json["kernel"]["boot_image"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn files_that_are_no_kernels() {
+    let site = Site::new();
+    let image = std::fs::read(boot_image(&site)).unwrap();
+    let mut elf32 = b"\x7fELF\x01\x01\x01".to_vec();
+    elf32.resize(64, 0);
+    elf32[16..20].copy_from_slice(&[2, 0, 3, 0]);
+    let mut arm64 = vec![0; 4096];
+    arm64[56..60].copy_from_slice(b"ARM\x64");
+    arm64[16..24].copy_from_slice(&4096u64.to_le_bytes());
+    for (name, content, wanted) in [
+        ("text", b"This is not a kernel.\n".as_slice(), &["text file"][..]),
+        ("empty", b"", &["empty"]),
+        ("cut", &image[..image.len() / 2], &["bytes"]),
+        ("elf32", &elf32, &["32-bit"]),
+        ("arm64", &arm64, &["aarch64", "x86_64"]),
+    ] {
+        let path = site.cwd().join(name);
+        std::fs::write(&path, content).unwrap();
+        let since = Instant::now();
+        let kernel = format!("./{name}");
+        let outcome = site.vmlab(["run", "-q", "-k", &kernel, "--", "true"]).output();
+        outcome.expect_code(125).expect_stderr(wanted).expect_stderr(&[name]);
+        assert!(since.elapsed() < Duration::from_secs(5), "{name}: {:?}", since.elapsed());
+        assert!(!site.state().join("vmlab").exists(), "{name}: something was started");
+    }
+}

@@ -1,0 +1,43 @@
+//! KVM where it really works: in a guest, whose emulated processor has SVM.
+
+mod common;
+
+use common::{DEBIAN_6_12, Site, kernel, vmlab_bin};
+use std::time::Duration;
+
+/// Two boots, the inner one under an emulated hypervisor.
+const PATIENCE: Duration = Duration::from_secs(400);
+
+#[test]
+fn a_real_kvm_is_found_and_used() {
+    let site = Site::new();
+    let inner = vmlab_bin();
+    let kernel = kernel(DEBIAN_6_12);
+    let script = format!(
+        "'{bin}' run --json report.json -m 512 -k {kernel} -- uname -r && '{bin}' doctor --json",
+        bin = inner.display()
+    );
+    let options = ["--accel", "tcg", "-m", "3G", "--module", "kvm-amd"];
+    let outcome = site.sh(&options, &script).patience(PATIENCE).output();
+    outcome.expect_code(0);
+    let (release, doctor) = outcome
+        .stdout_text()
+        .split_once('\n')
+        .map(|(a, b)| (a.to_owned(), b.to_owned()))
+        .expect("two parts");
+    assert!(release.starts_with("6.12."), "{release}");
+    let report = std::fs::read(site.cwd().join("report.json")).expect("the inner report");
+    let report: serde_json::Value = serde_json::from_slice(&report).expect("JSON");
+    let run = &report[0]["report"];
+    assert_eq!(run["accel"], "kvm", "{run}");
+    assert_eq!(run["accel_reason"], serde_json::Value::Null);
+    assert_eq!(run["exit_reason"], "shutdown");
+    let checks: serde_json::Value = serde_json::from_str(&doctor).expect("JSON");
+    let kvm = checks.as_array().and_then(|all| all.iter().find(|check| check["name"] == "kvm"));
+    let kvm = kvm.expect("doctor looks at KVM");
+    assert_eq!(kvm["status"], "good", "{kvm}");
+    assert!(
+        kvm["detail"].as_str().is_some_and(|detail| detail.contains("instructions a second")),
+        "{kvm}"
+    );
+}
