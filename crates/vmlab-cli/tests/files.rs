@@ -1,6 +1,8 @@
 //! Which files a guest sees, where it can write, and who sees what it has written.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+
 mod common;
 mod facts;
 
@@ -206,6 +208,12 @@ fn the_working_directory_can_stay_out() {
     run.command.current_dir("/usr/share");
     run.output().expect_stdout("/usr/share\nnew\n");
     assert!(!Path::new("/usr/share/new").exists());
+
+    // The host's /tmp is not the guest's.
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let mut run = site.sh(&["--no-cwd"], "pwd; ls -A /tmp");
+    run.command.current_dir(dir.path());
+    run.output().expect_stdout("/\n");
 }
 
 #[test]
