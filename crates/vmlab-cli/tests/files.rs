@@ -1,8 +1,6 @@
 //! Which files a guest sees, where it can write, and who sees what it has written.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
-
 mod common;
 mod facts;
 
