@@ -118,7 +118,7 @@ pub(crate) struct VmArgs {
     /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
     #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
     pub(crate) share: Vec<String>,
-    /// Do not share the working directory
+    /// Do not share the working directory; where the guest's root has none, `/` takes its place
     #[arg(long)]
     pub(crate) no_cwd: bool,
     /// Network: none, or user for what the host's user can reach

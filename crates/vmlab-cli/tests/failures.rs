@@ -1,4 +1,5 @@
 //! When things go wrong: each failure ends soon, says what happened and has its own code.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

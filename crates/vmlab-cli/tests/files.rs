@@ -1,4 +1,5 @@
 //! Which files a guest sees, where it can write, and who sees what it has written.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 mod facts;
@@ -86,7 +87,7 @@ fn shares_are_where_and_how_they_were_asked_for() {
         // The inner one first: it has to be there all the same.
         format!("{}:/mnt/outer/sub", text("inner")),
         format!("{}:/mnt/outer:rw", text("outer")),
-        format!("../other:/usr/share/other"),
+        "../other:/usr/share/other".to_owned(),
         format!("{}:/mnt/odd", text("odd, näme")),
     ];
     let options: Vec<&str> = share.iter().flat_map(|share| ["--share", share]).collect();
@@ -205,6 +206,12 @@ fn the_working_directory_can_stay_out() {
     run.command.current_dir("/usr/share");
     run.output().expect_stdout("/usr/share\nnew\n");
     assert!(!Path::new("/usr/share/new").exists());
+
+    // The host's /tmp is not the guest's.
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let mut run = site.sh(&["--no-cwd"], "pwd; ls -A /tmp");
+    run.command.current_dir(dir.path());
+    run.output().expect_stdout("/\n");
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! `-t` and `vmlab shell`, seen from a terminal.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

@@ -179,7 +179,8 @@ impl VmBuilder {
         self
     }
 
-    /// Whether the working directory is shared, writable, at its own path; it is unless set.
+    /// Whether the working directory is shared, writable, at its own path; it is unless set. Where it
+    /// is neither shared nor in the guest's root, commands start in `/`.
     pub fn share_cwd(mut self, share: bool) -> Self {
         self.share_cwd = share;
         self
@@ -260,7 +261,7 @@ impl VmBuilder {
     pub fn prepare(self) -> Result<PreparedVm, Error> {
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
-        let environment = match &self.environment {
+        let mut environment = match &self.environment {
             Some(environment) => environment.clone(),
             None => Environment::of_caller().map_err(|source| Error::Io {
                 what: "find",
@@ -269,6 +270,9 @@ impl VmBuilder {
                 hint: "",
             })?,
         };
+        if !self.has_cwd(&environment.cwd) {
+            environment.cwd = PathBuf::from("/");
+        }
         let cache = match &self.cache_dir {
             Some(dir) => Cache::at(dir),
             None => Cache::open_default()?,
@@ -371,6 +375,16 @@ impl VmBuilder {
             clock_ns: 0,
             entropy: Vec::new(),
         })
+    }
+
+    /// Whether the guest has the working directory, in its root where it is not shared.
+    fn has_cwd(&self, cwd: &Path) -> bool {
+        let in_root = || {
+            let below = cwd.strip_prefix("/").unwrap_or(cwd);
+            !is_of_the_guest(cwd) && self.root.join(below).is_dir()
+        };
+        let shared = || self.shares.iter().any(|share| cwd.starts_with(&share.guest));
+        self.share_cwd || shared() || in_root()
     }
 
     /// All shares, the working directory among them unless another is given for its place.
