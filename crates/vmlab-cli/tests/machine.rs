@@ -133,7 +133,7 @@ fn kvm_is_used_only_where_it_works() {
     common::kernel(DEBIAN_6_12);
     let plain = site.vmlab(["run", "-k", DEBIAN_6_12, "--", "true"]).output();
     plain.expect_code(0);
-    let reasons = plain.stderr_text().lines().filter(|l| l.contains("TCG is used")).count();
+    let reasons = plain.stderr_text().lines().filter(|l| l.contains("TCG, not KVM: ")).count();
     assert_eq!(reasons, usize::from(!works), "{}", plain.stderr_text());
 }
 
