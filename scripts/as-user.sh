@@ -48,8 +48,9 @@ shift 4
 cd "$repo/crates/vmlab-cli"
 status=0
 for program in "$@"; do
-    runuser -u "$user" -- env -i "PATH=$PATH" "HOME=$home" "USER=$user" "LOGNAME=$user" \
-        "SHELL=/bin/bash" "LANG=${LANG:-C.UTF-8}" "TMPDIR=$home/tmp" \
+    runuser -u "$user" -- env -i \
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "HOME=$home" "USER=$user" \
+        "LOGNAME=$user" "SHELL=/bin/bash" "LANG=${LANG:-C.UTF-8}" "TMPDIR=$home/tmp" \
         "CARGO_MANIFEST_DIR=$PWD" "$program" || status=101
 done
 exit "$status"

@@ -16,6 +16,9 @@ test_user=vmlab-test
 need_toolchain
 need_vmlab
 need sudo sudo
+need perl perl
+need iproute2 ip
+need busybox-static busybox
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck

@@ -1,6 +1,6 @@
 //! Commands through the real agent, outside of a VM: it serves them on its standard input.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod host;
 

@@ -203,17 +203,13 @@ fn one(
         display.note(&format!("{}:", vm.release()));
     }
     let code = execute(request, &vm, signals, input);
-    // A second signal ends the VM from here on, however busy the guest is.
+    signals.command_ended();
     let stopped = vm.shutdown();
     for warning in vm.take_warnings() {
         display.note(&format!("warning from the guest: {warning}"));
     }
     let status = code?;
-    if request.terminal {
-        // The command has ended: what follows does not change what it came to.
-    } else {
-        stopped?;
-    }
+    stopped?;
     if status.oom_kills() > 0 {
         display.note(&format!(
             "the guest ran out of memory and killed {} process(es); it has {}, --memory gives it more",

@@ -58,6 +58,11 @@ impl SignalThread {
         self.lock().command = Some(command);
     }
 
+    /// The command has ended: what comes now ends the VM.
+    pub(crate) fn command_ended(&self) {
+        self.lock().command = None;
+    }
+
     /// No VM runs any more.
     pub(crate) fn idle(&self) {
         let mut target = self.lock();

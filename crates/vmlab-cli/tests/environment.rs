@@ -1,6 +1,5 @@
 //! What a command finds around itself in a guest.
-
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 mod facts;

@@ -1,5 +1,6 @@
 //! How a run ends: the command's own code, a signal's, or what vmlab has for its own failures; and
 //! arguments that arrive as they were given.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

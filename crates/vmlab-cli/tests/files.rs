@@ -1,6 +1,5 @@
 //! Which files a guest sees, where it can write, and who sees what it has written.
-
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 mod facts;
@@ -88,7 +87,7 @@ fn shares_are_where_and_how_they_were_asked_for() {
         // The inner one first: it has to be there all the same.
         format!("{}:/mnt/outer/sub", text("inner")),
         format!("{}:/mnt/outer:rw", text("outer")),
-        format!("../other:/usr/share/other"),
+        "../other:/usr/share/other".to_owned(),
         format!("{}:/mnt/odd", text("odd, näme")),
     ];
     let options: Vec<&str> = share.iter().flat_map(|share| ["--share", share]).collect();

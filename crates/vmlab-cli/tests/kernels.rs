@@ -1,6 +1,6 @@
 //! Kernels by every kind of name, and what is made of them.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

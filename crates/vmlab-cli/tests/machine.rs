@@ -1,6 +1,6 @@
 //! The machine that a guest has, its clock, its random numbers and its network.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 mod facts;

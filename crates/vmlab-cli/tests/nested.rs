@@ -1,4 +1,5 @@
 //! KVM where it really works: in a guest, whose emulated processor has SVM.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

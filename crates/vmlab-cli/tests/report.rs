@@ -1,4 +1,5 @@
 //! What vmlab says of itself: reports, dry runs, and nothing where the command's output goes.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Signals to vmlab: the first is the command's, the second ends the VM, and SIGKILL leaves nothing.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Standard streams of a command behave as those of a local one.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! `-t` and `vmlab shell`, seen from a terminal.
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 
@@ -84,8 +85,12 @@ fn an_interactive_shell() {
     let arguments = ["shell", "-q", "-k", kernel(DEBIAN_6_12)];
     let mut command = site.vmlab(arguments).into_terminal_command();
     // What the person who runs the tests has in their own start-up files is not looked at.
-    command.env("SHELL", "/bin/bash").env("HOME", site.cwd()).env("PS1", "unused");
-    std::fs::write(site.cwd().join(".bashrc"), "PS1='prompt> '\n").unwrap();
+    let shell = site.cwd().join("shell");
+    std::fs::write(&shell, "#!/bin/sh\nPS1='prompt> ' exec bash --norc\n").unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&shell, mode).unwrap();
+    // A plain terminal, so that the shell draws nothing but what it prints.
+    command.env("SHELL", &shell).env("TERM", "dumb");
     let mut terminal = Terminal::start(command, 24, 80);
     terminal.wait("prompt> ");
     terminal.type_in("echo flags: $-.\r");

@@ -1,6 +1,6 @@
 //! The commands that start no VM: doctor, completions, manual pages, help.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 

@@ -2,7 +2,7 @@
 //!
 //! These tests are run as root and as an ordinary user; where the two differ, both sides are said.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 mod facts;

@@ -266,6 +266,7 @@ const _: fn(CacheError) -> Error = Error::Cache;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmlab_artifacts::features::ModuleNames;
     use vmlab_artifacts::kconfig::KernelConfig;
 
     const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
@@ -314,7 +315,9 @@ mod tests {
     fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
         let place = Needs { overlay: false, modules_place: true, ..NEEDS };
         let modular = ALL_BUILT_IN.replace("OVERLAY_FS=y", "OVERLAY_FS=m");
-        let Ok((modules, _)) = way_to_root(&features(&modular), place) else { panic!("refused") };
+        let tree = ModuleNames::parse("kernel/fs/overlayfs/overlay.ko:\n", "");
+        let modular = Features::of(Some(&KernelConfig::parse(&modular)), Some(&tree));
+        let Ok((modules, _)) = way_to_root(&modular, place) else { panic!("refused") };
         assert_eq!(modules, ["overlay"]);
         let absent = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
         assert!(way_to_root(&features(&absent), place).is_ok());

@@ -1,6 +1,6 @@
 //! The library as the author of a test uses it, with real VMs.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which may fail anywhere")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;

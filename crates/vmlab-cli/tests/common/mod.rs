@@ -329,9 +329,12 @@ impl Process {
     }
 }
 
+/// The bytes, and whether these are all.
+type Captured = Mutex<(Vec<u8>, bool)>;
+
 /// What has been written to a pipe so far.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Capture(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+pub(crate) struct Capture(Arc<(Captured, Condvar)>);
 
 impl Capture {
     fn of(mut pipe: impl Read + Send + 'static) -> Self {
