@@ -210,6 +210,28 @@ fn a_stopped_stdout_is_a_closed_pipe() {
 }
 
 #[test]
+fn a_stream_ends_once() {
+    let mut agent = Agent::start();
+    let exec = sh("exec >&-; read line; echo $line >&2");
+    agent.host.start(&exec);
+    let stdout = exec.process.stream(Stdio::Stdout);
+    while !matches!(agent.host.next(), Some(Event::Eof(stream)) if stream == stdout) {}
+    // The host may not know yet that there is nothing left to stop.
+    agent.host.empty(stdout, FrameKind::Stop);
+    agent.host.data(exec.process.stream(Stdio::Stdin), b"on\n");
+    let mut stderr = Vec::new();
+    loop {
+        match agent.host.next().unwrap() {
+            Event::Data(_, data) => stderr.extend(data),
+            Event::Eof(stream) => assert_ne!(stream, stdout, "it ended a second time"),
+            Event::Message(GuestMessage::Exited(..)) => break,
+            _ => {}
+        }
+    }
+    assert_eq!(stderr, b"on\n");
+}
+
+#[test]
 fn stderr_is_apart_or_in_order() {
     let mut exec = sh("for i in 1 2 3 4 5; do echo o$i; echo e$i >&2; done");
     let outcome = run(&exec, b"");

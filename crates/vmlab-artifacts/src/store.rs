@@ -82,11 +82,7 @@ impl KernelStore {
                 let running = *release == running_release();
                 local::installed(&self.cache, Path::new("/"), release, running)
             }
-            KernelSpec::Path(path)
-                if path.extension().is_some_and(|ext| ext == "deb") && !path.is_dir() =>
-            {
-                self.import_deb(spec, path, progress)
-            }
+            KernelSpec::Path(path) if is_package(path) => self.import_deb(spec, path, progress),
             KernelSpec::Path(path) => local::at_path(&self.cache, spec.to_string(), path),
             KernelSpec::Distro(distro) => match self.stored(distro)? {
                 Some(kernel) => Ok(kernel),
@@ -140,7 +136,7 @@ impl KernelStore {
         }
     }
 
-    /// Asks the distribution anew and fetches the newest kernel that fits.
+    /// Asks the distribution anew and fetches the newest kernel that fits, or takes in a `.deb`.
     ///
     /// # Errors
     /// [`KernelError::NotPullable`] for a kernel of this host, and as
@@ -148,6 +144,7 @@ impl KernelStore {
     pub fn pull(&self, spec: &KernelSpec, progress: &dyn Progress) -> Result<Kernel, KernelError> {
         match spec {
             KernelSpec::Distro(spec) => self.fetch(spec, true, progress),
+            KernelSpec::Path(path) if is_package(path) => self.import_deb(spec, path, progress),
             _ => Err(KernelError::NotPullable { spec: spec.to_string() }),
         }
     }
@@ -412,6 +409,11 @@ fn fits(kernel: &StoredKernel, spec: &DistroSpec) -> bool {
         }
         Select::Suite(_) => false,
     }
+}
+
+/// Whether a path is a Debian package, and not one that was unpacked beside it.
+fn is_package(path: &Path) -> bool {
+    path.extension().is_some_and(|ext| ext == "deb") && !path.is_dir()
 }
 
 fn running_release() -> String {

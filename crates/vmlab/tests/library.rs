@@ -149,7 +149,7 @@ fn commands_are_run_as_with_std_process() {
     use Phase::{Boot, Kernel, Prepare, Run, Setup, Stop};
     assert_eq!(phases, [Kernel, Prepare, Boot, Setup, Run, Stop]);
     assert!(report.phases.iter().all(|phase| phase.ms >= 0.0));
-    assert_eq!(report.exit_reason, Some(ExitReason::Killed));
+    assert_eq!(report.exit_reason, Some(ExitReason::Shutdown));
     let log = report.console_log.expect("there is a log");
     assert!(log.starts_with(&*LOGS) && log.is_file());
     assert!(matches!(vm.exec(["true"]), Err(Error::Ended { .. })));

@@ -175,8 +175,11 @@ impl Commands {
 
     fn end_output(&mut self, stream: StreamId, outbox: &mut Outbox) {
         let process = process_of(stream);
-        if let Some(command) = self.commands.get_mut(&process) {
-            command.stdio.outputs.retain(|o| o.stream != stream);
+        let Some(command) = self.commands.get_mut(&process) else { return };
+        // The host may stop a stream that has just ended, and is told of an end once.
+        let outputs = &mut command.stdio.outputs;
+        if let Some(index) = outputs.iter().position(|o| o.stream == stream) {
+            outputs.remove(index);
             outbox.empty(stream, FrameKind::Eof);
             self.tell_if_drained(process, outbox);
         }
