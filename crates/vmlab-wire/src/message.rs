@@ -88,7 +88,8 @@ pub struct Setup {
     pub modules: Option<Filesystem>,
     /// Further mounts, in order.
     pub shares: Vec<Mount>,
-    /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed.
+    /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed,
+    /// nor is any share: where one is mounted over a file, the share is seen.
     pub files: Vec<File>,
     /// The network interface's address, when there is one.
     pub network: Option<Network>,

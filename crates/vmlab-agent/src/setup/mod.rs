@@ -84,16 +84,15 @@ pub(crate) fn run(
         modules::mount(tree, setup.root.mode, warn)?;
         done("module tree");
     }
+    // Before the shares: whatever is written after them may end up on the host.
+    files::place(&setup.files, setup.root.mode, warn)?;
+    done("files");
     for share in &setup.shares {
         files::share(share, mounted)?;
     }
     if !setup.shares.is_empty() {
         done("shares");
     }
-    for (index, file) in setup.files.iter().enumerate() {
-        files::place(index, file, setup.root.mode, warn)?;
-    }
-    done("files");
     system::hostname(&setup.hostname, warn);
     network::loopback(warn);
     done("hostname and loopback");
