@@ -175,11 +175,12 @@ impl Commands {
 
     fn end_output(&mut self, stream: StreamId, outbox: &mut Outbox) {
         let process = process_of(stream);
-        if let Some(command) = self.commands.get_mut(&process) {
-            command.stdio.outputs.retain(|o| o.stream != stream);
-            outbox.empty(stream, FrameKind::Eof);
-            self.tell_if_drained(process, outbox);
-        }
+        let Some(command) = self.commands.get_mut(&process) else { return };
+        let outputs = &mut command.stdio.outputs;
+        let Some(index) = outputs.iter().position(|o| o.stream == stream) else { return };
+        outputs.remove(index);
+        outbox.empty(stream, FrameKind::Eof);
+        self.tell_if_drained(process, outbox);
     }
 
     /// Moves output while there is room for it. Returns whether anything moved.
