@@ -260,7 +260,9 @@ fn another_user_can_open_its_streams() {
 
 #[test]
 fn nonsense_ends_the_session() {
-    for bytes in [&[0xff; 64][..], &[0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0xff, 0xff]] {
+    let message = [0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0xff, 0xff];
+    let empty_data = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    for bytes in [&[0xff; 64][..], &message, &empty_data] {
         let mut agent = Agent::start();
         agent.host.raw(bytes);
         assert_eq!(agent.host.next(), None);
