@@ -7,8 +7,8 @@ mod host;
 use std::collections::BTreeMap;
 
 use host::{Agent, Event, command, sh};
-use vmlab_wire::message::{Exec, ExecStdio, StderrTo, Stdio};
-use vmlab_wire::{FrameKind, GuestMessage, ProcessId, StreamId};
+use vmlab_wire::message::{Exec, ExecStdio, StderrTo, Stdio, TerminalSize};
+use vmlab_wire::{FrameKind, GuestMessage, HostMessage, ProcessId, StreamId};
 
 /// A number that no other command of these tests has.
 const LAST: ProcessId = ProcessId(1000);
@@ -101,4 +101,39 @@ fn a_stop_that_crosses_the_end_of_a_stream_makes_no_second_one() {
     }
     events.extend(rest(&mut agent));
     assert_eq!(ends(&events), wanted);
+}
+
+#[test]
+fn a_command_that_does_not_start_has_no_streams() {
+    let mut agent = Agent::start();
+    let pipes = |stderr| ExecStdio::Pipes { stdin: true, stdout: true, stderr };
+    let terminal = ExecStdio::Terminal(TerminalSize { rows: 24, columns: 80 });
+    let kinds = [pipes(StderrTo::Stream), pipes(StderrTo::Stdout), terminal];
+    let mut commands = Vec::new();
+    for stdio in kinds {
+        for (argv, cwd) in [("/no/such/program", "/"), ("true", "/no/such"), ("/etc/passwd", "/")] {
+            let process = ProcessId(commands.len() as u32);
+            let cwd = cwd.as_bytes().to_vec();
+            commands.push(Exec { process, cwd, stdio: stdio.clone(), ..command(&[argv]) });
+        }
+    }
+    for exec in &commands {
+        let process = exec.process;
+        agent.host.start(exec);
+        // What a host sends that has not been answered yet.
+        agent.host.data(process.stream(Stdio::Stdin), b"input");
+        agent.host.empty(process.stream(Stdio::Stdin), FrameKind::Eof);
+        agent.host.empty(process.stream(Stdio::Stdout), FrameKind::Stop);
+        agent.host.empty(process.stream(Stdio::Stderr), FrameKind::Stop);
+        agent.host.grant(process.stream(Stdio::Stdout), 1);
+        agent.host.message(&HostMessage::Signal(process, libc::SIGTERM));
+    }
+    let events = rest(&mut agent);
+    let failed = |event: &Event| match event {
+        Event::Message(GuestMessage::StartFailed(process, _)) => Some(*process),
+        Event::Message(GuestMessage::Started(LAST)) => None,
+        other => panic!("{other:?} came for a command that did not start"),
+    };
+    let failed: Vec<_> = events.iter().filter_map(failed).collect();
+    assert_eq!(failed, commands.iter().map(|exec| exec.process).collect::<Vec<_>>());
 }

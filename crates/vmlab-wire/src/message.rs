@@ -55,7 +55,7 @@ pub enum GuestMessage {
     SetupFailed(Failure),
     /// A command runs.
     Started(ProcessId),
-    /// A command could not be started.
+    /// A command could not be started. It has no streams: no frame comes for them, not even `Eof`.
     StartFailed(ProcessId, StartFailure),
     /// A command has ended. Its output streams end by `Eof` frames, before or after.
     Exited(ProcessId, Exited),
