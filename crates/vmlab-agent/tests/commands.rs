@@ -229,6 +229,20 @@ fn a_terminal_is_a_terminal() {
 }
 
 #[test]
+fn a_terminal_of_unknown_size_has_the_usual_one() {
+    let unknown = TerminalSize { rows: 0, columns: 0 };
+    let script =
+        "stty size; trap 'stty size; exit 0' WINCH; echo ready; while :; do sleep .01; done";
+    let mut agent = Agent::start();
+    let exec = Exec { stdio: ExecStdio::Terminal(unknown), ..sh(script) };
+    agent.host.start(&exec);
+    assert_eq!(agent.host.until(&exec, "ready\r\n"), "24 80\r\nready\r\n");
+    // Part of it may be known.
+    agent.host.message(&HostMessage::Resize(exec.process, TerminalSize { rows: 0, columns: 90 }));
+    assert_eq!(agent.host.finish(&exec, None).stdout, b"24 90\r\n");
+}
+
+#[test]
 fn a_terminal_passes_end_of_file_and_interrupts() {
     let mut agent = Agent::start();
     let terminal = ExecStdio::Terminal(TerminalSize { rows: 24, columns: 80 });

@@ -242,7 +242,7 @@ pub enum StderrTo {
     Stdout,
 }
 
-/// Size of a terminal in characters.
+/// Size of a terminal in characters. Zero stands for what the host does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TerminalSize {
     /// Lines.
