@@ -2,12 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
+mod facts;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use common::{Site, need};
+use facts::{Facts, script};
 
 /// Modes of the root that leave the host's alone. `rw` is tested with a root of its own.
 const MODES: [&str; 2] = ["overlay", "ro"];
@@ -123,7 +125,11 @@ fn nothing_is_made_in_a_share_over_the_guests_own_memory() {
         let shares = share.iter().flat_map(|share| ["--share", share]);
         let options: Vec<_> =
             ["--no-cwd", "--root-mode", root_mode].into_iter().chain(shares).collect();
-        let mut run = site.sh(&options, "cat /etc/hostname; ls -A /run /tmp /var/tmp");
+        let mut run = site
+            .sh(&options, "cat /etc/hostname; ls -A /run /tmp /var/tmp")
+            .env("TMPDIR", "/tmp/temporary")
+            .env("TMP", "/run/temporary")
+            .env("TEMP", "/var/tmp/temporary");
         // Otherwise it would have to be in the share over /tmp.
         run.command.current_dir("/");
         run.output().expect_stdout("vmlab\n/run:\n\n/tmp:\n\n/var/tmp:\n");
@@ -131,4 +137,35 @@ fn nothing_is_made_in_a_share_over_the_guests_own_memory() {
             assert_eq!(dir.read_dir().unwrap().count(), 0, "{root_mode}: {}", dir.display());
         }
     }
+}
+
+#[test]
+fn directories_for_temporary_files_are_there() {
+    let site = Site::new();
+    let unshared = site.cwd().join("not-there");
+    let words = script(
+        r#"
+        for dir in "$TMPDIR" "$TMP" "$TEMP"; do
+            fact "$dir" stat -c '%a %U' "$dir"
+            fact "parent of $dir" stat -c '%a %U' "${dir%/*}"
+        done
+        fact made bash -c 'mktemp | grep -c "^$TMPDIR/tmp\."'
+        fact own bash -c 'cd "$TMPDIR" && touch file && rm file && pwd'
+        "#,
+    );
+    let run = |options: &[&str], tmp: &str| {
+        let run = site.run(options, &words).env("TMPDIR", "/tmp/of/host");
+        Facts::of(&run.env("TMP", tmp).env("TEMP", "/var/tmp/of/host").output())
+    };
+    let facts = run(&["--user", "daemon", "--root-mode", "ro"], "/run/user/host");
+    for dir in ["/tmp/of/host", "/run/user/host", "/var/tmp/of/host"] {
+        facts.expect(dir, "700 daemon").expect(&format!("parent of {dir}"), "755 root");
+    }
+    facts.expect("made", "1").expect("own", "/tmp/of/host");
+    // In the shared working directory, which is below /tmp, only the host makes directories.
+    let facts = run(&[], unshared.to_str().unwrap());
+    facts.expect_failure(unshared.to_str().unwrap(), "No such file");
+    facts.expect("/tmp/of/host", "700 root").expect("/var/tmp/of/host", "700 root");
+    facts.expect("made", "1");
+    assert!(!unshared.exists());
 }
