@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vmlab_artifacts::boot_image::{BootFormat, BootImage, extracted_supports_pvh};
+use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
 use vmlab_artifacts::cache::Flaw;
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
@@ -158,7 +158,8 @@ fn command_line(channel: AgentChannel, arguments: &[String]) -> String {
 }
 
 /// The image to start: a bzImage's content, which starts without decompressing itself in the guest,
-/// where the kernel can be entered directly; the image itself where not.
+/// where the kernel can be entered directly; the image itself where not. That one has been judged is
+/// cached, but no failure to judge it.
 fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
     if image.format() != BootFormat::BzImage {
         return Ok(image.path().to_owned());
@@ -169,16 +170,21 @@ fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
         source,
         hint: "",
     };
-    let key = ContentKey::new("boot-image").file("bzImage", image.path()).map_err(read)?.finish();
+    let key = ContentKey::new("boot-image-1").file("bzImage", image.path()).map_err(read)?.finish();
     let entry = cache.get_or_build(IMAGES, &key, verify_image, |dir| {
-        // A payload that cannot be extracted is no error: the kernel can still extract itself.
         match image.extract() {
-            Ok(Some(vmlinux)) if extracted_supports_pvh(&vmlinux) => {
+            Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
                 write(&dir.join(IMAGE_FILE), &vmlinux)?;
                 write_length(dir, IMAGE_FILE, vmlinux.len())
             }
             Ok(_) => write(&dir.join(NO_PVH_FILE), b"no PVH entry\n"),
-            Err(error) => write(&dir.join(NO_PVH_FILE), format!("{error}\n").as_bytes()),
+            // The kernel can extract itself from a format that is unknown here. From a damaged
+            // payload it cannot, and would stay silent until the time limit.
+            Err(BootImageError::InvalidPayload {
+                defect: defect @ Defect::UnknownPayload(_),
+                ..
+            }) => write(&dir.join(NO_PVH_FILE), format!("{defect}\n").as_bytes()),
+            Err(error) => Err(error.into()),
         }
     })?;
     let vmlinux = entry.join(IMAGE_FILE);
@@ -206,7 +212,7 @@ fn initramfs(
         Some((tree, wanted)) => tree.closure(wanted)?,
         None => Vec::new(),
     };
-    let mut key = ContentKey::new("initramfs").field("agent", AGENT);
+    let mut key = ContentKey::new("initramfs-1").field("agent", AGENT);
     for module in &closure {
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
@@ -264,74 +270,4 @@ fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {
 const _: fn(CacheError) -> Error = Error::Cache;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vmlab_artifacts::features::ModuleNames;
-    use vmlab_artifacts::kconfig::KernelConfig;
-
-    const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
-    const ALL_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
-        CONFIG_NET_9P_VIRTIO=y\nCONFIG_OVERLAY_FS=y\n";
-
-    fn features(config: &str) -> Features {
-        Features::of(Some(&KernelConfig::parse(config)), None)
-    }
-
-    #[test]
-    fn built_in_drivers_need_no_modules() {
-        let Ok((modules, channel)) = way_to_root(&features(ALL_BUILT_IN), NEEDS) else {
-            panic!("refused");
-        };
-        assert!(modules.is_empty());
-        assert_eq!(channel, AgentChannel::Virtio);
-    }
-
-    #[test]
-    fn without_a_virtio_console_the_serial_port_serves() {
-        let config = ALL_BUILT_IN.replace("CONFIG_VIRTIO_CONSOLE=y", "");
-        let Ok((_, channel)) = way_to_root(&features(&config), NEEDS) else { panic!("refused") };
-        assert_eq!(channel, AgentChannel::Serial);
-    }
-
-    #[test]
-    fn what_is_missing_is_named() {
-        for (option, needs) in [
-            ("CONFIG_9P_FS", NEEDS),
-            ("CONFIG_NET_9P_VIRTIO", NEEDS),
-            ("CONFIG_VIRTIO_PCI", NEEDS),
-            ("CONFIG_OVERLAY_FS", NEEDS),
-            ("CONFIG_VIRTIO_NET", Needs { network: true, ..NEEDS }),
-        ] {
-            let config = ALL_BUILT_IN.replace(&format!("{option}=y"), "");
-            let Err(lack) = way_to_root(&features(&config), needs) else { panic!("{option}") };
-            assert!(lack.missing.iter().any(|missing| missing == option), "{option}");
-        }
-        let config = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-        let without = Needs { overlay: false, ..NEEDS };
-        assert!(way_to_root(&features(&config), without).is_ok());
-    }
-
-    #[test]
-    fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
-        let place = Needs { overlay: false, modules_place: true, ..NEEDS };
-        let modular = ALL_BUILT_IN.replace("OVERLAY_FS=y", "OVERLAY_FS=m");
-        let tree = ModuleNames::parse("kernel/fs/overlayfs/overlay.ko:\n", "");
-        let modular = Features::of(Some(&KernelConfig::parse(&modular)), Some(&tree));
-        let Ok((modules, _)) = way_to_root(&modular, place) else { panic!("refused") };
-        assert_eq!(modules, ["overlay"]);
-        let absent = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-        assert!(way_to_root(&features(&absent), place).is_ok());
-    }
-
-    #[test]
-    fn a_kernel_that_says_nothing_is_tried() {
-        let unknown = Features::of(None, None);
-        assert!(way_to_root(&unknown, NEEDS).is_ok());
-    }
-
-    #[test]
-    fn the_users_arguments_come_last() {
-        let line = command_line(AgentChannel::Serial, &["panic=5".into(), "a b".into()]);
-        assert!(line.ends_with("vmlab.channel=ttyS1 panic=5 a b"), "{line}");
-    }
-}
+mod tests;
