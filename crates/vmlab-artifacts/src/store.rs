@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{self, AtomicU64};
 
 use serde::Serialize;
 
@@ -274,7 +275,11 @@ impl KernelStore {
 
     fn mark_suite(&self, spec: &DistroSpec, key: &str) -> Result<(), KernelError> {
         let mark = self.suite_mark(spec);
-        let temporary = mark.with_extension(format!("new.{}", std::process::id()));
+        // Not with_extension, which would cut a suite's name at a dot that is in it.
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let count = COUNTER.fetch_add(1, atomic::Ordering::Relaxed);
+        let mut temporary = mark.clone().into_os_string();
+        temporary.push(format!(".new.{}.{count}", std::process::id()));
         fs::create_dir_all(mark.parent().unwrap_or(&mark))
             .and_then(|()| fs::write(&temporary, key))
             .and_then(|()| fs::rename(&temporary, &mark))

@@ -113,3 +113,18 @@ fn keys_are_file_names() {
     assert!(entry::sanitise(&a).len() <= 150);
     assert_ne!(entry::sanitise(&a), entry::sanitise(&b));
 }
+
+#[test]
+fn threads_that_mark_a_suite_do_not_disturb_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KernelStore::open(Cache::at(dir.path()));
+    let Ok(KernelSpec::Distro(spec)) = "debian:trixie".parse() else { panic!() };
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| (0..50).for_each(|_| store.mark_suite(&spec, "a-key").unwrap()));
+        }
+    });
+    let mark = store.suite_mark(&spec);
+    assert_eq!(fs::read_to_string(&mark).unwrap(), "a-key");
+    assert_eq!(fs::read_dir(mark.parent().unwrap()).unwrap().count(), 1);
+}
