@@ -179,9 +179,9 @@ pub enum KernelError {
         /// What the store has.
         have: Vec<String>,
     },
-    /// Only a distribution's kernel can be pulled.
+    /// Only a distribution's kernel or a `.deb` can be pulled.
     #[error(
-        "{spec} is a kernel of this host: there is nothing to fetch; `vmlab kernel pull` takes specs such as debian:6.12"
+        "{spec} is a kernel of this host: there is nothing to fetch; `vmlab kernel pull` takes specs such as debian:6.12, and .deb files"
     )]
     NotPullable {
         /// The spec.

@@ -83,11 +83,7 @@ impl KernelStore {
                 let running = *release == running_release();
                 local::installed(&self.cache, Path::new("/"), release, running)
             }
-            KernelSpec::Path(path)
-                if path.extension().is_some_and(|ext| ext == "deb") && !path.is_dir() =>
-            {
-                self.import_deb(spec, path, progress)
-            }
+            KernelSpec::Path(path) if is_deb(path) => self.import_deb(spec, path, progress),
             KernelSpec::Path(path) => local::at_path(&self.cache, spec.to_string(), path),
             KernelSpec::Distro(distro) => match self.stored(distro)? {
                 Some(kernel) => Ok(kernel),
@@ -141,7 +137,8 @@ impl KernelStore {
         }
     }
 
-    /// Asks the distribution anew and fetches the newest kernel that fits.
+    /// Asks the distribution anew and fetches the newest kernel that fits; takes a `.deb` into the
+    /// store, and notes as what.
     ///
     /// # Errors
     /// [`KernelError::NotPullable`] for a kernel of this host, and as
@@ -149,6 +146,13 @@ impl KernelStore {
     pub fn pull(&self, spec: &KernelSpec, progress: &dyn Progress) -> Result<Kernel, KernelError> {
         match spec {
             KernelSpec::Distro(spec) => self.fetch(spec, true, progress),
+            KernelSpec::Path(path) if is_deb(path) => {
+                let kernel = self.import_deb(spec, path, progress)?;
+                if let Origin::Package { entry, package, version, .. } = &kernel.origin {
+                    progress.note(&format!("stored {package} {version} as {entry}"));
+                }
+                Ok(kernel)
+            }
             _ => Err(KernelError::NotPullable { spec: spec.to_string() }),
         }
     }
@@ -417,6 +421,10 @@ fn fits(kernel: &StoredKernel, spec: &DistroSpec) -> bool {
         }
         Select::Suite(_) => false,
     }
+}
+
+fn is_deb(path: &Path) -> bool {
+    path.extension().is_some_and(|ext| ext == "deb") && !path.is_dir()
 }
 
 fn running_release() -> String {

@@ -104,6 +104,33 @@ fn inspect_and_pull_say_what_they_cannot_do() {
     assert!(error.contains("vmlab kernel pull debian:6.12"), "{error}");
     let error = store.pull(&KernelSpec::Host, &Silent).unwrap_err();
     assert!(matches!(error, KernelError::NotPullable { .. }));
+    let path = path_spec(&dir.path().join("bzImage"));
+    assert!(matches!(store.pull(&path, &Silent), Err(KernelError::NotPullable { .. })));
+}
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Notes(std::sync::Mutex<Vec<String>>);
+
+impl Progress for Notes {
+    fn phase(&self, _: &str) {}
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+    fn download(&self, _: u64, _: Option<u64>) {}
+}
+
+#[test]
+fn a_deb_is_pulled_into_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let deb = image_deb(dir.path());
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let notes = Notes::default();
+    let kernel = store.pull(&path_spec(&deb), &notes).unwrap();
+    let Origin::Package { entry, .. } = &kernel.origin else { panic!() };
+    let note = format!("stored linux-image-{RELEASE} 6.12.1-1 as {entry}");
+    assert_eq!(notes.0.into_inner().unwrap(), [note]);
+    assert_eq!(store.list().unwrap()[0].key, *entry);
 }
 
 #[test]
