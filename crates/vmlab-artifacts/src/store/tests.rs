@@ -113,11 +113,9 @@ fn inspect_and_pull_say_what_they_cannot_do() {
 struct Notes(std::sync::Mutex<Vec<String>>);
 
 impl Progress for Notes {
-    fn phase(&self, _: &str) {}
     fn note(&self, text: &str) {
         self.0.lock().unwrap().push(text.to_owned());
     }
-    fn download(&self, _: u64, _: Option<u64>) {}
 }
 
 #[test]
