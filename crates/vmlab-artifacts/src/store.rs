@@ -287,7 +287,7 @@ impl KernelStore {
         fs::create_dir_all(mark.parent().unwrap_or(&mark))
             .and_then(|()| fs::write(&temporary, key))
             .and_then(|()| fs::rename(&temporary, &mark))
-            .map_err(|e| KernelError::io("note the suite's newest kernel in", &mark, e))
+            .map_err(|e| KernelError::cache_io("note the suite's newest kernel in", &mark, e))
     }
 
     /// Finds, downloads and unpacks a distribution's kernel.
@@ -308,10 +308,11 @@ impl KernelStore {
         let key = entry::sanitise(&key);
         self.build_entry(&key, progress, |dir| {
             let debs_dir = dir.join("debs");
-            fs::create_dir(&debs_dir).map_err(|e| KernelError::io("make", &debs_dir, e))?;
+            fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
             let debs = found.download(&debs_dir, progress)?;
             entry::unpack(dir, &debs, progress)?;
-            fs::remove_dir_all(&debs_dir).map_err(|e| KernelError::io("remove", &debs_dir, e))?;
+            fs::remove_dir_all(&debs_dir)
+                .map_err(|e| KernelError::cache_io("remove", &debs_dir, e))?;
             entry::finish(
                 dir,
                 &image.name,

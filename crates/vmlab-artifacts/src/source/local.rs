@@ -296,7 +296,7 @@ fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConf
             None => ("none", ""),
         };
         fs::write(dir.join(name), text)
-            .map_err(|e| KernelError::io("write the kernel configuration to", dir, e))
+            .map_err(|e| KernelError::cache_io("write the kernel configuration to", dir, e))
     })?;
     existing([entry.join("config")]).map(|path| read_config(&path)).transpose()
 }

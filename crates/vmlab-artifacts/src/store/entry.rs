@@ -44,7 +44,8 @@ pub(super) struct Entry {
 impl Entry {
     pub(super) fn read(dir: &Path) -> Result<Entry, KernelError> {
         let path = dir.join(ENTRY);
-        let fail = |e| KernelError::io("read the description of the stored kernel,", &path, e);
+        let fail =
+            |e| KernelError::cache_io("read the description of the stored kernel,", &path, e);
         let bytes = fs::read(&path).map_err(fail)?;
         serde_json::from_slice(&bytes).map_err(|e| fail(e.into()))
     }
@@ -116,7 +117,7 @@ pub(super) fn finish(
         progress.phase("index the modules");
         modules::depmod(dir, &release).map_err(|e| local::modules_error(&tree, e))?;
     }
-    let files = Manifest::of(dir).map_err(|e| KernelError::io("list", dir, e))?;
+    let files = Manifest::of(dir).map_err(|e| KernelError::cache_io("list", dir, e))?;
     let mut entry = Entry {
         format: FORMAT,
         distro: None,
@@ -148,7 +149,7 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Kern
     serde_json::to_vec(value)
         .map_err(std::io::Error::from)
         .and_then(|json| fs::write(&path, json))
-        .map_err(|e| KernelError::io("describe the kernel in", &path, e))
+        .map_err(|e| KernelError::cache_io("describe the kernel in", &path, e))
 }
 
 /// A `.deb` and the packages beside it that hold other parts of its kernel.

@@ -160,3 +160,19 @@ fn a_compressed_configuration_is_read() {
     let config = read_config(&dir.path().join("config.gz")).unwrap();
     assert_eq!(config.value("CONFIG_PVH"), Some("y"));
 }
+
+#[test]
+fn only_the_cache_is_advised_to_be_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "file", "");
+    let error = read_config(&dir.path().join("file/config")).unwrap_err();
+    assert!(matches!(error, KernelError::Io { .. }));
+    assert!(!chain(&error).contains(crate::cache::CACHE_DIR_ENV), "{}", chain(&error));
+    let cache = Cache::at(dir.path().join("file"));
+    put(dir.path(), "bzImage", bzimage(RELEASE));
+    let error = at_path(&cache, "s".to_owned(), &dir.path().join("bzImage")).unwrap_err();
+    assert!(chain(&error).contains(crate::cache::CACHE_DIR_ENV), "{}", chain(&error));
+    let full = io::Error::from(io::ErrorKind::StorageFull);
+    let error = KernelError::cache_io("unpack to", dir.path(), full);
+    assert!(error.to_string().contains(crate::cache::CACHE_DIR_ENV), "{error}");
+}
