@@ -9,7 +9,7 @@ use crate::boot_image::{BootImage, BootImageError};
 use crate::cache::Flaw;
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
-use crate::modules::{self, Placement};
+use crate::modules;
 use crate::{Arch, Cache, ContentKey, KernelError};
 
 #[cfg(test)]
@@ -18,7 +18,7 @@ mod tests;
 /// The cache kind of configurations that were found inside boot images.
 const CONFIGS: &str = "configs";
 
-/// The cache kind of module trees made of links to modules elsewhere.
+/// The cache kind of module trees made from modules elsewhere, mostly as hard links.
 const LINKED_MODULES: &str = "linked-modules";
 
 /// Largest uncompressed image that is searched for its configuration, in bytes.
@@ -115,7 +115,7 @@ fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, Ker
             let stamps =
                 [order, image.clone(), path.join("modules.builtin"), path.join("Module.symvers")];
             Some(linked_modules(cache, &path, &stamps, |out| {
-                modules::tree_from_build(&path, out, Placement::Symlink)
+                modules::tree_from_build(&path, out)
                     .map(|_| ())
                     .map_err(|e| modules_error(&path, e))
             })?)
@@ -144,8 +144,9 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
         Some(tree) => {
             let stamps = [tree.clone(), tree.join("modules.order"), image.clone()];
             Some(linked_modules(cache, &tree, &stamps, |out| {
-                link_tree(&tree, &out.join("lib/modules").join(&release))
-                    .map_err(|e| KernelError::io("link the modules of", &tree, e))?;
+                modules::place::tree(&tree, &out.join("lib/modules").join(&release)).map_err(
+                    |e| KernelError::cache_io("copy to the cache the modules of", &tree, e),
+                )?;
                 modules::depmod(out, &release).map_err(|e| modules_error(&tree, e))
             })?)
         }
@@ -301,7 +302,7 @@ fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConf
     existing([entry.join("config")]).map(|path| read_config(&path)).transpose()
 }
 
-/// A cached module tree whose files are links into `home`; made anew when a stamp file changes.
+/// A cached module tree with the modules of `home`; made anew when a stamp file changes.
 fn linked_modules(
     cache: &Cache,
     home: &Path,
@@ -311,7 +312,7 @@ fn linked_modules(
     let home_key = ContentKey::new("home-1").field("path", home.as_os_str().as_encoded_bytes());
     let prefix = home_key.finish()[..16].to_owned();
     let state =
-        stamps.iter().fold(ContentKey::new("linked-modules-1"), |key, file| stamp(key, file));
+        stamps.iter().fold(ContentKey::new("linked-modules-2"), |key, file| stamp(key, file));
     let key = format!("{prefix}-{}", &state.finish()[..32]);
     let find = |dir: &Path| -> Result<PathBuf, Flaw> {
         let mut trees = fs::read_dir(dir.join("lib/modules"))?.flatten().map(|item| item.path());
@@ -349,25 +350,6 @@ fn stamp(key: ContentKey, file: &Path) -> ContentKey {
         )
     });
     key.field("path", file.as_os_str().as_encoded_bytes()).field("state", state.unwrap_or_default())
-}
-
-/// Makes the directories of `from` in `to`, and links for its files.
-fn link_tree(from: &Path, to: &Path) -> io::Result<()> {
-    let mut todo = vec![PathBuf::new()];
-    while let Some(relative) = todo.pop() {
-        fs::create_dir_all(to.join(&relative))?;
-        for item in fs::read_dir(from.join(&relative))? {
-            let item = item?;
-            let path = relative.join(item.file_name());
-            let kind = item.file_type()?;
-            if kind.is_dir() {
-                todo.push(path);
-            } else if kind.is_file() {
-                std::os::unix::fs::symlink(item.path(), to.join(&path))?;
-            }
-        }
-    }
-    Ok(())
 }
 
 pub(crate) fn modules_error(tree: &Path, source: modules::ModulesError) -> KernelError {

@@ -73,14 +73,6 @@ pub(super) fn verify_all(dir: &Path) -> Result<(), Flaw> {
     Ok(files.check(dir)?)
 }
 
-/// Whether a file is a module, compressed or not.
-fn is_module(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| {
-        let name = name.to_string_lossy();
-        name.ends_with(".ko") || name.contains(".ko.")
-    })
-}
-
 /// Unpacks packages over each other.
 pub(super) fn unpack(
     dir: &Path,
@@ -133,7 +125,7 @@ pub(super) fn finish(
             files: files
                 .files
                 .iter()
-                .filter(|(path, _)| !is_module(path))
+                .filter(|(path, _)| !modules::place::is_module(path))
                 .map(|(path, size)| (path.clone(), *size))
                 .collect(),
         },
