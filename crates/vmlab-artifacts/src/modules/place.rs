@@ -12,12 +12,18 @@ pub(crate) fn module(source: &Path, target: &Path) -> io::Result<()> {
     if reflink(source, target).is_ok() || fs::hard_link(source, target).is_ok() {
         return Ok(());
     }
-    fs::copy(source, target).map(drop)
+    // Never onto a file that is there: it could be a hard link to the source, and would empty it.
+    let mut from = File::open(source)?;
+    io::copy(&mut from, &mut new_file(target)?).map(drop)
+}
+
+fn new_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).open(path)
 }
 
 fn reflink(source: &Path, target: &Path) -> io::Result<()> {
     let from = File::open(source)?;
-    let to = OpenOptions::new().write(true).create_new(true).open(target)?;
+    let to = new_file(target)?;
     let cloned = rustix::fs::ioctl_ficlone(&to, &from);
     if cloned.is_err() {
         fs::remove_file(target)?;
@@ -87,5 +93,15 @@ mod tests {
         assert_eq!(fs::read_to_string(other.path().join("a.ko")).unwrap(), "a");
         assert!(module(&dir.path().join("none.ko"), &other.path().join("b.ko")).is_err());
         assert!(!other.path().join("b.ko").exists());
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, target) = (dir.path().join("a.ko"), dir.path().join("b.ko"));
+        fs::write(&source, "a").unwrap();
+        module(&source, &target).unwrap();
+        assert!(module(&source, &target).is_err());
+        assert_eq!(fs::read_to_string(&source).unwrap(), "a");
     }
 }
