@@ -7,7 +7,7 @@ use std::sync::atomic::{self, AtomicU64};
 
 use serde::Serialize;
 
-use crate::cache::Flaw;
+use crate::cache::{Flaw, Leases};
 use crate::source::{apt, deb, local};
 use crate::{
     Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec,
@@ -385,6 +385,11 @@ impl KernelStore {
     /// The kernel of an entry that was verified.
     fn open_entry(&self, key: &str, spec: String) -> Result<Kernel, KernelError> {
         let dir = self.cache.root().join(KERNELS).join(key);
+        let leases = Leases::default();
+        // One that was removed since it was verified is noticed when it is read.
+        if let Some(lease) = self.cache.lease(KERNELS, key)? {
+            leases.add(lease);
+        }
         let entry = Entry::read(&dir)?;
         let existing = |path: PathBuf| path.exists().then_some(path);
         let parts = local::Parts {
@@ -398,6 +403,7 @@ impl KernelStore {
                 version: entry.version,
                 suites: entry.suites,
             },
+            leases,
         };
         local::assemble(&self.cache, spec, parts)
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
-use vmlab_artifacts::cache::Flaw;
+use vmlab_artifacts::cache::{Flaw, Leases};
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
@@ -21,6 +21,10 @@ static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
 /// Kinds of cache entries.
 const IMAGES: &str = "boot-images";
 const INITRAMFS: &str = "initramfs";
+
+/// How many entries of each kind are kept. An extracted kernel has 30 to 90 MiB, an initramfs has some.
+const IMAGES_KEPT: usize = 8;
+const INITRAMFS_KEPT: usize = 32;
 
 /// Files in cache entries.
 const IMAGE_FILE: &str = "vmlinux";
@@ -66,9 +70,9 @@ pub(crate) fn prepare(
         _ => None,
     };
     let boot = Boot {
-        image: direct_image(cache, &image)?,
+        image: direct_image(cache, &image, &kernel.leases)?,
         arch: image.arch(),
-        initramfs: initramfs(cache, modules)?,
+        initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
     Ok(PreparedKernel { boot, channel })
@@ -160,7 +164,7 @@ fn command_line(channel: AgentChannel, arguments: &[String]) -> String {
 /// The image to start: a bzImage's content, which starts without decompressing itself in the guest,
 /// where the kernel can be entered directly; the image itself where not. That one has been judged is
 /// cached, but no failure to judge it.
-fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
+fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<PathBuf, Error> {
     if image.format() != BootFormat::BzImage {
         return Ok(image.path().to_owned());
     }
@@ -171,7 +175,7 @@ fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
         hint: "",
     };
     let key = ContentKey::new("boot-image-1").file("bzImage", image.path()).map_err(read)?.finish();
-    let entry = cache.get_or_build(IMAGES, &key, verify_image, |dir| {
+    let build = |dir: &Path| {
         match image.extract() {
             Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
                 write(&dir.join(IMAGE_FILE), &vmlinux)?;
@@ -186,7 +190,8 @@ fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
             }) => write(&dir.join(NO_PVH_FILE), format!("{defect}\n").as_bytes()),
             Err(error) => Err(error.into()),
         }
-    })?;
+    };
+    let entry = leased(cache, (IMAGES, IMAGES_KEPT), &key, leases, verify_image, build)?;
     let vmlinux = entry.join(IMAGE_FILE);
     Ok(if vmlinux.exists() { vmlinux } else { image.path().to_owned() })
 }
@@ -207,6 +212,7 @@ fn verify_image(entry: &Path) -> Result<(), Flaw> {
 fn initramfs(
     cache: &Cache,
     modules: Option<(ModuleTree, Vec<&'static str>)>,
+    leases: &Leases,
 ) -> Result<PathBuf, Error> {
     let closure: Vec<ModuleRef> = match &modules {
         Some((tree, wanted)) => tree.closure(wanted)?,
@@ -219,7 +225,7 @@ fn initramfs(
         })?;
     }
     let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
-    let entry = cache.get_or_build(INITRAMFS, &key.finish(), verify, |dir| {
+    let build = |dir: &Path| {
         let mut contents = Vec::new();
         if let Some((tree, _)) = &modules {
             for module in &closure {
@@ -234,8 +240,33 @@ fn initramfs(
         let archive = build_initramfs(AGENT, &list)?;
         write(&dir.join(INITRAMFS_FILE), &archive)?;
         write_length(dir, INITRAMFS_FILE, archive.len())
-    })?;
+    };
+    let kind = (INITRAMFS, INITRAMFS_KEPT);
+    let entry = leased(cache, kind, &key.finish(), leases, verify, build)?;
     Ok(entry.join(INITRAMFS_FILE))
+}
+
+/// The entry for a key, which stays for as long as the kernel is used. Of what was used before, as much
+/// is kept as `kind` says.
+fn leased(
+    cache: &Cache,
+    (kind, keep): (&str, usize),
+    key: &str,
+    leases: &Leases,
+    verify: impl Fn(&Path) -> Result<(), Flaw>,
+    build: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
+    let mut built = false;
+    let build = |dir: &Path| {
+        built = true;
+        build(dir)
+    };
+    let (entry, lease) = cache.get_or_build_leased(kind, key, verify, build, |_| {})?;
+    leases.add(lease);
+    if built {
+        cache.prune(kind, keep)?;
+    }
+    Ok(entry)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), Error> {

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::boot_image::{BootImage, BootImageError};
-use crate::cache::Flaw;
+use crate::cache::{CacheError, Flaw, Leases};
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
 use crate::modules;
@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) config: Option<PathBuf>,
     pub(crate) modules: Option<PathBuf>,
     pub(crate) origin: Origin,
+    pub(crate) leases: Leases,
 }
 
 /// Checks the files and reads what they say.
@@ -56,6 +57,7 @@ pub(crate) fn assemble(cache: &Cache, spec: String, parts: Parts) -> Result<Kern
         config_source,
         modules: parts.modules,
         origin: parts.origin,
+        leases: parts.leases,
     })
 }
 
@@ -85,7 +87,8 @@ pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel
     };
     let parts = if !meta.is_dir() {
         let origin = Origin::File { path: path.clone() };
-        Parts { image: path, release: None, config: None, modules: None, origin }
+        let leases = Leases::default();
+        Parts { image: path, release: None, config: None, modules: None, origin, leases }
     } else if let Some(image) = built_image(&path) {
         build_tree(cache, path, image)?
     } else {
@@ -109,12 +112,13 @@ fn built_image(tree: &Path) -> Option<PathBuf> {
 
 fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, KernelError> {
     let order = path.join("modules.order");
+    let leases = Leases::default();
     let modules = match fs::metadata(&order) {
         // A kernel without modules has an empty list, or none.
         Ok(meta) if meta.len() > 0 => {
             let stamps =
                 [order, image.clone(), path.join("modules.builtin"), path.join("Module.symvers")];
-            Some(linked_modules(cache, &path, &stamps, |out| {
+            Some(linked_modules(cache, &path, &stamps, &leases, |out| {
                 modules::tree_from_build(&path, out)
                     .map(|_| ())
                     .map_err(|e| modules_error(&path, e))
@@ -126,7 +130,7 @@ fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, Ker
         .ok()
         .map(|text| text.trim().to_owned());
     let config = existing([path.join(".config")]);
-    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path } })
+    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path }, leases })
 }
 
 fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
@@ -139,11 +143,12 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
             return Err(KernelError::Ambiguous { path, found });
         }
     };
+    let leases = Leases::default();
     let modules = match module_dirs(&path, &release).find(|dir| dir.is_dir()) {
         Some(tree) if tree.join("modules.dep").is_file() => Some(tree),
         Some(tree) => {
             let stamps = [tree.clone(), tree.join("modules.order"), image.clone()];
-            Some(linked_modules(cache, &tree, &stamps, |out| {
+            Some(linked_modules(cache, &tree, &stamps, &leases, |out| {
                 modules::place::tree(&tree, &out.join("lib/modules").join(&release)).map_err(
                     |e| KernelError::cache_io("copy to the cache the modules of", &tree, e),
                 )?;
@@ -154,7 +159,7 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     };
     let config = configs_of(&path, &release);
     let origin = Origin::Unpacked { path };
-    Ok(Parts { image, release: Some(release), config, modules, origin })
+    Ok(Parts { image, release: Some(release), config, modules, origin, leases })
 }
 
 /// The boot images below a root directory, with the releases that their names tell.
@@ -237,6 +242,7 @@ pub(crate) fn installed(
         config,
         modules,
         origin: Origin::Installed,
+        leases: Leases::default(),
     };
     let mut kernel = assemble(cache, release.to_owned(), parts)?;
     if running {
@@ -307,6 +313,7 @@ fn linked_modules(
     cache: &Cache,
     home: &Path,
     stamps: &[PathBuf],
+    leases: &Leases,
     build: impl FnOnce(&Path) -> Result<(), KernelError>,
 ) -> Result<PathBuf, KernelError> {
     let home_key = ContentKey::new("home-1").field("path", home.as_os_str().as_encoded_bytes());
@@ -320,20 +327,25 @@ fn linked_modules(
         fs::metadata(tree.join("modules.dep"))?;
         Ok(tree)
     };
-    let entry = cache.get_or_build(
+    let (entry, lease) = cache.get_or_build_leased(
         LINKED_MODULES,
         &key,
         |dir| find(dir).map(|_| ()),
         |dir| {
-            // Trees of earlier builds of the same directory have no further use.
+            // Trees of earlier builds of the same directory have no further use, but for VMs that run.
             for old in cache.entries(LINKED_MODULES)? {
                 if old.key.starts_with(&prefix) && old.key != key {
-                    cache.remove(LINKED_MODULES, &old.key)?;
+                    match cache.remove(LINKED_MODULES, &old.key) {
+                        Ok(_) | Err(CacheError::InUse { .. }) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
             }
             build(dir)
         },
+        |_| {},
     )?;
+    leases.add(lease);
     find(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
 }
 

@@ -44,9 +44,15 @@ fn a_deb_is_imported_once_and_repaired() {
     // Damage is seen in the list, and repaired by the next use.
     std::fs::write(&kernel.boot_image, "cut").unwrap();
     assert!(!store.list().unwrap()[0].valid);
-    assert_eq!(store.resolve(&path_spec(&deb), &Silent).unwrap().release, RELEASE);
+    let repaired = store.resolve(&path_spec(&deb), &Silent).unwrap();
+    assert_eq!(repaired.release, RELEASE);
     assert!(store.list().unwrap()[0].valid);
 
+    // A VM that runs keeps its kernel.
+    let error = store.remove(RELEASE).unwrap_err().to_string();
+    assert!(error.contains("is in use by a VM"), "{error}");
+    assert_eq!(store.list().unwrap().len(), 1);
+    drop(repaired);
     assert_eq!(&store.remove(RELEASE).unwrap(), entry);
     assert!(store.list().unwrap().is_empty());
     let gone = store.remove(RELEASE).unwrap_err();

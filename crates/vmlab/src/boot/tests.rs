@@ -124,7 +124,7 @@ fn lz4(content: &[u8]) -> Vec<u8> {
 fn image_for(dir: &Path, payload: &[u8], declared: usize) -> (PathBuf, Result<PathBuf, Error>) {
     let path = bzimage(dir, payload, declared);
     let image = BootImage::open(&path).unwrap();
-    let direct = direct_image(&Cache::at(dir.join("cache")), &image);
+    let direct = direct_image(&Cache::at(dir.join("cache")), &image, &Leases::default());
     (path, direct)
 }
 
@@ -176,8 +176,25 @@ fn a_failure_that_passes_is_not_remembered() {
     // Cut short after it was opened: reading the payload fails.
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..1024]).unwrap();
-    assert!(direct_image(&cache, &image).is_err());
+    assert!(direct_image(&cache, &image, &Leases::default()).is_err());
     assert!(cache.entries(IMAGES).unwrap().is_empty());
     std::fs::write(&path, &whole).unwrap();
-    assert_eq!(direct_image(&cache, &image).unwrap(), path);
+    assert_eq!(direct_image(&cache, &image, &Leases::default()).unwrap(), path);
+}
+
+#[test]
+fn the_extracted_kernels_that_are_kept_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path().join("cache"));
+    let in_use = Leases::default();
+    for n in 0..IMAGES_KEPT + 3 {
+        let mut kernel = vmlinux();
+        kernel[150] = n as u8;
+        let path = bzimage(dir.path(), &lz4(&kernel), kernel.len());
+        let none = Leases::default();
+        let leases = if n < 2 { &in_use } else { &none };
+        direct_image(&cache, &BootImage::open(&path).unwrap(), leases).unwrap();
+    }
+    // The first two are in use and stay beside the newest.
+    assert_eq!(cache.entries(IMAGES).unwrap().len(), IMAGES_KEPT + 2);
 }

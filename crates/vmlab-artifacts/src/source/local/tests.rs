@@ -128,11 +128,16 @@ fn an_unpacked_package_gets_an_index_in_the_cache() {
     assert!(!root.join(format!("usr/lib/modules/{RELEASE}/modules.dep")).exists());
     assert_eq!(kernel.features().unwrap().get(Feature::Overlay), Availability::BuiltIn);
 
-    // A change makes a new tree and removes the old one.
-    put(&root, &format!("usr/lib/modules/{RELEASE}/vmlinuz"), [bzimage(RELEASE), vec![0]].concat());
+    // A change makes a new tree, and removes the old one when nobody uses it any more.
+    let image = format!("usr/lib/modules/{RELEASE}/vmlinuz");
+    put(&root, &image, [bzimage(RELEASE), vec![0]].concat());
     let again = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
     assert_ne!(again, tree);
-    assert!(!tree.exists());
+    assert!(tree.exists());
+    drop(kernel);
+    put(&root, &image, [bzimage(RELEASE), vec![0; 2]].concat());
+    at_path(&cache, "s".to_owned(), &root).unwrap();
+    assert!(!tree.exists() && !again.exists());
 }
 
 #[test]
