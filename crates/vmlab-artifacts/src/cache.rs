@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! ROOT/KIND/KEY/            an entry; it appears by one rename and is never changed after
+//!                       whoever uses it for long holds a shared lock on it
 //! ROOT/KIND/.lock/KEY       held by whoever builds that entry; the holder's pid is in it
 //! ROOT/KIND/.staging/NAME/  an entry in the making, or one on its way out
 //! ROOT/KIND/.staging/NAME.lock   held as long as NAME's maker lives; a free lock marks litter
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 mod content_key;
 mod error;
+mod lease;
 mod manifest;
 #[cfg(test)]
 mod tests;
@@ -26,6 +28,7 @@ mod tests;
 pub use content_key::ContentKey;
 pub use error::CacheError;
 pub(crate) use error::advice;
+pub use lease::{Lease, Leases};
 pub use manifest::{Manifest, ManifestError};
 
 /// Overrides the place of the cache.
@@ -122,13 +125,34 @@ impl Cache {
         build: impl FnOnce(&Path) -> Result<(), E>,
         on_wait: impl FnOnce(Option<u32>),
     ) -> Result<PathBuf, E> {
-        if let Some(entry) = self.lookup(kind, key, &verify)? {
-            return Ok(entry);
+        self.get_or_build_leased(kind, key, verify, build, on_wait).map(|(entry, _)| entry)
+    }
+
+    /// As [`get_or_build_noting`](Cache::get_or_build_noting); nobody removes the entry as long as
+    /// the lease is there.
+    ///
+    /// # Errors
+    /// As [`get_or_build`](Cache::get_or_build).
+    pub fn get_or_build_leased<E: From<CacheError>>(
+        &self,
+        kind: &str,
+        key: &str,
+        verify: impl Fn(&Path) -> Result<(), Flaw>,
+        build: impl FnOnce(&Path) -> Result<(), E>,
+        on_wait: impl FnOnce(Option<u32>),
+    ) -> Result<(PathBuf, Lease), E> {
+        let leased = || -> Result<Option<(PathBuf, Lease)>, CacheError> {
+            let Some(entry) = self.lookup(kind, key, &verify)? else { return Ok(None) };
+            Ok(Lease::take(&entry)?.map(|lease| (entry, lease)))
+        };
+        if let Some(found) = leased()? {
+            return Ok(found);
         }
         let entry = self.entry_path(kind, key)?;
+        // Who deletes an entry has this lock, too.
         let _lock = self.lock(kind, key, on_wait)?;
-        if let Some(entry) = self.lookup(kind, key, &verify)? {
-            return Ok(entry);
+        if let Some(found) = leased()? {
+            return Ok(found);
         }
         self.sweep(kind)?;
         self.discard(kind, key)?;
@@ -140,7 +164,13 @@ impl Cache {
             source,
         })?;
         staging.publish(&entry)?;
-        Ok(entry)
+        match Lease::take(&entry)? {
+            Some(lease) => Ok((entry, lease)),
+            None => {
+                let gone = io::Error::from(io::ErrorKind::NotFound);
+                Err(CacheError::io("find what was just built in the cache,", &entry, gone).into())
+            }
+        }
     }
 
     /// All entries of a kind, by key. They are not verified.
@@ -171,12 +201,14 @@ impl Cache {
     /// Removes an entry; says whether there was one.
     ///
     /// # Errors
-    /// [`CacheError::Io`] when it cannot be removed.
+    /// [`CacheError::InUse`] when somebody has a lease on it, and [`CacheError::Io`] when it cannot be
+    /// removed.
     pub fn remove(&self, kind: &str, key: &str) -> Result<bool, CacheError> {
         if fs::symlink_metadata(self.entry_path(kind, key)?).is_err() {
             return Ok(false);
         }
         let _lock = self.lock(kind, key, |_| {})?;
+        let _excluded = Lease::exclude(&self.entry_path(kind, key)?)?;
         self.sweep(kind)?;
         self.discard(kind, key)
     }

@@ -179,9 +179,9 @@ pub enum KernelError {
         /// What the store has.
         have: Vec<String>,
     },
-    /// Only a distribution's kernel can be pulled.
+    /// Only a distribution's kernel or a `.deb` can be pulled.
     #[error(
-        "{spec} is a kernel of this host: there is nothing to fetch; `vmlab kernel pull` takes specs such as debian:6.12"
+        "{spec} is a kernel of this host: there is nothing to fetch; `vmlab kernel pull` takes specs such as debian:6.12, and .deb files"
     )]
     NotPullable {
         /// The spec.
@@ -203,8 +203,8 @@ pub enum KernelError {
         /// The entries.
         have: Vec<String>,
     },
-    /// A file operation failed.
-    #[error("cannot {doing} {}{}", path.display(), crate::cache::advice(source))]
+    /// A file operation failed, outside of the cache.
+    #[error("cannot {doing} {}", path.display())]
     Io {
         /// What was being done, an infinitive.
         doing: &'static str,
@@ -218,6 +218,11 @@ pub enum KernelError {
 impl KernelError {
     pub(crate) fn io(doing: &'static str, path: &Path, source: io::Error) -> KernelError {
         KernelError::Io { doing, path: path.to_owned(), source }
+    }
+
+    /// An operation below the cache's root, for which there is advice.
+    pub(crate) fn cache_io(doing: &'static str, path: &Path, source: io::Error) -> KernelError {
+        KernelError::Cache(CacheError::io(doing, path, source))
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::cache::Leases;
 use crate::features::{Features, ModuleNames};
 use crate::kconfig::KernelConfig;
 use crate::{Arch, KernelError};
@@ -30,6 +31,9 @@ pub struct Kernel {
     pub modules: Option<PathBuf>,
     /// Where the kernel came from.
     pub origin: Origin,
+    /// What of it is in the cache, and must not be deleted while it is used.
+    #[serde(skip)]
+    pub leases: Leases,
 }
 
 /// Where a kernel's configuration was found.
@@ -82,13 +86,16 @@ impl Kernel {
     /// # Errors
     /// [`KernelError::Io`] when the lists of the module tree cannot be read.
     pub fn features(&self) -> Result<Features, KernelError> {
-        let modules = match &self.modules {
-            Some(tree) => Some(
-                ModuleNames::read(tree)
-                    .map_err(|e| KernelError::io("read the module lists of", tree, e))?,
-            ),
-            None => None,
-        };
-        Ok(Features::of(self.config.as_ref(), modules.as_ref()))
+        Ok(Features::of(self.config.as_ref(), self.module_names()?.as_ref()))
+    }
+
+    /// The names of its modules; none when there is no module tree.
+    ///
+    /// # Errors
+    /// [`KernelError::Io`] when the lists of the module tree cannot be read.
+    pub fn module_names(&self) -> Result<Option<ModuleNames>, KernelError> {
+        let Some(tree) = &self.modules else { return Ok(None) };
+        let names = ModuleNames::read(tree);
+        names.map(Some).map_err(|e| KernelError::io("read the module lists of", tree, e))
     }
 }

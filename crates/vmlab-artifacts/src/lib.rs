@@ -3,6 +3,7 @@
 mod arch;
 pub mod boot_image;
 pub mod cache;
+mod child;
 pub mod compress;
 mod error;
 pub mod features;

@@ -5,6 +5,7 @@ mod build_tree;
 mod depmod;
 mod index;
 mod order;
+pub(crate) mod place;
 #[cfg(test)]
 mod tests;
 
@@ -12,7 +13,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-pub use build_tree::{Placement, tree_from_build};
+pub use build_tree::tree_from_build;
 pub use depmod::{depmod, find_depmod};
 
 use crate::compress::{self, CompressError, Compression, Limit};

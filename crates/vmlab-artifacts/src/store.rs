@@ -3,10 +3,11 @@
 use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{self, AtomicU64};
 
 use serde::Serialize;
 
-use crate::cache::Flaw;
+use crate::cache::{Flaw, Leases};
 use crate::source::{apt, deb, local};
 use crate::{
     Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec,
@@ -82,7 +83,7 @@ impl KernelStore {
                 let running = *release == running_release();
                 local::installed(&self.cache, Path::new("/"), release, running)
             }
-            KernelSpec::Path(path) if is_package(path) => self.import_deb(spec, path, progress),
+            KernelSpec::Path(path) if is_deb(path) => self.import_deb(spec, path, progress),
             KernelSpec::Path(path) => local::at_path(&self.cache, spec.to_string(), path),
             KernelSpec::Distro(distro) => match self.stored(distro)? {
                 Some(kernel) => Ok(kernel),
@@ -136,7 +137,8 @@ impl KernelStore {
         }
     }
 
-    /// Asks the distribution anew and fetches the newest kernel that fits, or takes in a `.deb`.
+    /// Asks the distribution anew and fetches the newest kernel that fits; takes a `.deb` into the
+    /// store, and notes as what.
     ///
     /// # Errors
     /// [`KernelError::NotPullable`] for a kernel of this host, and as
@@ -144,7 +146,13 @@ impl KernelStore {
     pub fn pull(&self, spec: &KernelSpec, progress: &dyn Progress) -> Result<Kernel, KernelError> {
         match spec {
             KernelSpec::Distro(spec) => self.fetch(spec, true, progress),
-            KernelSpec::Path(path) if is_package(path) => self.import_deb(spec, path, progress),
+            KernelSpec::Path(path) if is_deb(path) => {
+                let kernel = self.import_deb(spec, path, progress)?;
+                if let Origin::Package { entry, package, version, .. } = &kernel.origin {
+                    progress.note(&format!("stored {package} {version} as {entry}"));
+                }
+                Ok(kernel)
+            }
             _ => Err(KernelError::NotPullable { spec: spec.to_string() }),
         }
     }
@@ -271,11 +279,15 @@ impl KernelStore {
 
     fn mark_suite(&self, spec: &DistroSpec, key: &str) -> Result<(), KernelError> {
         let mark = self.suite_mark(spec);
-        let temporary = mark.with_extension(format!("new.{}", std::process::id()));
+        // Not with_extension, which would cut a suite's name at a dot that is in it.
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let count = COUNTER.fetch_add(1, atomic::Ordering::Relaxed);
+        let mut temporary = mark.clone().into_os_string();
+        temporary.push(format!(".new.{}.{count}", std::process::id()));
         fs::create_dir_all(mark.parent().unwrap_or(&mark))
             .and_then(|()| fs::write(&temporary, key))
             .and_then(|()| fs::rename(&temporary, &mark))
-            .map_err(|e| KernelError::io("note the suite's newest kernel in", &mark, e))
+            .map_err(|e| KernelError::cache_io("note the suite's newest kernel in", &mark, e))
     }
 
     /// Finds, downloads and unpacks a distribution's kernel.
@@ -296,10 +308,11 @@ impl KernelStore {
         let key = entry::sanitise(&key);
         self.build_entry(&key, progress, |dir| {
             let debs_dir = dir.join("debs");
-            fs::create_dir(&debs_dir).map_err(|e| KernelError::io("make", &debs_dir, e))?;
+            fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
             let debs = found.download(&debs_dir, progress)?;
             entry::unpack(dir, &debs, progress)?;
-            fs::remove_dir_all(&debs_dir).map_err(|e| KernelError::io("remove", &debs_dir, e))?;
+            fs::remove_dir_all(&debs_dir)
+                .map_err(|e| KernelError::cache_io("remove", &debs_dir, e))?;
             entry::finish(
                 dir,
                 &image.name,
@@ -372,6 +385,11 @@ impl KernelStore {
     /// The kernel of an entry that was verified.
     fn open_entry(&self, key: &str, spec: String) -> Result<Kernel, KernelError> {
         let dir = self.cache.root().join(KERNELS).join(key);
+        let leases = Leases::default();
+        // One that was removed since it was verified is noticed when it is read.
+        if let Some(lease) = self.cache.lease(KERNELS, key)? {
+            leases.add(lease);
+        }
         let entry = Entry::read(&dir)?;
         let existing = |path: PathBuf| path.exists().then_some(path);
         let parts = local::Parts {
@@ -385,6 +403,7 @@ impl KernelStore {
                 version: entry.version,
                 suites: entry.suites,
             },
+            leases,
         };
         local::assemble(&self.cache, spec, parts)
     }
@@ -411,8 +430,7 @@ fn fits(kernel: &StoredKernel, spec: &DistroSpec) -> bool {
     }
 }
 
-/// Whether a path is a Debian package, and not one that was unpacked beside it.
-fn is_package(path: &Path) -> bool {
+fn is_deb(path: &Path) -> bool {
     path.extension().is_some_and(|ext| ext == "deb") && !path.is_dir()
 }
 

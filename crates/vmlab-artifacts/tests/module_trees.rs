@@ -7,7 +7,7 @@ use std::path::Path;
 use object::write::{Object, Symbol, SymbolSection};
 use object::{Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolKind};
 use vmlab_artifacts::kconfig::Tristate;
-use vmlab_artifacts::modules::{self, ModuleTree, ModulesError, Placement};
+use vmlab_artifacts::modules::{self, ModuleTree, ModulesError};
 
 const RELEASE: &str = "6.12.0-vmlab-test";
 
@@ -127,22 +127,22 @@ fn build_directories_of_all_ages_become_trees() {
         "fs/top/top.o\nkernel/middle-part.o\nlib/bottom.o\nlib/extra.o\n",
     ];
     for order in orders {
-        for placement in [Placement::Symlink, Placement::Copy] {
-            let (build, out) = (build_dir(order), tempfile::tempdir().unwrap());
-            let dir = modules::tree_from_build(build.path(), out.path(), placement).unwrap();
-            assert_eq!(dir, out.path().join("lib/modules").join(RELEASE));
-            let tree = ModuleTree::open(&dir).unwrap();
-            check(&tree);
-            assert_eq!(tree.availability("fs-fuse"), Tristate::BuiltIn);
-            let path = dir.join("kernel/kernel/middle-part.ko");
-            assert_eq!(tree.path("middle_part"), Some(path.clone()));
-            assert_eq!(path.is_symlink(), placement == Placement::Symlink);
-            assert_eq!(
-                fs::read_to_string(dir.join("modules.order")).unwrap(),
-                "kernel/fs/top/top.ko\nkernel/kernel/middle-part.ko\n\
-                 kernel/lib/bottom.ko\nkernel/lib/extra.ko\n"
-            );
-        }
+        let (build, out) = (build_dir(order), tempfile::tempdir().unwrap());
+        let dir = modules::tree_from_build(build.path(), out.path()).unwrap();
+        // The tree holds without the build directory, which the guest may not see.
+        drop(build);
+        assert_eq!(dir, out.path().join("lib/modules").join(RELEASE));
+        let tree = ModuleTree::open(&dir).unwrap();
+        check(&tree);
+        assert_eq!(tree.availability("fs-fuse"), Tristate::BuiltIn);
+        let path = dir.join("kernel/kernel/middle-part.ko");
+        assert_eq!(tree.path("middle_part"), Some(path.clone()));
+        assert!(!path.is_symlink());
+        assert_eq!(
+            fs::read_to_string(dir.join("modules.order")).unwrap(),
+            "kernel/fs/top/top.ko\nkernel/kernel/middle-part.ko\n\
+             kernel/lib/bottom.ko\nkernel/lib/extra.ko\n"
+        );
     }
 }
 
@@ -157,7 +157,7 @@ fn unfinished_builds_say_what_is_missing() {
         let build = build_dir("fs/top/top.o\nlib/extra.o\n");
         fs::remove_file(build.path().join(file)).unwrap();
         let out = tempfile::tempdir().unwrap();
-        match modules::tree_from_build(build.path(), out.path(), Placement::Symlink) {
+        match modules::tree_from_build(build.path(), out.path()) {
             Err(ModulesError::NotBuilt { missing, .. }) => assert_eq!(missing, named),
             other => panic!("{file}: {other:?}"),
         }
@@ -173,6 +173,6 @@ fn lists_cannot_reach_out_of_the_build_directory() {
     write(&base.path().join("outside.ko"), module("", &[], ""));
     write(&build.join("modules.order"), "../outside.o\n");
     let out = base.path().join("out");
-    let result = modules::tree_from_build(&build, &out, Placement::Copy);
+    let result = modules::tree_from_build(&build, &out);
     assert!(matches!(result, Err(ModulesError::NotBuilt { .. })), "{result:?}");
 }

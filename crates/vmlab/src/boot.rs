@@ -4,8 +4,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vmlab_artifacts::boot_image::{BootFormat, BootImage, extracted_supports_pvh};
-use vmlab_artifacts::cache::Flaw;
+use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
+use vmlab_artifacts::cache::{Flaw, Leases};
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
@@ -21,6 +21,10 @@ static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
 /// Kinds of cache entries.
 const IMAGES: &str = "boot-images";
 const INITRAMFS: &str = "initramfs";
+
+/// How many entries of each kind are kept. An extracted kernel has 30 to 90 MiB, an initramfs has some.
+const IMAGES_KEPT: usize = 8;
+const INITRAMFS_KEPT: usize = 32;
 
 /// Files in cache entries.
 const IMAGE_FILE: &str = "vmlinux";
@@ -66,9 +70,9 @@ pub(crate) fn prepare(
         _ => None,
     };
     let boot = Boot {
-        image: direct_image(cache, &image)?,
+        image: direct_image(cache, &image, &kernel.leases)?,
         arch: image.arch(),
-        initramfs: initramfs(cache, modules)?,
+        initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
     Ok(PreparedKernel { boot, channel })
@@ -158,8 +162,9 @@ fn command_line(channel: AgentChannel, arguments: &[String]) -> String {
 }
 
 /// The image to start: a bzImage's content, which starts without decompressing itself in the guest,
-/// where the kernel can be entered directly; the image itself where not.
-fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
+/// where the kernel can be entered directly; the image itself where not. That one has been judged is
+/// cached, but no failure to judge it.
+fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<PathBuf, Error> {
     if image.format() != BootFormat::BzImage {
         return Ok(image.path().to_owned());
     }
@@ -169,18 +174,24 @@ fn direct_image(cache: &Cache, image: &BootImage) -> Result<PathBuf, Error> {
         source,
         hint: "",
     };
-    let key = ContentKey::new("boot-image").file("bzImage", image.path()).map_err(read)?.finish();
-    let entry = cache.get_or_build(IMAGES, &key, verify_image, |dir| {
-        // A payload that cannot be extracted is no error: the kernel can still extract itself.
+    let key = ContentKey::new("boot-image-1").file("bzImage", image.path()).map_err(read)?.finish();
+    let build = |dir: &Path| {
         match image.extract() {
-            Ok(Some(vmlinux)) if extracted_supports_pvh(&vmlinux) => {
+            Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
                 write(&dir.join(IMAGE_FILE), &vmlinux)?;
                 write_length(dir, IMAGE_FILE, vmlinux.len())
             }
             Ok(_) => write(&dir.join(NO_PVH_FILE), b"no PVH entry\n"),
-            Err(error) => write(&dir.join(NO_PVH_FILE), format!("{error}\n").as_bytes()),
+            // The kernel can extract itself from a format that is unknown here. From a damaged
+            // payload it cannot, and would stay silent until the time limit.
+            Err(BootImageError::InvalidPayload {
+                defect: defect @ Defect::UnknownPayload(_),
+                ..
+            }) => write(&dir.join(NO_PVH_FILE), format!("{defect}\n").as_bytes()),
+            Err(error) => Err(error.into()),
         }
-    })?;
+    };
+    let entry = leased(cache, (IMAGES, IMAGES_KEPT), &key, leases, verify_image, build)?;
     let vmlinux = entry.join(IMAGE_FILE);
     Ok(if vmlinux.exists() { vmlinux } else { image.path().to_owned() })
 }
@@ -201,19 +212,20 @@ fn verify_image(entry: &Path) -> Result<(), Flaw> {
 fn initramfs(
     cache: &Cache,
     modules: Option<(ModuleTree, Vec<&'static str>)>,
+    leases: &Leases,
 ) -> Result<PathBuf, Error> {
     let closure: Vec<ModuleRef> = match &modules {
         Some((tree, wanted)) => tree.closure(wanted)?,
         None => Vec::new(),
     };
-    let mut key = ContentKey::new("initramfs").field("agent", AGENT);
+    let mut key = ContentKey::new("initramfs-1").field("agent", AGENT);
     for module in &closure {
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
         })?;
     }
     let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
-    let entry = cache.get_or_build(INITRAMFS, &key.finish(), verify, |dir| {
+    let build = |dir: &Path| {
         let mut contents = Vec::new();
         if let Some((tree, _)) = &modules {
             for module in &closure {
@@ -228,8 +240,33 @@ fn initramfs(
         let archive = build_initramfs(AGENT, &list)?;
         write(&dir.join(INITRAMFS_FILE), &archive)?;
         write_length(dir, INITRAMFS_FILE, archive.len())
-    })?;
+    };
+    let kind = (INITRAMFS, INITRAMFS_KEPT);
+    let entry = leased(cache, kind, &key.finish(), leases, verify, build)?;
     Ok(entry.join(INITRAMFS_FILE))
+}
+
+/// The entry for a key, which stays for as long as the kernel is used. Of what was used before, as much
+/// is kept as `kind` says.
+fn leased(
+    cache: &Cache,
+    (kind, keep): (&str, usize),
+    key: &str,
+    leases: &Leases,
+    verify: impl Fn(&Path) -> Result<(), Flaw>,
+    build: impl FnOnce(&Path) -> Result<(), Error>,
+) -> Result<PathBuf, Error> {
+    let mut built = false;
+    let build = |dir: &Path| {
+        built = true;
+        build(dir)
+    };
+    let (entry, lease) = cache.get_or_build_leased(kind, key, verify, build, |_| {})?;
+    leases.add(lease);
+    if built {
+        cache.prune(kind, keep)?;
+    }
+    Ok(entry)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
@@ -264,74 +301,4 @@ fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {
 const _: fn(CacheError) -> Error = Error::Cache;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vmlab_artifacts::features::ModuleNames;
-    use vmlab_artifacts::kconfig::KernelConfig;
-
-    const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
-    const ALL_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
-        CONFIG_NET_9P_VIRTIO=y\nCONFIG_OVERLAY_FS=y\n";
-
-    fn features(config: &str) -> Features {
-        Features::of(Some(&KernelConfig::parse(config)), None)
-    }
-
-    #[test]
-    fn built_in_drivers_need_no_modules() {
-        let Ok((modules, channel)) = way_to_root(&features(ALL_BUILT_IN), NEEDS) else {
-            panic!("refused");
-        };
-        assert!(modules.is_empty());
-        assert_eq!(channel, AgentChannel::Virtio);
-    }
-
-    #[test]
-    fn without_a_virtio_console_the_serial_port_serves() {
-        let config = ALL_BUILT_IN.replace("CONFIG_VIRTIO_CONSOLE=y", "");
-        let Ok((_, channel)) = way_to_root(&features(&config), NEEDS) else { panic!("refused") };
-        assert_eq!(channel, AgentChannel::Serial);
-    }
-
-    #[test]
-    fn what_is_missing_is_named() {
-        for (option, needs) in [
-            ("CONFIG_9P_FS", NEEDS),
-            ("CONFIG_NET_9P_VIRTIO", NEEDS),
-            ("CONFIG_VIRTIO_PCI", NEEDS),
-            ("CONFIG_OVERLAY_FS", NEEDS),
-            ("CONFIG_VIRTIO_NET", Needs { network: true, ..NEEDS }),
-        ] {
-            let config = ALL_BUILT_IN.replace(&format!("{option}=y"), "");
-            let Err(lack) = way_to_root(&features(&config), needs) else { panic!("{option}") };
-            assert!(lack.missing.iter().any(|missing| missing == option), "{option}");
-        }
-        let config = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-        let without = Needs { overlay: false, ..NEEDS };
-        assert!(way_to_root(&features(&config), without).is_ok());
-    }
-
-    #[test]
-    fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
-        let place = Needs { overlay: false, modules_place: true, ..NEEDS };
-        let modular = ALL_BUILT_IN.replace("OVERLAY_FS=y", "OVERLAY_FS=m");
-        let tree = ModuleNames::parse("kernel/fs/overlayfs/overlay.ko:\n", "");
-        let modular = Features::of(Some(&KernelConfig::parse(&modular)), Some(&tree));
-        let Ok((modules, _)) = way_to_root(&modular, place) else { panic!("refused") };
-        assert_eq!(modules, ["overlay"]);
-        let absent = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-        assert!(way_to_root(&features(&absent), place).is_ok());
-    }
-
-    #[test]
-    fn a_kernel_that_says_nothing_is_tried() {
-        let unknown = Features::of(None, None);
-        assert!(way_to_root(&unknown, NEEDS).is_ok());
-    }
-
-    #[test]
-    fn the_users_arguments_come_last() {
-        let line = command_line(AgentChannel::Serial, &["panic=5".into(), "a b".into()]);
-        assert!(line.ends_with("vmlab.channel=ttyS1 panic=5 a b"), "{line}");
-    }
-}
+mod tests;

@@ -35,6 +35,12 @@ pub enum CacheError {
         /// What is wrong with it.
         source: Flaw,
     },
+    /// What should be deleted is in use.
+    #[error("{} is in use by a VM; end that first", path.display())]
+    InUse {
+        /// The entry.
+        path: PathBuf,
+    },
     /// A kind or key that cannot be a file name.
     #[error(
         "`{name}` cannot be a cache {what}: 1 to {MAX_KEY} letters, digits or ._+~-:@,=, and no dot in front"

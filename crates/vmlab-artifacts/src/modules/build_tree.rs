@@ -5,31 +5,18 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::depmod::{depmod, tree_dir};
-use super::{ModulesError, read_capped};
+use super::{ModulesError, place, read_capped};
 
 /// The largest list that is read from a build directory, in bytes.
 const LIST_LEN_MAX: usize = 64 << 20;
 
-/// How the modules get into the tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Placement {
-    /// As symbolic links to the build directory: quick, and always what was built last.
-    Symlink,
-    /// As copies, which stay when the next build begins and can be read where the build directory
-    /// cannot. On filesystems with reflinks they take no space.
-    Copy,
-}
-
 /// Makes `OUT/lib/modules/RELEASE` from the modules in a kernel's build directory (the source tree,
 /// or what `O=` named), and indexes it with depmod. Returns the tree's directory.
 ///
+/// The tree needs nothing of the build directory: its modules are copies, or hard links, which are one.
+///
 /// `out_dir` is to be empty: what it has from an earlier build is not removed.
-pub fn tree_from_build(
-    build_dir: &Path,
-    out_dir: &Path,
-    placement: Placement,
-) -> Result<PathBuf, ModulesError> {
-    // Links have to hold wherever they are followed from.
+pub fn tree_from_build(build_dir: &Path, out_dir: &Path) -> Result<PathBuf, ModulesError> {
     let build_dir = fs::canonicalize(build_dir)
         .map_err(|source| ModulesError::Read { path: build_dir.to_owned(), source })?;
     let list = |name: &str| match read_capped(&build_dir.join(name), LIST_LEN_MAX) {
@@ -49,7 +36,7 @@ pub fn tree_from_build(
         let (source, place) = find_module(&build_dir, line).ok_or_else(|| {
             ModulesError::NotBuilt { dir: build_dir.clone(), missing: line.to_owned() }
         })?;
-        put(&source, &tree.join(&place), placement)?;
+        put(&source, &tree.join(&place))?;
         installed_order.push_str(&place);
         installed_order.push('\n');
     }
@@ -81,15 +68,12 @@ fn find_module(build_dir: &Path, line: &str) -> Option<(PathBuf, String)> {
     })
 }
 
-fn put(source: &Path, target: &Path, placement: Placement) -> Result<(), ModulesError> {
+fn put(source: &Path, target: &Path) -> Result<(), ModulesError> {
     let create = |source| ModulesError::Create { path: target.to_owned(), source };
     if let Some(dir) = target.parent() {
         fs::create_dir_all(dir).map_err(create)?;
     }
-    match placement {
-        Placement::Symlink => std::os::unix::fs::symlink(source, target).map_err(create),
-        Placement::Copy => fs::copy(source, target).map(drop).map_err(create),
-    }
+    place::module(source, target).map_err(create)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), ModulesError> {

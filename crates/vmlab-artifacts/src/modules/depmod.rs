@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::ModulesError;
+use crate::child;
 
 /// Where depmod is when it is not in `PATH`, which for ordinary users lacks these directories.
 const SYSTEM_DIRS: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin"];
@@ -35,13 +36,10 @@ pub fn depmod(base: &Path, release: &str) -> Result<(), ModulesError> {
     // depmod of a missing tree can succeed and make an empty index.
     std::fs::read_dir(&dir).map_err(|source| ModulesError::Read { path: dir.clone(), source })?;
     let program = find_depmod().ok_or(ModulesError::NoDepmod)?;
-    let output = Command::new(&program)
-        .arg("-b")
-        .arg(base)
-        .arg(release)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ModulesError::RunDepmod { program, source })?;
+    let mut command = Command::new(&program);
+    command.arg("-b").arg(base).arg(release).stdin(Stdio::null());
+    child::dies_with_us(&mut command);
+    let output = command.output().map_err(|source| ModulesError::RunDepmod { program, source })?;
     let failed = || {
         let stderr = &output.stderr;
         let tail = &stderr[stderr.len().saturating_sub(MESSAGE_LEN_MAX)..];

@@ -116,7 +116,7 @@ pub(crate) fn unpack(path: &Path, dest: &Path, progress: &dyn Progress) -> Resul
     })
     .map_err(|error| match error {
         // The package was read well; it is the place that has a problem.
-        KernelError::Io { doing: WRITE, source, .. } => KernelError::io(WRITE, dest, source),
+        KernelError::Io { doing: WRITE, source, .. } => KernelError::cache_io(WRITE, dest, source),
         error => error,
     })
 }

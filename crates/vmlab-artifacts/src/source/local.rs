@@ -6,10 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::boot_image::{BootImage, BootImageError};
-use crate::cache::Flaw;
+use crate::cache::{CacheError, Flaw, Leases};
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
-use crate::modules::{self, Placement};
+use crate::modules;
 use crate::{Arch, Cache, ContentKey, KernelError};
 
 #[cfg(test)]
@@ -18,7 +18,7 @@ mod tests;
 /// The cache kind of configurations that were found inside boot images.
 const CONFIGS: &str = "configs";
 
-/// The cache kind of module trees made of links to modules elsewhere.
+/// The cache kind of module trees made from modules elsewhere, mostly as hard links.
 const LINKED_MODULES: &str = "linked-modules";
 
 /// Largest uncompressed image that is searched for its configuration, in bytes.
@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) config: Option<PathBuf>,
     pub(crate) modules: Option<PathBuf>,
     pub(crate) origin: Origin,
+    pub(crate) leases: Leases,
 }
 
 /// Checks the files and reads what they say.
@@ -56,6 +57,7 @@ pub(crate) fn assemble(cache: &Cache, spec: String, parts: Parts) -> Result<Kern
         config_source,
         modules: parts.modules,
         origin: parts.origin,
+        leases: parts.leases,
     })
 }
 
@@ -85,7 +87,8 @@ pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel
     };
     let parts = if !meta.is_dir() {
         let origin = Origin::File { path: path.clone() };
-        Parts { image: path, release: None, config: None, modules: None, origin }
+        let leases = Leases::default();
+        Parts { image: path, release: None, config: None, modules: None, origin, leases }
     } else if let Some(image) = built_image(&path) {
         build_tree(cache, path, image)?
     } else {
@@ -109,13 +112,14 @@ fn built_image(tree: &Path) -> Option<PathBuf> {
 
 fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, KernelError> {
     let order = path.join("modules.order");
+    let leases = Leases::default();
     let modules = match fs::metadata(&order) {
         // A kernel without modules has an empty list, or none.
         Ok(meta) if meta.len() > 0 => {
             let stamps =
                 [order, image.clone(), path.join("modules.builtin"), path.join("Module.symvers")];
-            Some(linked_modules(cache, &path, &stamps, |out| {
-                modules::tree_from_build(&path, out, Placement::Symlink)
+            Some(linked_modules(cache, &path, &stamps, &leases, |out| {
+                modules::tree_from_build(&path, out)
                     .map(|_| ())
                     .map_err(|e| modules_error(&path, e))
             })?)
@@ -126,7 +130,7 @@ fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, Ker
         .ok()
         .map(|text| text.trim().to_owned());
     let config = existing([path.join(".config")]);
-    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path } })
+    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path }, leases })
 }
 
 fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
@@ -139,13 +143,15 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
             return Err(KernelError::Ambiguous { path, found });
         }
     };
+    let leases = Leases::default();
     let modules = match module_dirs(&path, &release).find(|dir| dir.is_dir()) {
         Some(tree) if tree.join("modules.dep").is_file() => Some(tree),
         Some(tree) => {
             let stamps = [tree.clone(), tree.join("modules.order"), image.clone()];
-            Some(linked_modules(cache, &tree, &stamps, |out| {
-                link_tree(&tree, &out.join("lib/modules").join(&release))
-                    .map_err(|e| KernelError::io("link the modules of", &tree, e))?;
+            Some(linked_modules(cache, &tree, &stamps, &leases, |out| {
+                modules::place::tree(&tree, &out.join("lib/modules").join(&release)).map_err(
+                    |e| KernelError::cache_io("copy to the cache the modules of", &tree, e),
+                )?;
                 modules::depmod(out, &release).map_err(|e| modules_error(&tree, e))
             })?)
         }
@@ -153,7 +159,7 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     };
     let config = configs_of(&path, &release);
     let origin = Origin::Unpacked { path };
-    Ok(Parts { image, release: Some(release), config, modules, origin })
+    Ok(Parts { image, release: Some(release), config, modules, origin, leases })
 }
 
 /// The boot images below a root directory, with the releases that their names tell.
@@ -236,6 +242,7 @@ pub(crate) fn installed(
         config,
         modules,
         origin: Origin::Installed,
+        leases: Leases::default(),
     };
     let mut kernel = assemble(cache, release.to_owned(), parts)?;
     if running {
@@ -296,22 +303,23 @@ fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConf
             None => ("none", ""),
         };
         fs::write(dir.join(name), text)
-            .map_err(|e| KernelError::io("write the kernel configuration to", dir, e))
+            .map_err(|e| KernelError::cache_io("write the kernel configuration to", dir, e))
     })?;
     existing([entry.join("config")]).map(|path| read_config(&path)).transpose()
 }
 
-/// A cached module tree whose files are links into `home`; made anew when a stamp file changes.
+/// A cached module tree with the modules of `home`; made anew when a stamp file changes.
 fn linked_modules(
     cache: &Cache,
     home: &Path,
     stamps: &[PathBuf],
+    leases: &Leases,
     build: impl FnOnce(&Path) -> Result<(), KernelError>,
 ) -> Result<PathBuf, KernelError> {
     let home_key = ContentKey::new("home-1").field("path", home.as_os_str().as_encoded_bytes());
     let prefix = home_key.finish()[..16].to_owned();
     let state =
-        stamps.iter().fold(ContentKey::new("linked-modules-1"), |key, file| stamp(key, file));
+        stamps.iter().fold(ContentKey::new("linked-modules-2"), |key, file| stamp(key, file));
     let key = format!("{prefix}-{}", &state.finish()[..32]);
     let find = |dir: &Path| -> Result<PathBuf, Flaw> {
         let mut trees = fs::read_dir(dir.join("lib/modules"))?.flatten().map(|item| item.path());
@@ -319,20 +327,25 @@ fn linked_modules(
         fs::metadata(tree.join("modules.dep"))?;
         Ok(tree)
     };
-    let entry = cache.get_or_build(
+    let (entry, lease) = cache.get_or_build_leased(
         LINKED_MODULES,
         &key,
         |dir| find(dir).map(|_| ()),
         |dir| {
-            // Trees of earlier builds of the same directory have no further use.
+            // Trees of earlier builds of the same directory have no further use, but for VMs that run.
             for old in cache.entries(LINKED_MODULES)? {
                 if old.key.starts_with(&prefix) && old.key != key {
-                    cache.remove(LINKED_MODULES, &old.key)?;
+                    match cache.remove(LINKED_MODULES, &old.key) {
+                        Ok(_) | Err(CacheError::InUse { .. }) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
             }
             build(dir)
         },
+        |_| {},
     )?;
+    leases.add(lease);
     find(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
 }
 
@@ -349,25 +362,6 @@ fn stamp(key: ContentKey, file: &Path) -> ContentKey {
         )
     });
     key.field("path", file.as_os_str().as_encoded_bytes()).field("state", state.unwrap_or_default())
-}
-
-/// Makes the directories of `from` in `to`, and links for its files.
-fn link_tree(from: &Path, to: &Path) -> io::Result<()> {
-    let mut todo = vec![PathBuf::new()];
-    while let Some(relative) = todo.pop() {
-        fs::create_dir_all(to.join(&relative))?;
-        for item in fs::read_dir(from.join(&relative))? {
-            let item = item?;
-            let path = relative.join(item.file_name());
-            let kind = item.file_type()?;
-            if kind.is_dir() {
-                todo.push(path);
-            } else if kind.is_file() {
-                std::os::unix::fs::symlink(item.path(), to.join(&path))?;
-            }
-        }
-    }
-    Ok(())
 }
 
 pub(crate) fn modules_error(tree: &Path, source: modules::ModulesError) -> KernelError {

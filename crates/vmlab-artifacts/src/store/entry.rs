@@ -44,7 +44,8 @@ pub(super) struct Entry {
 impl Entry {
     pub(super) fn read(dir: &Path) -> Result<Entry, KernelError> {
         let path = dir.join(ENTRY);
-        let fail = |e| KernelError::io("read the description of the stored kernel,", &path, e);
+        let fail =
+            |e| KernelError::cache_io("read the description of the stored kernel,", &path, e);
         let bytes = fs::read(&path).map_err(fail)?;
         serde_json::from_slice(&bytes).map_err(|e| fail(e.into()))
     }
@@ -70,14 +71,6 @@ pub(super) fn verify_all(dir: &Path) -> Result<(), Flaw> {
     verify(dir)?;
     let files: Manifest = serde_json::from_slice(&fs::read(dir.join(FILES))?)?;
     Ok(files.check(dir)?)
-}
-
-/// Whether a file is a module, compressed or not.
-fn is_module(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| {
-        let name = name.to_string_lossy();
-        name.ends_with(".ko") || name.contains(".ko.")
-    })
 }
 
 /// Unpacks packages over each other.
@@ -116,7 +109,7 @@ pub(super) fn finish(
         progress.phase("index the modules");
         modules::depmod(dir, &release).map_err(|e| local::modules_error(&tree, e))?;
     }
-    let files = Manifest::of(dir).map_err(|e| KernelError::io("list", dir, e))?;
+    let files = Manifest::of(dir).map_err(|e| KernelError::cache_io("list", dir, e))?;
     let mut entry = Entry {
         format: FORMAT,
         distro: None,
@@ -132,7 +125,7 @@ pub(super) fn finish(
             files: files
                 .files
                 .iter()
-                .filter(|(path, _)| !is_module(path))
+                .filter(|(path, _)| !modules::place::is_module(path))
                 .map(|(path, size)| (path.clone(), *size))
                 .collect(),
         },
@@ -148,7 +141,7 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Kern
     serde_json::to_vec(value)
         .map_err(std::io::Error::from)
         .and_then(|json| fs::write(&path, json))
-        .map_err(|e| KernelError::io("describe the kernel in", &path, e))
+        .map_err(|e| KernelError::cache_io("describe the kernel in", &path, e))
 }
 
 /// A `.deb` and the packages beside it that hold other parts of its kernel.

@@ -44,9 +44,15 @@ fn a_deb_is_imported_once_and_repaired() {
     // Damage is seen in the list, and repaired by the next use.
     std::fs::write(&kernel.boot_image, "cut").unwrap();
     assert!(!store.list().unwrap()[0].valid);
-    assert_eq!(store.resolve(&path_spec(&deb), &Silent).unwrap().release, RELEASE);
+    let repaired = store.resolve(&path_spec(&deb), &Silent).unwrap();
+    assert_eq!(repaired.release, RELEASE);
     assert!(store.list().unwrap()[0].valid);
 
+    // A VM that runs keeps its kernel.
+    let error = store.remove(RELEASE).unwrap_err().to_string();
+    assert!(error.contains("is in use by a VM"), "{error}");
+    assert_eq!(store.list().unwrap().len(), 1);
+    drop(repaired);
     assert_eq!(&store.remove(RELEASE).unwrap(), entry);
     assert!(store.list().unwrap().is_empty());
     let gone = store.remove(RELEASE).unwrap_err();
@@ -104,6 +110,31 @@ fn inspect_and_pull_say_what_they_cannot_do() {
     assert!(error.contains("vmlab kernel pull debian:6.12"), "{error}");
     let error = store.pull(&KernelSpec::Host, &Silent).unwrap_err();
     assert!(matches!(error, KernelError::NotPullable { .. }));
+    let path = path_spec(&dir.path().join("bzImage"));
+    assert!(matches!(store.pull(&path, &Silent), Err(KernelError::NotPullable { .. })));
+}
+
+/// Keeps what it is told.
+#[derive(Default)]
+struct Notes(std::sync::Mutex<Vec<String>>);
+
+impl Progress for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn a_deb_is_pulled_into_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let deb = image_deb(dir.path());
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    let notes = Notes::default();
+    let kernel = store.pull(&path_spec(&deb), &notes).unwrap();
+    let Origin::Package { entry, .. } = &kernel.origin else { panic!() };
+    let note = format!("stored linux-image-{RELEASE} 6.12.1-1 as {entry}");
+    assert_eq!(notes.0.into_inner().unwrap(), [note]);
+    assert_eq!(store.list().unwrap()[0].key, *entry);
 }
 
 #[test]
@@ -112,4 +143,19 @@ fn keys_are_file_names() {
     let (a, b) = ("x".repeat(300), format!("{}y", "x".repeat(299)));
     assert!(entry::sanitise(&a).len() <= 150);
     assert_ne!(entry::sanitise(&a), entry::sanitise(&b));
+}
+
+#[test]
+fn threads_that_mark_a_suite_do_not_disturb_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KernelStore::open(Cache::at(dir.path()));
+    let Ok(KernelSpec::Distro(spec)) = "debian:trixie".parse() else { panic!() };
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| (0..50).for_each(|_| store.mark_suite(&spec, "a-key").unwrap()));
+        }
+    });
+    let mark = store.suite_mark(&spec);
+    assert_eq!(fs::read_to_string(&mark).unwrap(), "a-key");
+    assert_eq!(fs::read_dir(mark.parent().unwrap()).unwrap().count(), 1);
 }

@@ -1,12 +1,11 @@
 //! Running apt's programs.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::KernelError;
 use crate::spec::Distro;
+use crate::{KernelError, child};
 
 /// How much of what apt says an error repeats, in bytes.
 const MAX_WORDS: usize = 1500;
@@ -18,14 +17,7 @@ const MAX_STDERR: u64 = 1 << 20;
 pub(super) fn apt(program: impl AsRef<Path>) -> Command {
     let mut command = Command::new(program.as_ref());
     command.env("LC_ALL", "C").env_remove("LANGUAGE").stdin(Stdio::null());
-    // SAFETY: the closure runs between fork and exec and makes one prctl call, which is
-    // async-signal-safe and allocates nothing.
-    unsafe {
-        command.pre_exec(|| {
-            let signal = Some(rustix::process::Signal::KILL);
-            Ok(rustix::process::set_parent_process_death_signal(signal)?)
-        });
-    }
+    child::dies_with_us(&mut command);
     command
 }
 

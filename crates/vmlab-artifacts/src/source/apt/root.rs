@@ -134,8 +134,8 @@ impl AptRoot {
         outcome.map_err(failed)?;
         progress.download(total, Some(total));
         let mut debs = Vec::new();
-        for item in fs::read_dir(dest).map_err(|e| KernelError::io("list", dest, e))? {
-            let path = item.map_err(|e| KernelError::io("list", dest, e))?.path();
+        for item in fs::read_dir(dest).map_err(|e| KernelError::cache_io("list", dest, e))? {
+            let path = item.map_err(|e| KernelError::cache_io("list", dest, e))?.path();
             if path.extension().is_some_and(|ext| ext == "deb") {
                 debs.push(path);
             }
@@ -152,14 +152,12 @@ impl AptRoot {
     fn prepare(&self) -> Result<File, KernelError> {
         for sub in ["sources", "lists/partial", "cache/archives/partial", "state"] {
             let dir = self.dir.join(sub);
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&dir)
-                .map_err(|e| KernelError::io("make the directory for apt's lists", &dir, e))?;
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| {
+                KernelError::cache_io("make the directory for apt's lists", &dir, e)
+            })?;
         }
         let path = self.dir.join("lock");
-        let fail = |e| KernelError::io("lock apt's lists with", &path, e);
+        let fail = |e| KernelError::cache_io("lock apt's lists with", &path, e);
         let lock = OpenOptions::new()
             .write(true)
             .create(true)
@@ -175,7 +173,7 @@ impl AptRoot {
         ] {
             let path = self.dir.join(name);
             fs::write(&path, text)
-                .map_err(|e| KernelError::io("write apt's settings to", &path, e))?;
+                .map_err(|e| KernelError::cache_io("write apt's settings to", &path, e))?;
         }
         Ok(lock)
     }
@@ -282,7 +280,7 @@ impl AptRoot {
             file.write_all(&serde_json::to_vec(index)?)?;
             fs::rename(&temporary, &path)
         };
-        write().map_err(|e| KernelError::io("save the package lists to", &path, e))
+        write().map_err(|e| KernelError::cache_io("save the package lists to", &path, e))
     }
 }
 

@@ -128,11 +128,16 @@ fn an_unpacked_package_gets_an_index_in_the_cache() {
     assert!(!root.join(format!("usr/lib/modules/{RELEASE}/modules.dep")).exists());
     assert_eq!(kernel.features().unwrap().get(Feature::Overlay), Availability::BuiltIn);
 
-    // A change makes a new tree and removes the old one.
-    put(&root, &format!("usr/lib/modules/{RELEASE}/vmlinuz"), [bzimage(RELEASE), vec![0]].concat());
+    // A change makes a new tree, and removes the old one when nobody uses it any more.
+    let image = format!("usr/lib/modules/{RELEASE}/vmlinuz");
+    put(&root, &image, [bzimage(RELEASE), vec![0]].concat());
     let again = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
     assert_ne!(again, tree);
-    assert!(!tree.exists());
+    assert!(tree.exists());
+    drop(kernel);
+    put(&root, &image, [bzimage(RELEASE), vec![0; 2]].concat());
+    at_path(&cache, "s".to_owned(), &root).unwrap();
+    assert!(!tree.exists() && !again.exists());
 }
 
 #[test]
@@ -159,4 +164,20 @@ fn a_compressed_configuration_is_read() {
     put(dir.path(), "config.gz", packed);
     let config = read_config(&dir.path().join("config.gz")).unwrap();
     assert_eq!(config.value("CONFIG_PVH"), Some("y"));
+}
+
+#[test]
+fn only_the_cache_is_advised_to_be_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "file", "");
+    let error = read_config(&dir.path().join("file/config")).unwrap_err();
+    assert!(matches!(error, KernelError::Io { .. }));
+    assert!(!chain(&error).contains(crate::cache::CACHE_DIR_ENV), "{}", chain(&error));
+    let cache = Cache::at(dir.path().join("file"));
+    put(dir.path(), "bzImage", bzimage(RELEASE));
+    let error = at_path(&cache, "s".to_owned(), &dir.path().join("bzImage")).unwrap_err();
+    assert!(chain(&error).contains(crate::cache::CACHE_DIR_ENV), "{}", chain(&error));
+    let full = io::Error::from(io::ErrorKind::StorageFull);
+    let error = KernelError::cache_io("unpack to", dir.path(), full);
+    assert!(error.to_string().contains(crate::cache::CACHE_DIR_ENV), "{error}");
 }

@@ -1,0 +1,147 @@
+//! Entries in use, and the deletion of those that are not.
+//!
+//! Whoever uses an entry over a long time holds a shared `flock` lock on its directory, and whoever
+//! deletes one holds an exclusive lock. A lock goes with its holder, however that ends.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use super::{Cache, CacheError, is_linked};
+
+/// Keeps a cache entry from being deleted for as long as it is there.
+#[derive(Debug)]
+pub struct Lease {
+    _dir: File,
+}
+
+impl Lease {
+    /// Takes an entry that was found; `None` when it has been deleted since. The time of the last
+    /// lease is the entry's time of change.
+    pub(super) fn take(entry: &Path) -> Result<Option<Lease>, CacheError> {
+        let dir = match File::open(entry) {
+            Ok(dir) => dir,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(CacheError::io("open the cache entry", entry, error)),
+        };
+        dir.lock_shared().map_err(|e| CacheError::io("lock the cache entry", entry, e))?;
+        if !is_linked(&dir, entry) {
+            return Ok(None);
+        }
+        // It serves the choice of what to delete first only: another user's cache can be used, too.
+        let _ = dir.set_modified(SystemTime::now());
+        Ok(Some(Lease { _dir: dir }))
+    }
+
+    /// Whether somebody has a lease on an entry; if not, nobody gets one until the file is closed.
+    pub(super) fn exclude(entry: &Path) -> Result<Option<File>, CacheError> {
+        let Ok(dir) = File::open(entry) else { return Ok(None) };
+        match dir.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(CacheError::InUse { path: entry.to_owned() }),
+            // A filesystem without locks has no leases either.
+            _ => Ok(Some(dir)),
+        }
+    }
+}
+
+/// The leases of one thing that needs several entries; clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Leases(Arc<Mutex<Vec<Lease>>>);
+
+impl Leases {
+    /// Holds a lease for as long as there is any clone of this.
+    pub fn add(&self, lease: Lease) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
+    }
+}
+
+impl Cache {
+    /// Takes an entry into use; `None` when there is none. It is not verified.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when it cannot be locked.
+    pub fn lease(&self, kind: &str, key: &str) -> Result<Option<Lease>, CacheError> {
+        Lease::take(&self.entry_path(kind, key)?)
+    }
+
+    /// Deletes the entries of a kind beyond the `keep` that were leased last. Those in use stay.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when one cannot be deleted.
+    pub fn prune(&self, kind: &str, keep: usize) -> Result<(), CacheError> {
+        let mut entries: Vec<(SystemTime, String)> = self
+            .entries(kind)?
+            .into_iter()
+            .filter_map(|entry| Some((entry.path.metadata().ok()?.modified().ok()?, entry.key)))
+            .collect();
+        entries.sort();
+        let surplus = entries.len().saturating_sub(keep);
+        for (_, key) in entries.into_iter().take(surplus) {
+            match self.remove(kind, &key) {
+                Ok(_) | Err(CacheError::InUse { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn build(cache: &Cache, key: &str) -> Lease {
+        let fill = |_: &Path| -> Result<(), CacheError> { Ok(()) };
+        cache.get_or_build_leased("k", key, |_| Ok(()), fill, |_| {}).unwrap().1
+    }
+
+    fn keys(cache: &Cache) -> Vec<String> {
+        cache.entries("k").unwrap().into_iter().map(|entry| entry.key).collect()
+    }
+
+    #[test]
+    fn what_is_in_use_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let (one, two) = (build(&cache, "a"), build(&cache, "a"));
+        drop(one);
+        let error = cache.remove("k", "a").unwrap_err();
+        assert!(matches!(error, CacheError::InUse { .. }), "{error}");
+        assert_eq!(keys(&cache), ["a"]);
+        let leases = Leases::default();
+        leases.add(two);
+        let clone = leases.clone();
+        drop(leases);
+        assert!(cache.remove("k", "a").is_err());
+        drop(clone);
+        assert!(cache.remove("k", "a").unwrap());
+        assert!(Lease::take(&dir.path().join("k/a")).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_entries_that_were_used_last_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        for (age, key) in ["a", "b", "c", "d", "e"].iter().rev().enumerate() {
+            drop(build(&cache, key));
+            let time = SystemTime::now() - Duration::from_secs(100 * (age as u64 + 1));
+            File::open(dir.path().join("k").join(key)).unwrap().set_modified(time).unwrap();
+        }
+        // The oldest is used again, the next one is in use.
+        drop(build(&cache, "a"));
+        let held = File::open(dir.path().join("k/b")).unwrap();
+        held.lock_shared().unwrap();
+        cache.prune("k", 2).unwrap();
+        assert_eq!(keys(&cache), ["a", "b", "e"]);
+        drop(held);
+        cache.prune("k", 2).unwrap();
+        assert_eq!(keys(&cache), ["a", "e"]);
+        cache.prune("k", 2).unwrap();
+        assert_eq!(keys(&cache), ["a", "e"]);
+        cache.prune("none", 0).unwrap();
+    }
+}
