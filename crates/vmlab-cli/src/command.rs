@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::event::{EventfdFlags, eventfd};
 use vmlab::guest::{ChildStdin, TerminalSize};
 use vmlab::hypervisor::{ExitReason, VmHandle};
@@ -30,6 +30,8 @@ enum Event {
     Copied(&'static str, io::Result<()>),
     /// The VM is gone.
     Ended,
+    /// The user pressed the keys that end the VM.
+    Escape,
 }
 
 /// Runs the request's command and carries its streams.
@@ -51,12 +53,12 @@ pub(crate) fn execute(
     signals.command(child.control(), request.terminal);
     let raw = if request.terminal { Some(RawMode::enter()?) } else { None };
 
+    let (sender, events) = channel();
     let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).context("an event cannot be made")?);
     if let Some(stdin) = child.stdin.take().filter(|_| use_input || request.terminal) {
         let escape = request.terminal.then(EscapeKeys::default);
-        carry_input(stdin, Arc::clone(&stop), escape, vm.handle());
+        carry_input(stdin, Arc::clone(&stop), escape, vm.handle(), sender.clone());
     }
-    let (sender, events) = channel();
     let mut open = 0;
     if let Some(mut stdout) = child.stdout.take() {
         let to = unbuffered(io::stdout())?;
@@ -81,6 +83,7 @@ pub(crate) fn execute(
     let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
     let mut deadline: Option<Instant> = None;
     let mut unwritten = None;
+    let mut escaped = false;
     while open > 0 {
         let event = match deadline {
             None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -98,10 +101,14 @@ pub(crate) fn execute(
                 }
             }
             Ok(Event::Ended) => deadline = Some(Instant::now() + FLUSH_TIME),
+            Ok(Event::Escape) => escaped = true,
             Err(_) => break,
         }
     }
     drop(raw);
+    if escaped {
+        bail!("the VM was ended by Ctrl-], pressed three times");
+    }
     let status = status?;
     match unwritten {
         Some((stream, error)) => {
@@ -134,9 +141,12 @@ fn carry_input(
     stop: Arc<OwnedFd>,
     escape: Option<EscapeKeys>,
     handle: Arc<dyn VmHandle>,
+    events: Sender<Event>,
 ) {
     std::thread::spawn(move || {
         if copy_input(stdin, stop.as_fd(), escape) == InputEnd::Escape {
+            // Sent before the VM ends, so that it comes before all that follows from that.
+            let _ = events.send(Event::Escape);
             handle.kill(ExitReason::Killed);
         }
     });

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::termios::tcgetwinsize;
@@ -12,6 +13,9 @@ use vmlab::hypervisor::{ExitReason, VmHandle};
 
 use crate::exit::Code;
 use crate::terminal;
+
+/// How long a command with a terminal has to end after a signal that ends its session.
+const SESSION_GRACE: Duration = Duration::from_secs(2);
 
 /// What signals act on at the moment.
 #[derive(Debug, Default)]
@@ -57,8 +61,7 @@ impl SignalThread {
         *self.lock() = Target { vm: Some(vm), ..Target::default() };
     }
 
-    /// From now on, the first signal is for this command; those that end a terminal's session are not
-    /// when it has a terminal, because what runs in one ignores them.
+    /// From now on, the first signal is for this command.
     pub(crate) fn command(&self, command: ChildControl, terminal: bool) {
         let mut target = self.lock();
         target.command = Some(command);
@@ -105,29 +108,46 @@ fn ignored_signals() -> impl Fn(i32) -> bool {
     move |signal| mask & (1 << (signal - 1)) != 0
 }
 
-fn take(target: &Mutex<Target>, signal: i32) {
-    let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
+fn take(shared: &Arc<Mutex<Target>>, signal: i32) {
+    let mut target = shared.lock().unwrap_or_else(PoisonError::into_inner);
     if signal == SIGWINCH {
         if let (Some(command), Some(size)) = (&target.command, terminal_size()) {
             command.resize(size);
         }
         return;
     }
-    let ends_session = target.terminal && matches!(signal, SIGTERM | SIGHUP);
     if let Some(command) = &target.command
         && !target.forwarded
-        && !ends_session
     {
         command.signal(signal);
         target.forwarded = true;
+        // An interactive shell ignores what ends a session, and has no second one sent to it.
+        if target.terminal
+            && matches!(signal, SIGTERM | SIGHUP)
+            && let Some(vm) = target.vm.clone()
+        {
+            let shared = Arc::clone(shared);
+            std::thread::spawn(move || {
+                if vm.wait(Some(Instant::now() + SESSION_GRACE)).is_none() {
+                    end(&shared, signal);
+                }
+            });
+        }
         return;
     }
-    target.killed_by = Some(signal);
-    match target.vm.take() {
-        Some(vm) => {
-            drop(target);
-            vm.kill(ExitReason::Killed);
-        }
+    drop(target);
+    end(shared, signal);
+}
+
+/// Ends the VM, or this process where there is none.
+fn end(shared: &Mutex<Target>, signal: i32) {
+    let vm = {
+        let mut target = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        target.killed_by = Some(signal);
+        target.vm.take()
+    };
+    match vm {
+        Some(vm) => vm.kill(ExitReason::Killed),
         // Nothing is running that would have to be ended in order: children die with this process.
         None => {
             terminal::restore();

@@ -133,7 +133,7 @@ fn qemu_is_killed() {
     run.process.qemu().signal(Signal::KILL);
     let killed = Instant::now();
     let outcome = run.finish();
-    outcome.expect_code(125).expect_stderr(&["QEMU failed: it was killed by signal 9"]);
+    outcome.expect_code(125).expect_stderr(&["the hypervisor failed: QEMU was killed by signal 9"]);
     assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
     assert_names_the_log(&site, &outcome);
 }
@@ -152,7 +152,7 @@ fn qemu_is_missing_or_refuses() {
     fail(
         site.run(&["--qemu-arg", "-bogus"], ["true"]),
         125,
-        &["vmlab: error: QEMU did not start the VM", "-bogus: invalid option"],
+        &["vmlab: error: the VM was not started: QEMU ended", "-bogus: invalid option"],
     );
 }
 

@@ -109,7 +109,7 @@ fn machines_that_cannot_be_are_refused() {
         assert!(!site.state().join("vmlab/runs").exists(), "{options:?} began a run");
     }
     let outcome = site.run(&["--qemu-arg", "-nonsense"], ["true"]).output();
-    outcome.expect_code(125).expect_stderr(&["QEMU did not start the VM", "-nonsense"]);
+    outcome.expect_code(125).expect_stderr(&["the VM was not started: QEMU ended", "-nonsense"]);
 }
 
 #[test]

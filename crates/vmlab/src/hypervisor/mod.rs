@@ -198,13 +198,13 @@ pub enum HypervisorError {
         source: std::io::Error,
     },
     /// It ended or refused before the VM ran.
-    #[error("the hypervisor did not start the VM: {said}")]
+    #[error("the VM was not started: {said}")]
     Refused {
         /// What it said.
         said: String,
     },
     /// A command to a running VM failed.
-    #[error("the hypervisor did not do `{command}`: {said}")]
+    #[error("the VM did not take the command `{command}`: {said}")]
     Command {
         /// The command.
         command: &'static str,

@@ -303,11 +303,11 @@ fn triple_fault(cpu_log: &Path) -> bool {
 fn describe(status: io::Result<ExitStatus>, said: &str) -> String {
     let how = match status {
         Ok(status) => match (status.code(), status.signal()) {
-            (Some(code), _) => format!("it ended with code {code}"),
-            (None, Some(signal)) => format!("it was killed by signal {signal}"),
-            (None, None) => "it ended".to_owned(),
+            (Some(code), _) => format!("QEMU ended with code {code}"),
+            (None, Some(signal)) => format!("QEMU was killed by signal {signal}"),
+            (None, None) => "QEMU ended".to_owned(),
         },
-        Err(error) => format!("it cannot be waited for ({error})"),
+        Err(error) => format!("QEMU cannot be waited for ({error})"),
     };
     match said.trim() {
         "" => format!("{how} and said nothing"),
