@@ -302,7 +302,7 @@ impl VmBuilder {
             arguments.push("quiet".to_owned());
         }
         arguments.extend(self.append.iter().cloned());
-        let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;
+        let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
         let mut plan = MountPlan::new();
         let setup = self.setup(&mut plan, &environment, &kernel)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
