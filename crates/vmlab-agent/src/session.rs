@@ -179,7 +179,10 @@ impl Session {
                 let done = setup::run(&setup, &mut self.mounted, &mut warn);
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
-                    Ok(report) => GuestMessage::SetupDone(report),
+                    Ok(done) => {
+                        self.commands.set_own_filesystems(done.own_filesystems);
+                        GuestMessage::SetupDone(done.report)
+                    }
                     Err(mut failure) => {
                         for trouble in &self.trouble {
                             failure.detail.push_str("; before that: ");

@@ -1,7 +1,6 @@
 //! Exit codes, and the one place where failures become them.
 
-use vmlab::Error;
-use vmlab::hypervisor::ExitReason;
+use vmlab::{Error, ErrorClass};
 
 /// Text for `--help` and the man page.
 pub(crate) const HELP: &str = "\
@@ -36,17 +35,13 @@ impl Code {
     }
 
     pub(crate) fn of_error(error: &Error) -> Self {
-        Code(match error {
-            Error::BootTimeout { .. } => TIMEOUT,
-            Error::Ended { reason, .. } => match reason {
-                ExitReason::Timeout => TIMEOUT,
-                ExitReason::GuestPanic(_) => GUEST_PANIC,
-                ExitReason::Shutdown | ExitReason::Reset | ExitReason::TripleFault => GUEST_ENDED,
-                ExitReason::Killed | ExitReason::MonitorFailed(_) => FAILED,
-            },
-            Error::CommandNotFound { .. } => NOT_FOUND,
-            Error::CommandNotExecutable { .. } => NOT_EXECUTABLE,
-            _ => FAILED,
+        Code(match error.class() {
+            ErrorClass::Vmlab => FAILED,
+            ErrorClass::TimeLimit => TIMEOUT,
+            ErrorClass::GuestPanic => GUEST_PANIC,
+            ErrorClass::GuestEnded => GUEST_ENDED,
+            ErrorClass::NotFound => NOT_FOUND,
+            ErrorClass::NotExecutable => NOT_EXECUTABLE,
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The `vmlab` command.
 
 mod cli;
+mod command;
 mod doctor;
 mod exit;
 mod generate;

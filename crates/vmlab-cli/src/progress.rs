@@ -1,7 +1,7 @@
 //! What a person sees while they wait.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vmlab::artifacts::Progress;
@@ -13,8 +13,8 @@ use crate::stdio::stderr_is_watched;
 /// How often the live line is drawn anew.
 const TICK: Duration = Duration::from_millis(100);
 
-/// A short run should not flash a line at the user.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// Phases that every run has and that are over soon.
+const USUAL: [&str; 2] = ["boot", "setup"];
 
 /// A live line on a terminal; plain lines elsewhere.
 #[derive(Debug)]
@@ -24,9 +24,8 @@ pub(crate) struct Display {
     state: Mutex<State>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
-    since: Instant,
     phase: String,
     shown: bool,
 }
@@ -42,8 +41,12 @@ impl Display {
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
             bar.set_style(style);
         }
-        let state = State { since: Instant::now(), phase: String::new(), shown: false };
-        Self { verbosity, bar, state: Mutex::new(state) }
+        Self { verbosity, bar, state: Mutex::default() }
+    }
+
+    /// Whether a person watches.
+    pub(crate) fn is_live(&self) -> bool {
+        !self.bar.is_hidden()
     }
 
     /// Takes the live line away, before anything else is written.
@@ -56,9 +59,7 @@ impl Display {
         if self.bar.is_hidden() {
             return;
         }
-        let mut state = self.lock();
-        if !state.shown && state.since.elapsed() >= PATIENCE {
-            state.shown = true;
+        if !std::mem::replace(&mut self.lock().shown, true) {
             self.bar.enable_steady_tick(TICK);
         }
         self.bar.set_message(text);
@@ -72,7 +73,13 @@ impl Display {
 impl Progress for Display {
     fn phase(&self, name: &str) {
         let known = std::mem::replace(&mut self.lock().phase, name.to_owned()) == name;
-        if self.verbosity == Verbosity::Verbose && !known {
+        // Where no line can live, what may take long is said once.
+        let said = match self.verbosity {
+            Verbosity::Quiet => false,
+            Verbosity::Normal => !self.is_live() && !USUAL.contains(&name),
+            Verbosity::Verbose => true,
+        };
+        if said && !known {
             output::note(name);
         }
         self.show(name.to_owned());

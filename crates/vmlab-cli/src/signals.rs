@@ -18,6 +18,8 @@ use crate::terminal;
 struct Target {
     vm: Option<Arc<dyn VmHandle>>,
     command: Option<ChildControl>,
+    /// The command has a terminal of its own.
+    terminal: bool,
     forwarded: bool,
     killed_by: Option<i32>,
 }
@@ -32,8 +34,10 @@ pub(crate) struct SignalThread {
 
 impl SignalThread {
     pub(crate) fn start() -> Result<Self> {
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])
-            .context("signals cannot be handled")?;
+        let mut wanted = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
+        let ignored = ignored_signals();
+        wanted.retain(|signal| !ignored(*signal));
+        let mut signals = Signals::new(wanted).context("signals cannot be handled")?;
         let target = Arc::new(Mutex::new(Target::default()));
         let handle = signals.handle();
         let shared = Arc::clone(&target);
@@ -53,9 +57,12 @@ impl SignalThread {
         *self.lock() = Target { vm: Some(vm), ..Target::default() };
     }
 
-    /// From now on, the first signal is for this command.
-    pub(crate) fn command(&self, command: ChildControl) {
-        self.lock().command = Some(command);
+    /// From now on, the first signal is for this command; those that end a terminal's session are not
+    /// when it has a terminal, because what runs in one ignores them.
+    pub(crate) fn command(&self, command: ChildControl, terminal: bool) {
+        let mut target = self.lock();
+        target.command = Some(command);
+        target.terminal = terminal;
     }
 
     /// The command has ended: what comes now ends the VM.
@@ -89,6 +96,15 @@ impl Drop for SignalThread {
     }
 }
 
+/// Which signals this process was started to ignore, as under nohup; they stay ignored. Read from
+/// procfs, since asking the system call for it needs unsafe code.
+fn ignored_signals() -> impl Fn(i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    move |signal| mask & (1 << (signal - 1)) != 0
+}
+
 fn take(target: &Mutex<Target>, signal: i32) {
     let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
     if signal == SIGWINCH {
@@ -97,8 +113,10 @@ fn take(target: &Mutex<Target>, signal: i32) {
         }
         return;
     }
+    let ends_session = target.terminal && matches!(signal, SIGTERM | SIGHUP);
     if let Some(command) = &target.command
         && !target.forwarded
+        && !ends_session
     {
         command.signal(signal);
         target.forwarded = true;

@@ -30,6 +30,15 @@ fn death_by_a_signal_is_128_and_its_number() {
 #[test]
 fn commands_that_cannot_be_started() {
     let site = Site::new();
+    // A directory of PATH that the user may not search is passed over.
+    let closed = site.cwd().join("closed");
+    std::fs::create_dir(&closed).unwrap();
+    let permit = |mode| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&closed, mode).unwrap();
+    };
+    permit(0o000);
+    let path = format!("{}:{}", std::env::var("PATH").unwrap(), closed.display());
     for (command, code, wanted) in [
         ("no-such-command", 127, "vmlab: error: no-such-command: command not found in the guest\n"),
         ("./none/at/all", 127, "vmlab: error: ./none/at/all: command not found in the guest\n"),
@@ -40,10 +49,11 @@ fn commands_that_cannot_be_started() {
              Permission denied (os error 13)\n",
         ),
     ] {
-        let outcome = site.run(&[], [command]).output();
+        let outcome = site.run(&[], [command]).env("PATH", &path).output();
         outcome.expect_code(code);
         assert_eq!((outcome.stdout_text(), outcome.stderr_text()), (String::new(), wanted.into()));
     }
+    permit(0o700);
 }
 
 #[test]

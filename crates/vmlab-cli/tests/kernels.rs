@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, Outcome, PATIENCE, Site, kernel};
+use common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, Outcome, PATIENCE, Site, kernel, need};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use rustix::process::Signal;
@@ -230,6 +230,43 @@ fn the_store_lists_inspects_and_removes() {
     vmlab(&["kernel", "list"]).expect_code(0).expect_stderr(&["vmlab kernel pull"]);
     vmlab(&["kernel", "rm", &release]).expect_code(125);
     assert_eq!(cache.join("kernels").read_dir().unwrap().filter(is_visible).count(), 0);
+}
+
+#[test]
+fn a_package_is_taken_in_and_run() {
+    need("dpkg-deb", "dpkg");
+    let site = Site::new();
+    let (entry, release) = (entry(&site), release(&site, DEBIAN_6_12));
+    let tree = site.path().join("tree");
+    std::fs::create_dir_all(tree.join("DEBIAN")).unwrap();
+    let control = format!(
+        "Package: linux-image-{release}\nVersion: 6.12-test\nArchitecture: amd64\n\
+         Maintainer: nobody\nDescription: a kernel\n"
+    );
+    std::fs::write(tree.join("DEBIAN/control"), control).unwrap();
+    // The drivers that the root needs, one more, and no list of what depends on what.
+    let modules = format!("lib/modules/{release}");
+    let kept = ["net/9p", "fs/9p", "fs/netfs", "fs/overlayfs", "drivers/block/loop.ko.xz"];
+    let kept = kept.iter().map(|path| format!("{modules}/kernel/{path}"));
+    let lists =
+        ["builtin", "builtin.modinfo", "order"].map(|name| format!("{modules}/modules.{name}"));
+    let mut copy = Command::new("cp");
+    copy.current_dir(&entry).args(["-a", "--parents", "boot"]).args(kept).args(lists).arg(&tree);
+    assert!(copy.status().unwrap().success());
+    let mut build = Command::new("dpkg-deb");
+    build.args(["--root-owner-group", "-Znone", "-b"]).arg(&tree).arg(site.cwd().join("k.deb"));
+    assert!(build.output().unwrap().status.success());
+    std::fs::remove_dir_all(&tree).unwrap();
+
+    let cache = site.path().join("cache");
+    let vmlab = |args: &[&str]| site.vmlab(args).env("VMLAB_CACHE_DIR", &cache).output();
+    let pulled = vmlab(&["kernel", "pull", "./k.deb"]);
+    assert_eq!(pulled.expect_code(0).stdout_text(), format!("./k.deb: {release}\n"));
+    let list = json(&vmlab(&["kernel", "list", "--json"]));
+    assert_eq!((text(&list[0], "/release"), text(&list[0], "/version")), (&*release, "6.12-test"));
+    let run = vmlab(&["run", "-q", "-k", "./k.deb", "--", "sh", "-c", "uname -r; modprobe loop"]);
+    run.expect_stdout(&format!("{release}\n"));
+    vmlab(&["kernel", "pull", "host"]).expect_code(125).expect_stderr(&["nothing to fetch"]);
 }
 
 fn is_visible(item: &std::io::Result<std::fs::DirEntry>) -> bool {

@@ -99,11 +99,11 @@ fn an_interactive_shell() {
     terminal.wait("Running");
     terminal.wait("\r\n42.\r\n");
     // Ctrl-Z stops what is in the foreground, which takes job control.
-    terminal.type_in("sleep 2000\r");
-    terminal.wait("sleep 2000\r\n");
+    terminal.type_in("sh -c 'echo started; exec sleep 2000'\r");
+    terminal.wait("\r\nstarted\r\n");
     terminal.type_in("\x1a");
     terminal.wait("Stopped");
-    terminal.type_in("pwd; kill %1 %2; exit 3\r");
+    terminal.type_in("pwd; kill -KILL %1 %2; wait; exit 3\r");
     assert_eq!(terminal.finish().code(), Some(3), "{}", terminal.text());
     let text = terminal.text();
     let flags = text.split("\r\nflags: ").nth(1).unwrap().split('.').next().unwrap();

@@ -7,11 +7,16 @@
 mod common;
 mod facts;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::process::Command;
 
 use common::{Site, is_root, need};
 use facts::{Facts, script};
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
 
 fn host(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap();
@@ -46,6 +51,25 @@ fn commands_run_as_whom_they_should() {
     assert!(text.starts_with("54321\n54321\n54321\n"), "{text}");
     let unknown = named("no-such-user");
     unknown.expect_code(125).expect_stderr(&["--user", "no user `no-such-user`"]);
+}
+
+#[test]
+fn a_path_that_cannot_be_searched_has_no_programs() {
+    let site = Site::new();
+    let run = |program: &str, closed: &str| {
+        let path = format!("{closed}:/usr/bin:/bin");
+        let options = ["--user", "54321", "--share", "shared:/opt/shared"];
+        let run = site.run(&options, [program]).env("PATH", path);
+        run.output()
+    };
+    let closed = site.cwd().join("shared/closed");
+    std::fs::create_dir_all(&closed).unwrap();
+    std::fs::write(closed.join("program"), "#!/bin/sh\n").unwrap();
+    set_mode(&closed, 0o700);
+    run("program", "/opt/shared/closed").expect_code(127).expect_stderr(&["command not found"]);
+    run("/opt/shared/closed/program", "/nowhere").expect_code(126);
+    set_mode(&closed, 0o755);
+    run("program", "/opt/shared/closed").expect_code(126).expect_stderr(&["cannot be executed"]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ impl StreamId {
 pub enum FrameKind {
     /// An encoded message, on stream 0 only.
     Message = 0,
-    /// Bytes of a stream. They use up credit.
+    /// Bytes of a stream, at least one. They use up credit, which is what bounds the number of frames.
     Data = 1,
     /// No more data will come on this stream. Empty payload.
     Eof = 2,
@@ -81,6 +81,9 @@ pub enum FrameError {
         /// The only length it may have.
         want: usize,
     },
+    /// Data without a byte: it would use up no credit, so that any number of them could come.
+    #[error("a Data frame without data on stream {}", .0.0)]
+    Empty(StreamId),
     /// A message outside of stream 0, or anything else on it.
     #[error("a {kind:?} frame on stream {}", stream.0)]
     WrongStream {
@@ -136,6 +139,7 @@ impl FrameHeader {
         };
         match kind {
             FrameKind::Message => at_most(MAX_MESSAGE)?,
+            FrameKind::Data if len == 0 => return Err(FrameError::Empty(stream)),
             FrameKind::Data => at_most(MAX_DATA)?,
             FrameKind::Eof | FrameKind::Stop => exactly(0)?,
             FrameKind::Credit => exactly(4)?,
@@ -170,7 +174,7 @@ pub fn put_credit(out: &mut Vec<u8>, stream: StreamId, bytes: u32) {
     out.extend_from_slice(&bytes.to_le_bytes());
 }
 
-/// Appends `data` as one or more frames of at most [`MAX_DATA`] bytes.
+/// Appends `data` as frames of at most [`MAX_DATA`] bytes, none for no data.
 pub fn put_data(out: &mut Vec<u8>, stream: StreamId, data: &[u8]) {
     for chunk in data.chunks(MAX_DATA) {
         let len = chunk.len() as u32;
@@ -418,6 +422,19 @@ mod tests {
         assert!(matches!(decoder.next_frame(), Ok(Some(Frame::Data(_, d))) if d.len() == MAX_DATA));
         assert!(matches!(decoder.next_frame(), Ok(Some(Frame::Data(_, [7])))));
         assert_eq!(decoder.next_frame(), Ok(None));
+    }
+
+    #[test]
+    fn there_is_no_empty_data() {
+        let mut out = Vec::new();
+        put_data(&mut out, StreamId(5), b"");
+        assert_eq!(out, b"");
+        put_empty(&mut out, StreamId(5), FrameKind::Data);
+        let mut decoder = Decoder::new();
+        decoder.push(&out);
+        let refused = Err(FrameError::Empty(StreamId(5)));
+        assert_eq!(decoder.next_frame(), refused);
+        assert_eq!(decoder.next_frame(), refused);
     }
 
     #[test]

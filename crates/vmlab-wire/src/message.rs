@@ -55,7 +55,7 @@ pub enum GuestMessage {
     SetupFailed(Failure),
     /// A command runs.
     Started(ProcessId),
-    /// A command could not be started.
+    /// A command could not be started. It has no streams: no frame comes for them, not even `Eof`.
     StartFailed(ProcessId, StartFailure),
     /// A command has ended. Its output streams end by `Eof` frames, before or after.
     Exited(ProcessId, Exited),
@@ -88,7 +88,8 @@ pub struct Setup {
     pub modules: Option<Filesystem>,
     /// Further mounts, in order.
     pub shares: Vec<Mount>,
-    /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed.
+    /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed,
+    /// nor is any share: where one is mounted over a file, the share is seen.
     pub files: Vec<File>,
     /// The network interface's address, when there is one.
     pub network: Option<Network>,
@@ -241,7 +242,7 @@ pub enum StderrTo {
     Stdout,
 }
 
-/// Size of a terminal in characters.
+/// Size of a terminal in characters. Zero stands for what the host does not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TerminalSize {
     /// Lines.

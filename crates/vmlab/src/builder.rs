@@ -8,14 +8,16 @@ use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
 
 use crate::Error;
-use crate::accel::{self, AccelChoice};
+use crate::accel::{self, AccelChoice, Chosen};
 use crate::boot::{self, Needs};
-use crate::config::{Accel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder};
+use crate::config::{
+    Accel, AgentChannel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder,
+};
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, VmHandle, qemu::Qemu};
-use crate::report::{Phase, Timeline};
+use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
-use crate::share::{Caching, NineP, Share, Transport};
+use crate::share::{Caching, KERNELS_OWN, NineP, Share, Transport};
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
@@ -277,6 +279,9 @@ impl VmBuilder {
             Some(dir) => Cache::at(dir),
             None => Cache::open_default()?,
         };
+        // Before anything is fetched for a VM that could not be started.
+        let hypervisor = Qemu::new();
+        hypervisor.program()?;
         let store = KernelStore::open(cache.clone());
         let kernel = match &self.kernel {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
@@ -290,15 +295,15 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel);
-        let (accel, accel_reason) = accel::choose(self.accel)?;
-        let machine = self.machine.unwrap_or(self.fastest_machine());
-        let mut arguments = Vec::new();
-        if (accel, machine) == (Accel::Tcg, Machine::Microvm) {
-            // This board has no timer that the guest could check its time-stamp counter against.
-            arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
-        }
-        if accel == Accel::Kvm && !self.full_console {
-            arguments.push("quiet".to_owned());
+        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
+        let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
+        match accel {
+            // The microvm has no timer that the guest could check its time-stamp counter against.
+            Accel::Tcg => {
+                arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+            }
+            Accel::Kvm if !self.full_console => arguments.push("quiet".to_owned()),
+            Accel::Kvm => {}
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
@@ -308,7 +313,7 @@ impl VmBuilder {
             .memory(self.memory)
             .topology(self.topology)
             .accel(accel)
-            .machine(machine)
+            .machine(self.machine.unwrap_or(self.fastest_machine(prepared.channel)))
             .network(self.network)
             .channel(prepared.channel)
             .qemu_args(self.qemu_args);
@@ -323,7 +328,7 @@ impl VmBuilder {
             kernel,
             environment,
             accel_reason,
-            hypervisor: Box::new(Qemu::new()),
+            hypervisor: Box::new(hypervisor),
             timeout: self.timeout,
             boot_timeout: self.boot_timeout,
             timeline,
@@ -349,9 +354,10 @@ impl VmBuilder {
         }
     }
 
-    fn fastest_machine(&self) -> Machine {
+    fn fastest_machine(&self, channel: AgentChannel) -> Machine {
         let Topology { nodes, llcs, .. } = self.topology;
-        if nodes > 1 || llcs > 1 { Machine::Q35 } else { Machine::Microvm }
+        let simple = nodes == 1 && llcs == 1 && channel == AgentChannel::Virtio;
+        if simple { Machine::Microvm } else { Machine::Q35 }
     }
 
     fn setup(
@@ -370,7 +376,8 @@ impl VmBuilder {
         let root = Root { filesystem, mode };
         let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
 
-        let cwd = self.share_cwd.then_some(environment.cwd.as_path());
+        let cwd = environment.cwd.as_path();
+        let cwd = (self.share_cwd && !is_of_the_kernel(cwd)).then_some(cwd);
         let shares = self.shares_in_order(cwd)?;
         let shares = shares.iter().map(|share| plan.mount(share)).collect();
         Ok(Setup {
@@ -393,7 +400,7 @@ impl VmBuilder {
             !is_of_the_guest(cwd) && self.root.join(below).is_dir()
         };
         let shared = || self.shares.iter().any(|share| cwd.starts_with(&share.guest));
-        self.share_cwd || shared() || in_root()
+        is_of_the_kernel(cwd) || self.share_cwd || shared() || in_root()
     }
 
     /// All shares, the working directory among them unless another is given for its place.
@@ -430,6 +437,11 @@ fn absolute(path: &Path) -> Result<PathBuf, Error> {
 /// Whether a path of the root is hidden in the guest by something of its own.
 fn is_of_the_guest(path: &Path) -> bool {
     ["/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp"].iter().any(|own| path.starts_with(own))
+}
+
+/// Whether a path is one that every guest has from its own kernel.
+fn is_of_the_kernel(path: &Path) -> bool {
+    KERNELS_OWN.iter().any(|own| path.starts_with(own))
 }
 
 /// Which devices carry which directories, and what the guest mounts of them.
@@ -506,6 +518,24 @@ impl PreparedVm {
     /// Why KVM is not used, where it might have been.
     pub fn accel_reason(&self) -> Option<&str> {
         self.accel_reason.as_deref()
+    }
+
+    /// What is known of the run before it has begun.
+    pub fn report(&self) -> Report {
+        Report {
+            kernel: self.kernel.spec.clone(),
+            release: self.kernel.release.clone(),
+            accel: self.config.accel,
+            accel_reason: self.accel_reason.clone(),
+            machine: self.config.machine,
+            memory: self.config.memory,
+            cpus: self.config.topology.cpus().unwrap_or(0),
+            phases: self.timeline.phases(),
+            guest_boot: None,
+            setup_steps: Vec::new(),
+            exit_reason: None,
+            console_log: None,
+        }
     }
 
     /// The hypervisor's command line, with stand-ins for descriptors and logs.

@@ -194,6 +194,7 @@ pub struct VmConfig {
 
 /// A request that cannot work, found before anything was started.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ConfigError {
     /// The kernel is for another processor.
     #[error("the kernel {} is for {kernel}, and this host runs {host} guests", path.display())]
@@ -383,11 +384,20 @@ impl VmConfigBuilder {
             return Err(ConfigError::Cpus { topology });
         }
         let nodes = u64::from(topology.nodes);
-        if !config.memory.0.is_multiple_of(nodes * MIB) {
+        if nodes > 1 && !config.memory.0.is_multiple_of(nodes * MIB) {
             return Err(ConfigError::NodeMemory { nodes: topology.nodes, memory: config.memory });
         }
-        if config.machine == Machine::Microvm && topology.nodes > 1 {
-            return Err(ConfigError::Machine { machine: "microvm", what: "NUMA nodes" });
+        if config.machine == Machine::Microvm {
+            let lacks = |what| Err(ConfigError::Machine { machine: Machine::Microvm.name(), what });
+            if topology.nodes > 1 {
+                return lacks("NUMA nodes");
+            }
+            if topology.llcs > 1 {
+                return lacks("several last-level caches");
+            }
+            if config.channel == AgentChannel::Serial {
+                return lacks("second serial port, which a kernel without virtio consoles needs");
+            }
         }
         readable("kernel image", &config.boot.image)?;
         readable("initramfs", &config.boot.initramfs)?;
@@ -502,6 +512,12 @@ mod tests {
         assert!(matches!(build_three(Machine::Q35, 512), Err(ConfigError::NodeMemory { .. })));
         assert!(matches!(build_three(Machine::Microvm, 513), Err(ConfigError::Machine { .. })));
         assert!(build_three(Machine::Q35, 513).is_ok());
+        let dies = Topology { nodes: 1, llcs: 2, cores: 1, threads: 1 };
+        let on_microvm = builder(dir.path()).topology(dies).build();
+        assert!(matches!(on_microvm, Err(ConfigError::Machine { .. })));
+        let serial = builder(dir.path()).channel(AgentChannel::Serial).build();
+        assert!(matches!(serial, Err(ConfigError::Machine { .. })));
+        assert!(build(|b| b.memory(Bytes(300 * MIB + 5))).is_ok());
     }
 
     #[test]

@@ -106,6 +106,14 @@ pub enum Error {
         /// The end of the console's output, and where all of it is.
         console: Box<Evidence>,
     },
+    /// The guest did not end its processes and write everything back. It is gone all the same.
+    #[error("the guest did not write everything back within {} s, and was cut off", after.as_secs())]
+    NotStopped {
+        /// How long it was waited for.
+        after: Duration,
+        /// The end of the console's output, and where all of it is.
+        console: Box<Evidence>,
+    },
     /// The agent said something that makes no sense.
     #[error("the agent in the guest broke the protocol: {what}")]
     Protocol {
@@ -185,8 +193,71 @@ impl Error {
         match self {
             Self::BootTimeout { console, .. }
             | Self::Ended { console, .. }
+            | Self::NotStopped { console, .. }
             | Self::Protocol { console, .. }
             | Self::Setup { console, .. } => Some(console),
+            _ => None,
+        }
+    }
+}
+
+/// The kinds of failure that callers tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorClass {
+    /// vmlab, the host or what was asked for is at fault.
+    Vmlab,
+    /// A time limit passed.
+    TimeLimit,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// The guest reset or powered itself off.
+    GuestEnded,
+    /// The command was not found.
+    NotFound,
+    /// The command cannot be executed.
+    NotExecutable,
+}
+
+impl Error {
+    /// What kind of failure it is.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::BootTimeout { .. } => ErrorClass::TimeLimit,
+            Self::Ended { reason, .. } => match reason {
+                ExitReason::Timeout => ErrorClass::TimeLimit,
+                ExitReason::GuestPanic(_) => ErrorClass::GuestPanic,
+                ExitReason::Shutdown | ExitReason::Reset | ExitReason::TripleFault => {
+                    ErrorClass::GuestEnded
+                }
+                ExitReason::Killed | ExitReason::MonitorFailed(_) => ErrorClass::Vmlab,
+            },
+            Self::CommandNotFound { .. } => ErrorClass::NotFound,
+            Self::CommandNotExecutable { .. } => ErrorClass::NotExecutable,
+            Self::KernelSpec(_)
+            | Self::Kernel(_)
+            | Self::BootImage(_)
+            | Self::Modules(_)
+            | Self::Initramfs(_)
+            | Self::Cache(_)
+            | Self::KernelLacks { .. }
+            | Self::Config(_)
+            | Self::Share { .. }
+            | Self::Hypervisor(_)
+            | Self::Kvm(_)
+            | Self::Io { .. }
+            | Self::NotStopped { .. }
+            | Self::Protocol { .. }
+            | Self::Setup { .. }
+            | Self::WorkingDirectory { .. }
+            | Self::CommandSetup { .. }
+            | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
+        }
+    }
+
+    /// Why the VM ended, where that is what failed.
+    pub fn exit_reason(&self) -> Option<&ExitReason> {
+        match self {
+            Self::Ended { reason, .. } => Some(reason),
             _ => None,
         }
     }

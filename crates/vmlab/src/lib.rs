@@ -35,7 +35,7 @@ mod vm;
 
 pub use accel::AccelChoice;
 pub use builder::{BOOT_TIME, PreparedVm, RootMode, VmBuilder};
-pub use error::{Error, Evidence};
+pub use error::{Error, ErrorClass, Evidence};
 pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};
 pub use share::Share;
 pub use vm::Vm;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::Error;
 use crate::config::{Accel, Machine};
 use crate::hypervisor::ExitReason;
 use crate::units::Bytes;
@@ -12,6 +13,7 @@ use crate::units::Bytes;
 /// A part of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Phase {
     /// Finding the kernel, and fetching it where needed.
     Kernel,
@@ -79,6 +81,15 @@ pub(crate) fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }
 
+/// Times on the guest kernel's own clock, in milliseconds since it started.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct GuestBoot {
+    /// The agent's first instruction.
+    pub agent_started_ms: f64,
+    /// The agent had loaded its modules and opened its channel.
+    pub agent_ready_ms: f64,
+}
+
 /// A step inside the guest.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct GuestStep {
@@ -107,13 +118,21 @@ pub struct Report {
     pub cpus: u32,
     /// The phases so far, in order.
     pub phases: Vec<PhaseTime>,
-    /// From the start of the guest kernel's clock to the agent's first instruction, and to its
-    /// readiness, in milliseconds.
-    pub guest_boot_ms: (f64, f64),
+    /// How the guest came up, once it has.
+    pub guest_boot: Option<GuestBoot>,
     /// What the guest's set-up consisted of.
     pub setup_steps: Vec<GuestStep>,
     /// Why the VM ended, once it has.
     pub exit_reason: Option<ExitReason>,
-    /// The log of the serial console.
-    pub console_log: PathBuf,
+    /// The log of the serial console, once there is one. What the hypervisor said is beside it.
+    pub console_log: Option<PathBuf>,
+}
+
+impl Report {
+    /// Adds what a failed start came to.
+    pub fn failed(&mut self, phase: Phase, after: Duration, error: &Error) {
+        self.phases.push(PhaseTime { phase, ms: millis(after) });
+        self.exit_reason = error.exit_reason().cloned();
+        self.console_log = error.evidence().map(|evidence| evidence.log.clone());
+    }
 }

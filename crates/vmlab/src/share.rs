@@ -11,6 +11,9 @@ use vmlab_wire::message::Filesystem;
 /// fewer round trips.
 const MSIZE_9P: u32 = 512_000;
 
+/// Where the guest has what its own kernel shows.
+pub(crate) const KERNELS_OWN: [&str; 3] = ["/dev", "/proc", "/sys"];
+
 /// A host directory that the guest has at some place.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Share {
@@ -82,6 +85,9 @@ impl Share {
         let guest = &self.guest;
         if !guest.is_absolute() || guest.components().any(|c| c.as_os_str() == "..") {
             return Err(format!("the guest's path {} is not absolute", guest.display()));
+        }
+        if let Some(own) = KERNELS_OWN.iter().find(|own| guest.starts_with(own)) {
+            return Err(format!("the guest's {own} is its own kernel's"));
         }
         if guest == Path::new("/") {
             return Err("the guest's root is not a share; see --rootfs".to_owned());
@@ -159,7 +165,7 @@ mod tests {
         for bad in ["", ":/mnt", "/nowhere/at/all", "/dev/null"] {
             assert!(bad.parse::<Share>().is_err(), "{bad}");
         }
-        for bad in ["relative", "/", "/a/../b", "/a:/b"] {
+        for bad in ["relative", "/", "/a/../b", "/a:/b", "/proc", "/dev/shm"] {
             let text = format!("{text}:{bad}");
             let error = text.parse::<Share>().unwrap_err().to_string();
             assert!(error.contains(&text), "{error}");

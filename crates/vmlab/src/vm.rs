@@ -15,7 +15,7 @@ use crate::config::VmConfig;
 use crate::error::Evidence;
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, StartOptions, VmHandle};
-use crate::report::{GuestStep, Phase, Report, Timeline};
+use crate::report::{GuestBoot, GuestStep, Phase, Report, Timeline};
 use crate::runs::RunDir;
 use crate::sync::lock;
 
@@ -65,7 +65,7 @@ pub struct Vm {
     environment: Environment,
     config: VmConfig,
     kernel: Kernel,
-    accel_reason: Option<String>,
+    prospect: Report,
     ready: Ready,
     setup: SetupReport,
     timeline: Mutex<Timeline>,
@@ -83,12 +83,14 @@ impl Vm {
         started: impl FnOnce(&Arc<dyn VmHandle>),
     ) -> Result<Self, Error> {
         let mut timeline = prepared.timeline.clone();
+        let prospect = prepared.report();
         prepared.progress.phase(Phase::Boot.name());
         let run_dir = RunDir::create()?;
         let now = Instant::now();
         let options = StartOptions {
             log_dir: run_dir.path().to_owned(),
-            deadline: prepared.timeout.map(|timeout| now + timeout),
+            // A limit beyond what the clock can count is none.
+            deadline: prepared.timeout.and_then(|timeout| now.checked_add(timeout)),
         };
         let handle = prepared.hypervisor.start(&prepared.config, options)?;
         started(&handle);
@@ -115,7 +117,7 @@ impl Vm {
             environment: prepared.environment,
             config: prepared.config,
             kernel: prepared.kernel,
-            accel_reason: prepared.accel_reason,
+            prospect,
             ready,
             setup,
             timeline: Mutex::new(timeline),
@@ -181,11 +183,9 @@ impl Vm {
         let stopped = self.connection.wait_powering_off(Some(Instant::now() + STOP_TIME));
         let result = match stopped {
             Ok(Some(())) => Ok(()),
-            Ok(None) => Err(Error::Ended {
-                reason: ExitReason::Timeout,
-                booting: false,
-                console: evidence(&*self.handle),
-            }),
+            Ok(None) => {
+                Err(Error::NotStopped { after: STOP_TIME, console: evidence(&*self.handle) })
+            }
             Err(lost) => Err(self.lost(lost)),
         };
         // All is written back: nothing is gained by watching the guest power itself off.
@@ -206,18 +206,16 @@ impl Vm {
             ms: crate::report::millis(Duration::from_micros(*us)),
         };
         Report {
-            kernel: self.kernel.spec.clone(),
             release: self.ready.release.clone(),
-            accel: self.config.accel,
-            accel_reason: self.accel_reason.clone(),
-            machine: self.config.machine,
-            memory: self.config.memory,
-            cpus: self.config.topology.cpus().unwrap_or(0),
             phases: lock(&self.timeline).phases(),
-            guest_boot_ms: (ms(self.ready.started_ns), ms(self.ready.ready_ns)),
+            guest_boot: Some(GuestBoot {
+                agent_started_ms: ms(self.ready.started_ns),
+                agent_ready_ms: ms(self.ready.ready_ns),
+            }),
             setup_steps: self.setup.steps.iter().map(step).collect(),
             exit_reason: self.handle.wait(Some(Instant::now())),
-            console_log: self.console().log_path().to_owned(),
+            console_log: Some(self.console().log_path().to_owned()),
+            ..self.prospect.clone()
         }
     }
 
@@ -268,7 +266,7 @@ impl Starting<'_> {
         connection.send(&setup).map_err(|error| self.lost(Lost::Protocol(error.to_string())))?;
         timeline.end(Phase::Boot);
         prepared.progress.phase(Phase::Setup.name());
-        let deadline = Some(self.since + self.timeout);
+        let deadline = self.since.checked_add(self.timeout);
         let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
         timeline.end(Phase::Setup);
         match setup {

@@ -2,6 +2,7 @@
 
 mod spawn;
 mod stdio;
+mod tmpdir;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,6 +12,7 @@ use vmlab_wire::message::{Exec, ExitStatus, Exited, StartFailure, StartStage, Te
 use vmlab_wire::{FlowError, FrameKind, GuestMessage, ProcessId, StreamId};
 
 use self::stdio::{AgentStdio, Fed, Input, Output, Pumped};
+pub(crate) use self::tmpdir::OwnFilesystems;
 use crate::channel::Outbox;
 use crate::sys::Reaped;
 
@@ -38,6 +40,8 @@ pub(crate) struct Commands {
     commands: BTreeMap<ProcessId, Command>,
     /// The stream that was served last, so that the others have their turn.
     last_served: StreamId,
+    /// Where directories for temporary files may be made.
+    own_filesystems: OwnFilesystems,
 }
 
 /// Marks the epoll events of streams; the stream's id is in the low half.
@@ -50,7 +54,17 @@ fn process_of(stream: StreamId) -> ProcessId {
 impl Commands {
     /// No commands. Their descriptors will be watched by `epoll`.
     pub(crate) fn new(epoll: OwnedFd) -> Self {
-        Self { epoll, commands: BTreeMap::new(), last_served: StreamId::CONTROL }
+        Self {
+            epoll,
+            commands: BTreeMap::new(),
+            last_served: StreamId::CONTROL,
+            own_filesystems: OwnFilesystems::default(),
+        }
+    }
+
+    /// Says which filesystems are the guest's own. Until then, none is.
+    pub(crate) fn set_own_filesystems(&mut self, own: OwnFilesystems) {
+        self.own_filesystems = own;
     }
 
     /// Starts a command and answers the host.
@@ -77,6 +91,7 @@ impl Commands {
         if let Some(input) = &ours.input {
             self.watch(input.stream, input.fd(), epoll::EventFlags::OUT).map_err(stdio_failure)?;
         }
+        tmpdir::make(exec, &self.own_filesystems);
         let oom_kills = oom_kills();
         let pid = spawn::spawn(exec, child)?;
         self.commands
@@ -173,13 +188,16 @@ impl Commands {
         self.end_output(stream, outbox);
     }
 
+    /// Ends an output stream. One that has ended before, or never was, is not named again: the host
+    /// forgets a stream with its first Eof.
     fn end_output(&mut self, stream: StreamId, outbox: &mut Outbox) {
         let process = process_of(stream);
-        if let Some(command) = self.commands.get_mut(&process) {
-            command.stdio.outputs.retain(|o| o.stream != stream);
-            outbox.empty(stream, FrameKind::Eof);
-            self.tell_if_drained(process, outbox);
-        }
+        let Some(command) = self.commands.get_mut(&process) else { return };
+        let outputs = &mut command.stdio.outputs;
+        let Some(index) = outputs.iter().position(|o| o.stream == stream) else { return };
+        outputs.remove(index);
+        outbox.empty(stream, FrameKind::Eof);
+        self.tell_if_drained(process, outbox);
     }
 
     /// Moves output while there is room for it. Returns whether anything moved.

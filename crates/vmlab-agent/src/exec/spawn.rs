@@ -1,6 +1,6 @@
 //! Starting a command: everything is prepared before the fork, and the child only makes system calls.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -44,6 +44,8 @@ impl StringArray {
 struct Plan {
     /// Paths to try, in order.
     candidates: Vec<CString>,
+    /// They come from `PATH`.
+    searched: bool,
     argv: StringArray,
     /// `/bin/sh`, room for the script's path, and the arguments after the first.
     shell_argv: Vec<*const c_char>,
@@ -119,6 +121,7 @@ impl Plan {
         });
         Ok(Self {
             candidates,
+            searched: !program.contains(&b'/'),
             argv,
             shell_argv,
             env: StringArray::new(env),
@@ -236,6 +239,8 @@ impl Plan {
                     unsafe { libc::execve(c"/bin/sh".as_ptr(), argv, self.env.as_ptr()) };
                     return libc::ENOEXEC;
                 }
+                // As in a shell, a directory of `PATH` that may not be searched is passed over.
+                libc::EACCES if self.searched && !visible(candidate) => last = libc::ENOENT,
                 libc::EACCES => denied = true,
                 libc::ENOENT | libc::ENOTDIR | libc::ESTALE | libc::ENODEV | libc::ETIMEDOUT => {}
                 _ => return last,
@@ -243,6 +248,12 @@ impl Plan {
         }
         if denied { libc::EACCES } else { last }
     }
+}
+
+/// Whether the directories that lead to a path may be searched, and it exists.
+fn visible(path: &CStr) -> bool {
+    // SAFETY: `path` is a C string.
+    unsafe { libc::access(path.as_ptr(), libc::F_OK) == 0 }
 }
 
 /// Gives every signal its default action.

@@ -19,6 +19,9 @@ const OUTPUT_PIPE: usize = 256 * 1024;
 /// End of file on a terminal that has not been told otherwise: Ctrl-D.
 const DEFAULT_EOF: u8 = 4;
 
+/// The size of a terminal whose size the host does not know: that of a VT100.
+const USUAL_SIZE: TerminalSize = TerminalSize { rows: 24, columns: 80 };
+
 /// The agent's end of an output stream.
 pub(crate) struct Output {
     pub(crate) stream: StreamId,
@@ -279,8 +282,10 @@ fn open_terminal(exec: &Exec, size: TerminalSize) -> Result<(ChildStdio, AgentSt
     Ok((child, AgentStdio { input: Some(input), outputs: vec![output], terminal: Some(master) }))
 }
 
-/// Sets a terminal's size.
+/// Sets a terminal's size. Programs that draw cannot do with a size of zero.
 pub(crate) fn resize(terminal: &OwnedFd, size: TerminalSize) -> Result<(), Errno> {
-    let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
-    tcsetwinsize(terminal, size)
+    let known = |size, usual| if size == 0 { usual } else { size };
+    let ws_row = known(size.rows, USUAL_SIZE.rows);
+    let ws_col = known(size.columns, USUAL_SIZE.columns);
+    tcsetwinsize(terminal, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })
 }

@@ -7,14 +7,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::mount_bind;
+use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, mount_bind, unmount};
 use vmlab_wire::message::{Failure, File, Mount, RootMode};
 
 use super::root::mount_at;
 use super::{Mounted, Step, failed, failed_io};
 
-/// Where mounts and files are kept that are only seen elsewhere.
-const ASIDE: &str = "/run/vmlab";
+/// Where files are while they are put in their places.
+const ASIDE: &str = "/run/vmlab-files";
 
 fn path(bytes: &[u8]) -> Result<&Path, Failure> {
     let path = Path::new(OsStr::from_bytes(bytes));
@@ -49,30 +49,39 @@ fn write(path: &Path, file: &File) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(file.mode & 0o7777))
 }
 
-/// Puts a file in its place without changing the root below.
-pub(super) fn place(
-    index: usize,
-    file: &File,
-    mode: RootMode,
-    warn: &mut dyn FnMut(String),
-) -> Step {
-    let target = path(&file.path)?;
-    if mode == RootMode::Overlay {
-        if let Some(parent) = target.parent() {
-            make_dir(parent)?;
+/// Puts files in their places without changing the root below. No share may be mounted yet: its host
+/// directory would be changed instead. A share that is mounted over a file later hides it.
+pub(super) fn place(files: &[File], mode: RootMode, warn: &mut dyn FnMut(String)) -> Step {
+    let mut aside = None;
+    files.iter().try_for_each(|file| {
+        let target = path(&file.path)?;
+        match mode {
+            RootMode::Overlay => replace(file, target),
+            RootMode::ReadOnly | RootMode::ReadWrite => cover(file, target, &mut aside, &mut *warn),
         }
-        // A link, which may lead out of the overlay or nowhere, is replaced and not followed.
-        return match fs::remove_file(target) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => write(target, file),
-        }
-        .map_err(|e| failed_io(format!("write {}", target.display()), &e, ""));
+    })
+}
+
+/// Writes a file into the overlay. A link, which may lead out of it or nowhere, is replaced and not
+/// followed.
+fn replace(file: &File, target: &Path) -> Step {
+    if let Some(parent) = target.parent() {
+        make_dir(parent)?;
     }
-    place_aside(index, file, target, warn)
+    match fs::remove_file(target) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => write(target, file),
+    }
+    .map_err(|e| failed_io(format!("write {}", target.display()), &e, ""))
 }
 
 /// Shows a file of the guest's own memory in the place of one of the root.
-fn place_aside(index: usize, file: &File, target: &Path, warn: &mut dyn FnMut(String)) -> Step {
+fn cover(
+    file: &File,
+    target: &Path,
+    aside: &mut Option<Aside>,
+    warn: &mut dyn FnMut(String),
+) -> Step {
     let step = || format!("write {}", target.display());
     if let Some(end) = memory_end(target) {
         // It leads into the guest's own memory, where it can simply be written.
@@ -88,11 +97,43 @@ fn place_aside(index: usize, file: &File, target: &Path, warn: &mut dyn FnMut(St
         ));
         return Ok(());
     }
-    let aside = PathBuf::from(format!("{ASIDE}/files"));
-    make_dir(&aside)?;
-    let aside = aside.join(index.to_string());
-    write(&aside, file).map_err(|e| failed_io(step(), &e, ""))?;
-    mount_bind(&aside, target).map_err(|e| failed(step(), e, ""))
+    let aside = match aside {
+        Some(aside) => aside,
+        None => aside.insert(Aside::mount()?),
+    };
+    let content = aside.next();
+    write(&content, file).map_err(|e| failed_io(step(), &e, ""))?;
+    mount_bind(&content, target).map_err(|e| failed(step(), e, ""))
+}
+
+/// A tmpfs for files that are only to be seen elsewhere, by bind mounts. It is at no path once this
+/// is dropped, and lives as long as they do.
+struct Aside {
+    files: u32,
+}
+
+impl Aside {
+    fn mount() -> Result<Self, Failure> {
+        make_dir(Path::new(ASIDE))?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        mount_fs("tmpfs", ASIDE, "tmpfs", flags, Some(c"mode=755"))
+            .map_err(|e| failed(format!("mount a tmpfs at {ASIDE}"), e, ""))?;
+        Ok(Self { files: 0 })
+    }
+
+    /// A path that no file has yet.
+    fn next(&mut self) -> PathBuf {
+        self.files += 1;
+        PathBuf::from(format!("{ASIDE}/{}", self.files))
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // What is left behind is untidy, not wrong.
+        let _ = unmount(ASIDE, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(ASIDE);
+    }
 }
 
 /// Where a path ends after its last link, if that is in /run or /tmp.

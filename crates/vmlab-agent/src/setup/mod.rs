@@ -11,8 +11,9 @@ use std::fmt::Display;
 
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
-use vmlab_wire::message::{Failure, Setup, SetupReport};
+use vmlab_wire::message::{Failure, RootMode, Setup, SetupReport};
 
+use crate::exec::OwnFilesystems;
 use crate::sys::monotonic_ns;
 
 /// What a step returns: nothing, or why the guest cannot be made ready.
@@ -58,12 +59,20 @@ impl Mounted {
     }
 }
 
+/// A guest that is ready.
+pub(crate) struct Done {
+    /// What the host wants to know.
+    pub(crate) report: SetupReport,
+    /// The filesystems that are the guest's own, with no share among them.
+    pub(crate) own_filesystems: OwnFilesystems,
+}
+
 /// Makes the guest ready. `warn` tells the host of what does not keep it from running commands.
 pub(crate) fn run(
     setup: &Setup,
     mounted: &mut Mounted,
     warn: &mut dyn FnMut(String),
-) -> Result<SetupReport, Failure> {
+) -> Result<Done, Failure> {
     let mut report = SetupReport::default();
     let mut since = monotonic_ns();
     let mut done = |name: &str| {
@@ -84,16 +93,21 @@ pub(crate) fn run(
         modules::mount(tree, setup.root.mode, warn)?;
         done("module tree");
     }
+    // Before the shares: whatever is written after them may end up on the host.
+    files::place(&setup.files, setup.root.mode, warn)?;
+    done("files");
+    let own: &[_] = match setup.root.mode {
+        RootMode::Overlay | RootMode::ReadOnly => &["/tmp", "/run", "/var/tmp"],
+        // The rest is the root's.
+        RootMode::ReadWrite => &["/tmp", "/run"],
+    };
+    let own_filesystems = OwnFilesystems::of(own.iter().copied());
     for share in &setup.shares {
         files::share(share, mounted)?;
     }
     if !setup.shares.is_empty() {
         done("shares");
     }
-    for (index, file) in setup.files.iter().enumerate() {
-        files::place(index, file, setup.root.mode, warn)?;
-    }
-    done("files");
     system::hostname(&setup.hostname, warn);
     network::loopback(warn);
     done("hostname and loopback");
@@ -105,5 +119,5 @@ pub(crate) fn run(
         setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
         done("modprobe");
     }
-    Ok(report)
+    Ok(Done { report, own_filesystems })
 }

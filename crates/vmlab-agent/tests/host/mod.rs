@@ -5,13 +5,17 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
-use vmlab_wire::message::{Exec, ExecStdio, Exited, Ready, Setup, StartFailure, StderrTo, Stdio};
+use vmlab_wire::message::{
+    Exec, ExecStdio, Exited, Ready, Setup, StartFailure, StderrTo, Stdio, User,
+};
 use vmlab_wire::{
-    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ReceiveWindow, SendWindow,
-    StreamId, message,
+    Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
+    SendWindow, StreamId, message,
 };
 
 /// What came from the agent.
@@ -242,4 +246,59 @@ impl Host {
             }
         }
     }
+}
+
+/// The agent as a process, with its session.
+pub struct Agent {
+    pub child: Child,
+    pub host: Host,
+}
+
+impl Agent {
+    pub fn start() -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_vmlab-agent"))
+            .stdin(OwnedFd::from(theirs))
+            .spawn()
+            .unwrap();
+        let (host, ready) = Host::greet(ours);
+        assert!(ready.ready_ns >= ready.started_ns);
+        Self { child, host }
+    }
+
+    /// The agent's resident memory at its highest, in KiB.
+    pub fn peak_kib(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(status).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn command(argv: &[&str]) -> Exec {
+    Exec {
+        process: ProcessId(0),
+        argv: argv.iter().map(|a| a.as_bytes().to_vec()).collect(),
+        env: vec![(b"PATH".to_vec(), b"/usr/bin:/bin".to_vec())],
+        cwd: b"/".to_vec(),
+        user: User {
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+            groups: Vec::new(),
+        },
+        umask: 0o22,
+        rlimits: Vec::new(),
+        stdio: ExecStdio::Pipes { stdin: true, stdout: true, stderr: StderrTo::Stream },
+    }
+}
+
+pub fn sh(script: &str) -> Exec {
+    command(&["sh", "-c", script])
 }

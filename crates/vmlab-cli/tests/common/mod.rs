@@ -8,7 +8,6 @@
 pub(crate) mod pty;
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -525,9 +524,4 @@ pub(crate) fn noise(count: usize) -> Vec<u8> {
 pub(crate) fn mode(path: &Path) -> u32 {
     use std::os::unix::fs::PermissionsExt;
     path.symlink_metadata().unwrap().permissions().mode() & 0o7777
-}
-
-/// `/dev/null`, for reading and writing.
-pub(crate) fn null() -> File {
-    File::options().read(true).write(true).open("/dev/null").unwrap()
 }

@@ -90,11 +90,14 @@ impl Terminal {
         settings(&self.slave) == self.before
     }
 
-    /// Waits for the end of the command.
+    /// Waits for the end of the command, and for all that it wrote.
     #[track_caller]
     pub(crate) fn finish(&mut self) -> ExitStatus {
         let gone = self.process.wait_gone(self.deadline);
         assert!(gone, "it does not end: {:?}", self.text());
+        // What comes last on the screen shows that everything before it has been read.
+        rustix::io::write(&self.slave, END.as_bytes()).unwrap();
+        self.wait(END);
         self.child.wait().unwrap()
     }
 
@@ -109,6 +112,9 @@ impl Drop for Terminal {
         let _ = self.child.wait();
     }
 }
+
+/// What a test itself writes to a terminal after the command's end.
+const END: &str = "<the command has ended>";
 
 fn resize(terminal: impl AsFd, rows: u16, columns: u16) {
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };

@@ -24,6 +24,9 @@ use crate::sync::{lock, wait, wait_until};
 /// How much is read from the channel at once: a whole frame of data, so that a flood costs few calls.
 const READ_SIZE: usize = 256 * 1024;
 
+/// How many of the agent's warnings are kept for the caller to take.
+const MAX_WARNINGS: usize = 100;
+
 /// Why a connection is no more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Lost {
@@ -380,21 +383,36 @@ fn protocol(error: impl std::fmt::Display) -> ReadError {
     ReadError::Protocol(error.to_string())
 }
 
+fn not_open(stream: StreamId) -> ReadError {
+    protocol(format_args!("something on stream {}, which is not open", stream.0))
+}
+
 impl State {
     fn take(&mut self, frame: Frame<'_>) -> Result<(), ReadError> {
         match frame {
             Frame::Message(payload) => match decode(payload).map_err(protocol)? {
-                GuestMessage::Ready(ready) => self.ready = Some(ready),
-                GuestMessage::SetupDone(report) => self.setup = Some(Ok(report)),
-                GuestMessage::SetupFailed(failure) => self.setup = Some(Err(failure)),
+                GuestMessage::Ready(ready) => _ = self.ready.get_or_insert(ready),
+                GuestMessage::SetupDone(report) => _ = self.setup.get_or_insert(Ok(report)),
+                GuestMessage::SetupFailed(failure) => _ = self.setup.get_or_insert(Err(failure)),
                 GuestMessage::PoweringOff => self.powering_off = true,
-                GuestMessage::Warning(text) => self.warnings.push(text),
-                GuestMessage::Started(process) => self.process(process)?.started = Some(Ok(())),
+                GuestMessage::Warning(text) => {
+                    if self.warnings.len() < MAX_WARNINGS {
+                        self.warnings.push(text);
+                    }
+                }
+                GuestMessage::Started(process) => {
+                    self.update(process, |known| known.started = Some(Ok(())))?;
+                }
                 GuestMessage::StartFailed(process, failure) => {
-                    self.process(process)?.started = Some(Err(failure));
+                    self.update(process, |known| known.started = Some(Err(failure)))?;
+                    // The guest says nothing more of a command that never ran.
+                    for stdio in [Stdio::Stdin, Stdio::Stdout, Stdio::Stderr] {
+                        self.inputs.remove(&process.stream(stdio));
+                        self.outputs.remove(&process.stream(stdio));
+                    }
                 }
                 GuestMessage::Exited(process, exited) => {
-                    self.process(process)?.exited = Some(exited);
+                    self.update(process, |known| known.exited = Some(exited))?;
                     // All that the command wrote has come before. What its children still write
                     // is nobody's.
                     self.end_output(process.stream(Stdio::Stdout));
@@ -411,10 +429,14 @@ impl State {
                     output.chunks.push_back(bytes.to_vec());
                 }
             }
-            Frame::Eof(stream) => {
-                self.output(stream)?.closed = true;
-                self.end_output(stream);
-            }
+            Frame::Eof(stream) => match self.outputs.get_mut(&stream) {
+                Some(output) => {
+                    output.closed = true;
+                    self.end_output(stream);
+                }
+                // Of a stream that both sides were done with.
+                None => self.output_was_open(stream)?,
+            },
             // What is no longer written to may still be granted or stopped by a guest that does not
             // know it yet.
             Frame::Credit(stream, bytes) => {
@@ -445,17 +467,34 @@ impl State {
         }
     }
 
-    fn process(&mut self, process: ProcessId) -> Result<&mut Process, ReadError> {
+    /// Changes what is known of a command, unless nobody wants to know of it any more.
+    fn update(
+        &mut self,
+        process: ProcessId,
+        change: impl FnOnce(&mut Process),
+    ) -> Result<(), ReadError> {
         if process.0 >= self.next_process {
             return Err(protocol(format_args!("news of command {}, never started", process.0)));
         }
-        Ok(self.processes.entry(process).or_default())
+        if let Some(known) = self.processes.get_mut(&process) {
+            change(known);
+        }
+        Ok(())
+    }
+
+    fn output_was_open(&self, stream: StreamId) -> Result<(), ReadError> {
+        let issued = |id: u32| {
+            let process = ProcessId(id);
+            [Stdio::Stdout, Stdio::Stderr].iter().any(|stdio| process.stream(*stdio) == stream)
+        };
+        match stream.0.checked_div(4).filter(|id| *id < self.next_process && issued(*id)) {
+            Some(_) => Ok(()),
+            None => Err(not_open(stream)),
+        }
     }
 
     fn output(&mut self, stream: StreamId) -> Result<&mut Output, ReadError> {
-        self.outputs
-            .get_mut(&stream)
-            .ok_or_else(|| protocol(format_args!("data on stream {}, which is not open", stream.0)))
+        self.outputs.get_mut(&stream).ok_or_else(|| not_open(stream))
     }
 }
 

@@ -25,6 +25,8 @@ pub struct SerialConsole {
 #[derive(Debug)]
 struct Shared {
     log_path: PathBuf,
+    /// Apart from the state: writing waits for a guest that does not read.
+    input: Mutex<Option<Box<dyn WriteDebug>>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -38,7 +40,6 @@ struct State {
     restart: bool,
     first_byte: Option<Instant>,
     subscribers: Vec<Sender<Vec<u8>>>,
-    input: Option<Box<dyn WriteDebug>>,
     closed: bool,
 }
 
@@ -52,8 +53,12 @@ impl SerialConsole {
         log_path: PathBuf,
         input: impl Write + Send + std::fmt::Debug + 'static,
     ) -> Self {
-        let state = State { input: Some(Box::new(input)), ..State::default() };
-        let shared = Shared { log_path, state: Mutex::new(state), changed: Condvar::new() };
+        let shared = Shared {
+            log_path,
+            input: Mutex::new(Some(Box::new(input))),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        };
         Self { shared: Arc::new(shared) }
     }
 
@@ -80,7 +85,7 @@ impl SerialConsole {
     /// # Errors
     /// When the VM has ended.
     pub fn write_input(&self, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.lock().input {
+        match &mut *lock(&self.shared.input) {
             Some(input) => input.write_all(bytes),
             None => Err(io::ErrorKind::BrokenPipe.into()),
         }
@@ -144,9 +149,10 @@ impl SerialConsole {
         }
         let mut state = self.lock();
         state.closed = true;
-        state.input = None;
         state.subscribers.clear();
         drop(state);
+        // The socket is shut, so a writer that waited has failed.
+        *lock(&self.shared.input) = None;
         self.shared.changed.notify_all();
     }
 

@@ -95,6 +95,7 @@ pub struct StartOptions {
 
 /// What a VM can be asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Capabilities {
     /// Boards it can be.
     pub machines: Vec<Machine>,
@@ -118,6 +119,7 @@ pub struct ProbeReport {
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum VmState {
     /// Its CPUs run.
     Running,
@@ -130,6 +132,7 @@ pub enum VmState {
 /// Why a VM has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum ExitReason {
     /// The guest powered itself off.
     Shutdown,
@@ -157,13 +160,14 @@ impl fmt::Display for ExitReason {
             Self::TripleFault => f.write_str("the guest's CPU reset itself after a triple fault"),
             Self::Killed => f.write_str("the VM was killed"),
             Self::Timeout => f.write_str("the VM ran into its time limit"),
-            Self::MonitorFailed(what) => write!(f, "QEMU failed: {what}"),
+            Self::MonitorFailed(what) => write!(f, "the hypervisor failed: {what}"),
         }
     }
 }
 
 /// A hypervisor that cannot do what it was asked for.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum HypervisorError {
     /// Its program is not there.
     #[error(
@@ -194,13 +198,13 @@ pub enum HypervisorError {
         source: std::io::Error,
     },
     /// It ended or refused before the VM ran.
-    #[error("QEMU did not start the VM: {said}")]
+    #[error("the hypervisor did not start the VM: {said}")]
     Refused {
         /// What it said.
         said: String,
     },
     /// A command to a running VM failed.
-    #[error("QEMU did not do `{command}`: {said}")]
+    #[error("the hypervisor did not do `{command}`: {said}")]
     Command {
         /// The command.
         command: &'static str,

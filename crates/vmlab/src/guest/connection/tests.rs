@@ -189,6 +189,34 @@ fn news_of_strangers_is_an_error() {
     let (connection, mut peer) = Peer::greeted();
     peer.data(StreamId(2), b"x");
     assert!(matches!(connection.wait_ready(soon()), Err(Lost::Protocol(_))));
+    let (connection, mut peer) = Peer::greeted();
+    peer.empty(StreamId(2), FrameKind::Eof);
+    assert!(matches!(connection.wait_ready(soon()), Err(Lost::Protocol(_))));
+}
+
+#[test]
+fn a_stream_that_ends_twice_does_no_harm() {
+    let (connection, mut peer) = Peer::greeted();
+    let process = connection.new_process(false, &[Stdio::Stdout]);
+    let stdout = process.stream(Stdio::Stdout);
+    peer.empty(stdout, FrameKind::Eof);
+    assert_eq!(connection.read_output(stdout), Ok(None));
+    connection.stop_output(stdout);
+    assert_forgotten(&connection, stdout);
+    peer.empty(stdout, FrameKind::Eof);
+    peer.send(&GuestMessage::Exited(process, exited(0)));
+    assert_eq!(connection.wait_exited(process, soon()), Ok(Some(exited(0))));
+}
+
+#[test]
+fn a_forgotten_command_stays_forgotten() {
+    let (connection, mut peer) = Peer::greeted();
+    let process = connection.new_process(false, &[]);
+    connection.forget(process);
+    peer.send(&GuestMessage::Exited(process, exited(0)));
+    peer.send(&GuestMessage::PoweringOff);
+    assert_eq!(connection.wait_powering_off(soon()), Ok(Some(())));
+    assert!(connection.lock().processes.is_empty());
 }
 
 #[test]
@@ -263,10 +291,11 @@ fn a_lost_connection_wakes_everybody_and_keeps_what_came() {
 #[test]
 fn a_command_that_cannot_start_says_why() {
     let (connection, mut peer) = Peer::greeted();
-    let process = connection.new_process(false, &[]);
+    let process = connection.new_process(false, &[Stdio::Stdout]);
     let failure = StartFailure { stage: StartStage::Program, errno: 2 };
     peer.send(&GuestMessage::StartFailed(process, failure.clone()));
     assert_eq!(connection.wait_started(process), Ok(Err(failure)));
+    assert!(connection.lock().outputs.is_empty());
 }
 
 #[test]

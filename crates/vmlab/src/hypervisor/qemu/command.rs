@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn a_serial_channel_is_the_second_serial_port() {
-        let line = line(|config| config.channel(AgentChannel::Serial));
+        let line = line(|config| config.machine(Machine::Q35).channel(AgentChannel::Serial));
         assert_eq!(values(&line, "-serial"), ["chardev:console", "chardev:agent"]);
         assert!(!line.iter().any(|word| word.contains("virtserialport")));
     }

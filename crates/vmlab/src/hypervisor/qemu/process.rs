@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 
 use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmHandle, VmState};
 use super::command::{Descriptors, arguments};
@@ -24,7 +25,7 @@ use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
 
 /// How much of what QEMU says on stderr is kept.
-const KEPT_STDERR: u64 = 64 * 1024;
+const KEPT_STDERR: usize = 64 * 1024;
 
 /// How long the last output of an ended QEMU may take to be read. It is there already, so this only
 /// bounds a fault.
@@ -43,9 +44,19 @@ struct Shared {
     console: SerialConsole,
     qmp: Qmp,
     pidfd: OwnedFd,
+    stderr: Arc<Stderr>,
     cpu_log: PathBuf,
     fate: Mutex<Fate>,
     ended: Condvar,
+}
+
+/// What QEMU writes, and where it is kept.
+struct Outputs {
+    qmp: UnixStream,
+    console: UnixStream,
+    console_log: File,
+    stderr: Option<ChildStderr>,
+    stderr_log: File,
 }
 
 #[derive(Debug, Default)]
@@ -134,20 +145,20 @@ impl QemuVm {
                     console,
                     qmp,
                     pidfd,
+                    stderr: Arc::default(),
                     cpu_log,
                     fate: Mutex::default(),
                     ended: Condvar::new(),
                 });
+                let outputs = Outputs {
+                    qmp: ours.qmp,
+                    console: ours.console,
+                    console_log: log,
+                    stderr,
+                    stderr_log,
+                };
                 if sender.send(Ok(Arc::clone(&shared))).is_ok() {
-                    shared.supervise(
-                        child,
-                        stderr,
-                        stderr_log,
-                        ours.qmp,
-                        ours.console,
-                        log,
-                        deadline,
-                    );
+                    shared.supervise(child, outputs, deadline);
                 }
             })
             .map_err(resource("a thread"))?;
@@ -190,30 +201,42 @@ fn inherit(command: &mut Command, sockets: Sockets) {
 }
 
 impl Shared {
-    #[expect(clippy::too_many_arguments, reason = "it takes over everything that ends with QEMU")]
-    fn supervise(
-        self: &Arc<Self>,
-        mut child: Child,
-        stderr: Option<ChildStderr>,
-        stderr_log: File,
-        qmp_socket: UnixStream,
-        console_socket: UnixStream,
-        log: File,
-        deadline: Option<Instant>,
-    ) {
-        let said = std::thread::scope(|scope| {
-            scope.spawn(|| self.qmp.pump(qmp_socket));
-            scope.spawn(|| self.console.pump(console_socket, log));
-            let said = scope.spawn(|| stderr.map(|s| keep(s, stderr_log)).unwrap_or_default());
-            if !self.ended_by(deadline) {
-                self.end(ExitReason::Timeout);
-            }
-            said.join().unwrap_or_default()
-        });
+    /// Looks after QEMU until it has ended, and finds out why it did.
+    fn supervise(self: &Arc<Self>, mut child: Child, outputs: Outputs, deadline: Option<Instant>) {
+        let group = Pid::from_child(&child);
+        let said = Arc::clone(&self.stderr);
+        let Outputs { qmp, console, console_log, stderr, stderr_log } = outputs;
+        let ends = [qmp.try_clone(), console.try_clone()];
+        // Threads of their own and not of a scope: a process that QEMU started and that outlives it
+        // can hold its stderr open for ever.
+        let pumps: [Box<dyn FnOnce() + Send>; 3] = [
+            Box::new({
+                let shared = Arc::clone(self);
+                move || shared.qmp.pump(qmp)
+            }),
+            Box::new({
+                let shared = Arc::clone(self);
+                move || shared.console.pump(console, console_log)
+            }),
+            Box::new(move || said.pump(stderr, stderr_log)),
+        ];
+        for pump in pumps {
+            std::thread::spawn(pump);
+        }
+        if !self.ended_by(deadline) {
+            self.end(ExitReason::Timeout);
+            self.ended_by(None);
+        }
+        // It is a zombie still, so its group is that of nobody else.
+        let _ = kill_process_group(group, Signal::KILL);
         let status = child.wait();
         let drained = Instant::now() + DRAIN_TIME;
         self.qmp.wait_closed(drained);
         self.console.wait_closed(drained);
+        let said = self.stderr.wait_closed(drained);
+        for socket in ends.into_iter().flatten() {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
         let mut fate = self.lock();
         let reason = self.reason(&fate, status, &said);
         fate.reason = Some(reason);
@@ -246,7 +269,10 @@ impl Shared {
     }
 
     fn reason(&self, fate: &Fate, status: io::Result<ExitStatus>, said: &str) -> ExitReason {
-        let cause = self.qmp.shutdown_cause();
+        // Nothing but a guest that ends itself makes QEMU end well without being asked to, also when
+        // it was too busy to say so.
+        let well = status.as_ref().is_ok_and(ExitStatus::success) && fate.asked.is_none();
+        let cause = self.qmp.shutdown_cause().or_else(|| well.then_some(ShutdownCause::GuestReset));
         match (cause, &fate.asked) {
             (Some(ShutdownCause::GuestShutdown), _) => ExitReason::Shutdown,
             (Some(ShutdownCause::GuestPanic), _) => {
@@ -289,13 +315,43 @@ fn describe(status: io::Result<ExitStatus>, said: &str) -> String {
     }
 }
 
-/// Reads what QEMU says to its end, into the log and, as far as it is kept, into the result.
-fn keep(mut stderr: ChildStderr, mut log: File) -> String {
-    let mut kept = Vec::new();
-    let _ = Read::take(&mut stderr, KEPT_STDERR).read_to_end(&mut kept);
-    let _ = log.write_all(&kept);
-    let _ = io::copy(&mut stderr, &mut log);
-    String::from_utf8_lossy(&kept).into_owned()
+/// What QEMU says on stderr: the beginning of it, and whether it has ended.
+#[derive(Debug, Default)]
+struct Stderr {
+    state: Mutex<(Vec<u8>, bool)>,
+    closed: Condvar,
+}
+
+impl Stderr {
+    /// Reads it to its end, into the log and, as far as it is kept, into memory.
+    fn pump(&self, stderr: Option<ChildStderr>, mut log: File) {
+        let mut buffer = [0; 4096];
+        if let Some(mut stderr) = stderr {
+            while let Ok(count @ 1..) = stderr.read(&mut buffer) {
+                let _ = log.write_all(&buffer[..count]);
+                let mut state = lock(&self.state);
+                let room = KEPT_STDERR.saturating_sub(state.0.len());
+                state.0.extend_from_slice(&buffer[..count.min(room)]);
+            }
+        }
+        lock(&self.state).1 = true;
+        self.closed.notify_all();
+    }
+
+    /// What was said until the end, or until the deadline.
+    fn wait_closed(&self, deadline: Instant) -> String {
+        let mut state = lock(&self.state);
+        while !state.1 {
+            match wait_until(&self.closed, state, Some(deadline)) {
+                Some(woken) => state = woken,
+                None => {
+                    state = lock(&self.state);
+                    break;
+                }
+            }
+        }
+        String::from_utf8_lossy(&state.0).into_owned()
+    }
 }
 
 impl VmHandle for QemuVm {
