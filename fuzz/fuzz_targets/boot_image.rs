@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
                 assert!(version.starts_with(release), "{release:?} {version:?}");
             }
             if let Ok(Some(vmlinux)) = image.extract() {
-                let _ = boot_image::extracted_supports_pvh(&vmlinux);
+                let _ = boot_image::pvh_entry(&vmlinux);
             }
         }
     });

@@ -128,7 +128,7 @@ pub enum BootImageError {
         defect: Defect,
     },
     /// The kernel inside the image cannot be decompressed.
-    #[error("cannot decompress the kernel in {}; the file is damaged, fetch or build it again", path.display())]
+    #[error("cannot decompress the kernel in {}{}", path.display(), damage_hint(source))]
     Decompress {
         /// The file.
         path: PathBuf,
@@ -303,16 +303,18 @@ pub fn pvh_entry(vmlinux: &[u8]) -> Option<u32> {
     elf::parse(vmlinux).ok()?.pvh_entry
 }
 
-/// Whether an uncompressed x86 kernel can be booted through PVH.
-pub fn extracted_supports_pvh(vmlinux: &[u8]) -> bool {
-    pvh_entry(vmlinux).is_some()
-}
-
 /// Some distributions make kernels readable for root only, which surprises everybody else.
 fn permission_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "; make it readable (`sudo chmod a+r`) or copy it",
         _ => "",
+    }
+}
+
+fn damage_hint(error: &CompressError) -> &'static str {
+    match error {
+        CompressError::OutOfMemory { .. } => "",
+        _ => "; the file is damaged, fetch or build it again",
     }
 }
 

@@ -206,6 +206,58 @@ fn availability(
     }
 }
 
+/// An option that a kernel lacks, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MissingOption {
+    /// `CONFIG_…`.
+    pub option: &'static str,
+    /// In which way it is missing.
+    pub why: Lack,
+}
+
+/// In which way a kernel lacks an option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Lack {
+    /// It is not set; or, where only the module tree is known, the tree has nothing of it.
+    NotSet,
+    /// It is a module, and the module tree has no such file.
+    NotInTree,
+    /// It is a module, and there is no module tree.
+    NoTree,
+}
+
+impl fmt::Display for MissingOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.option)?;
+        f.write_str(match self.why {
+            Lack::NotSet => "",
+            Lack::NotInTree => " (a module that the module tree does not have)",
+            Lack::NoTree => " (a module, and no modules are known)",
+        })
+    }
+}
+
+/// Those of a feature's options because of which it is [`Availability::Absent`]; none when it is not.
+pub fn missing(
+    feature: Feature,
+    config: Option<&KernelConfig>,
+    modules: Option<&ModuleNames>,
+) -> Vec<MissingOption> {
+    let lack = |option| match (config.map(|config| config.get(option)), modules) {
+        (Some(Tristate::Module), Some(_)) => Lack::NotInTree,
+        (Some(Tristate::Module), None) => Lack::NoTree,
+        _ => Lack::NotSet,
+    };
+    let needs = feature.needs().iter();
+    needs
+        .filter(|(option, module)| {
+            availability(option, *module, config, modules) == Availability::Absent
+        })
+        .map(|&(option, _)| MissingOption { option, why: lack(option) })
+        .collect()
+}
+
 /// The names of a tree's modules, with `_` for `-` as the kernel itself spells them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModuleNames {
@@ -287,6 +339,33 @@ mod tests {
         let features = Features::of(None, None);
         assert_eq!(features.iter().count(), Feature::ALL.len());
         assert!(features.iter().all(|(_, have)| have == Availability::Unknown));
+    }
+
+    #[test]
+    fn what_is_missing_is_told_option_by_option() {
+        let text = |feature, config: &str, dep: Option<&str>| -> Vec<String> {
+            let (config, tree) =
+                (KernelConfig::parse(config), dep.map(|dep| ModuleNames::parse(dep, "")));
+            let missing = missing(feature, Some(&config), tree.as_ref());
+            missing.iter().map(MissingOption::to_string).collect()
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(text(Feature::NineP, "", None), ["CONFIG_9P_FS", "CONFIG_NET_9P_VIRTIO"]);
+        assert_eq!(text(Feature::NineP, "CONFIG_9P_FS=y\n", None), ["CONFIG_NET_9P_VIRTIO"]);
+        assert_eq!(
+            text(Feature::NineP, "CONFIG_9P_FS=m\nCONFIG_NET_9P_VIRTIO=y\n", None),
+            ["CONFIG_9P_FS (a module, and no modules are known)"]
+        );
+        assert_eq!(
+            text(Feature::NineP, "CONFIG_9P_FS=m\nCONFIG_NET_9P_VIRTIO=m\n", Some("9p.ko:\n")),
+            ["CONFIG_NET_9P_VIRTIO (a module that the module tree does not have)"]
+        );
+        assert_eq!(text(Feature::Overlay, "CONFIG_OVERLAY_FS=m\n", Some("overlay.ko:\n")), none);
+        assert!(missing(Feature::NineP, None, None).is_empty());
+        let tree = ModuleNames::parse("9p.ko:\n", "");
+        let names = missing(Feature::NineP, None, Some(&tree));
+        let wanted = MissingOption { option: "CONFIG_NET_9P_VIRTIO", why: Lack::NotSet };
+        assert_eq!(names, [wanted]);
     }
 
     #[test]

@@ -239,15 +239,6 @@ impl ModuleTree {
         names.into_iter()
     }
 
-    /// The modules that have to be loaded before `module`, in load order, without itself (or what
-    /// it is an alias of) and without soft dependencies.
-    pub fn dependencies(&self, module: &str) -> Result<Vec<ModuleRef>, ModulesError> {
-        let own = self.index.resolve(&normalize(module));
-        let mut closure = self.closure(&[module])?;
-        closure.retain(|m| !m.optional && !own.contains(&m.name.as_str()));
-        Ok(closure)
-    }
-
     /// The modules to load for `wanted`, each once and after all that it needs; what is built in is
     /// left out. Names may be exact aliases, like `fs-9p`.
     ///

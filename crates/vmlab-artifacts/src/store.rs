@@ -100,28 +100,65 @@ impl KernelStore {
     /// # Errors
     /// [`KernelError`].
     pub fn resolve_default(&self, progress: &dyn Progress) -> Result<Kernel, KernelError> {
+        self.resolve_default_for(&|_| Ok(()), progress)
+    }
+
+    /// As [`resolve_default`](KernelStore::resolve_default), of the kernels for which `fits` has no
+    /// objection. What is fetched is used in any case, for there is no other.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn resolve_default_for(
+        &self,
+        fits: &dyn Fn(&Kernel) -> Result<(), String>,
+        progress: &dyn Progress,
+    ) -> Result<Kernel, KernelError> {
         let release = running_release();
-        let why_not = match local::installed(&self.cache, Path::new("/"), &release, true) {
-            Ok(kernel) => {
+        let running = local::installed(&self.cache, Path::new("/"), &release, true);
+        self.default_of(&release, running, fits, progress)
+    }
+
+    /// The default where this is what became of the running release.
+    fn default_of(
+        &self,
+        release: &str,
+        running: Result<Kernel, KernelError>,
+        fits: &dyn Fn(&Kernel) -> Result<(), String>,
+        progress: &dyn Progress,
+    ) -> Result<Kernel, KernelError> {
+        let running = running.map(|kernel| fits(&kernel).map(|()| kernel));
+        let why_not = match running {
+            Ok(Ok(kernel)) => {
                 progress.note(&format!("no kernel was named: using the running one, {release}"));
                 return Ok(kernel);
             }
+            Ok(Err(why)) => format!("the running one cannot be used, because {why}"),
             Err(KernelError::NotInstalled { .. }) => {
                 format!("the files of the running one ({release}) are not here")
             }
             Err(error) => format!("the running one ({release}) cannot be used, because {error}"),
         };
-        if let Some(newest) = self.newest(|kernel| kernel.arch == Arch::HOST)? {
-            progress.note(&format!(
-                "no kernel was named, and {why_not}: using the newest of the store, {}",
-                newest.release
-            ));
-            return self.open_entry(&newest.key, newest.key.clone());
+        let mut empty = true;
+        for stored in self.described()?.into_iter().rev().filter(|k| k.arch == Arch::HOST) {
+            if !self.is_whole(&stored.key, entry::verify)? {
+                continue;
+            }
+            empty = false;
+            let kernel = self.open_entry(&stored.key, stored.key.clone())?;
+            match fits(&kernel) {
+                Ok(()) => {
+                    progress.note(&format!(
+                        "no kernel was named, and {why_not}: using {} of the store",
+                        stored.release
+                    ));
+                    return Ok(kernel);
+                }
+                Err(why) => progress.note(&format!("passing over {}: {why}", stored.key)),
+            }
         }
         let spec = apt::host_suite(self.cache.root(), progress)?;
-        progress.note(&format!(
-            "no kernel was named, {why_not}, and the store is empty: fetching {spec}"
-        ));
+        let of_store = if empty { "the store is empty" } else { "none of the store fits" };
+        progress.note(&format!("no kernel was named, {why_not}, and {of_store}: fetching {spec}"));
         self.fetch(&spec, false, progress)
     }
 

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
 use vmlab_artifacts::cache::{Flaw, Leases};
+use vmlab_artifacts::features::{Lack, MissingOption, ModuleNames, missing};
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
+use vmlab_artifacts::kconfig::{KernelConfig, Tristate};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
-    Arch, Availability, Cache, CacheError, ContentKey, Feature, Features, Kernel,
+    Arch, Availability, Cache, CacheError, ContentKey, Feature, Features, Kernel, Progress,
 };
 
 use crate::Error;
@@ -55,6 +57,7 @@ pub(crate) fn prepare(
     kernel: &Kernel,
     needs: Needs,
     arguments: &[String],
+    progress: &dyn Progress,
 ) -> Result<PreparedKernel, Error> {
     let image = BootImage::open(&kernel.boot_image)?;
     if image.arch() != Arch::HOST {
@@ -63,8 +66,11 @@ pub(crate) fn prepare(
             ConfigError::ArchMismatch { path, kernel: image.arch(), host: Arch::HOST }.into()
         );
     }
-    let features = kernel.features()?;
-    let (wanted, channel) = way_to_root(&features, needs).map_err(|lack| lack.of(kernel))?;
+    let known = Known::of(kernel)?;
+    let (wanted, channel) = way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
+    if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
+        progress.note(why);
+    }
     let modules = match &kernel.modules {
         Some(dir) if !wanted.is_empty() => Some((ModuleTree::open(dir)?, wanted)),
         _ => None,
@@ -78,14 +84,47 @@ pub(crate) fn prepare(
     Ok(PreparedKernel { boot, channel })
 }
 
+/// What every guest needs of a kernel whose configuration is known. None of these can be a module.
+const BASE: [&str; 7] = [
+    "CONFIG_BLK_DEV_INITRD",
+    "CONFIG_BINFMT_ELF",
+    "CONFIG_DEVTMPFS",
+    "CONFIG_TMPFS",
+    "CONFIG_PROC_FS",
+    "CONFIG_SYSFS",
+    "CONFIG_PCI",
+];
+
+/// What is known of a kernel before it is booted.
+struct Known<'a> {
+    config: Option<&'a KernelConfig>,
+    modules: Option<ModuleNames>,
+}
+
+impl<'a> Known<'a> {
+    fn of(kernel: &'a Kernel) -> Result<Self, Error> {
+        Ok(Self { config: kernel.config.as_ref(), modules: kernel.module_names()? })
+    }
+
+    /// Why nothing will be seen of the kernel's messages, if that is so.
+    fn silence(&self) -> Option<&'static str> {
+        let config = self.config?;
+        (config.get("CONFIG_SERIAL_8250_CONSOLE") != Tristate::BuiltIn).then_some(
+            "the kernel was built without CONFIG_SERIAL_8250_CONSOLE: none of its messages will be \
+             seen, and a panic will look like a time limit",
+        )
+    }
+}
+
 /// What a kernel does not have.
-struct Lack {
+#[derive(Debug)]
+struct Lacking {
     purpose: &'static str,
     missing: Vec<String>,
     hint: &'static str,
 }
 
-impl Lack {
+impl Lacking {
     fn of(self, kernel: &Kernel) -> Error {
         let kernel = match kernel.release.as_str() {
             "" => kernel.boot_image.display().to_string(),
@@ -96,12 +135,21 @@ impl Lack {
     }
 }
 
+/// Whether a kernel can do what a run needs, as far as that can be told without booting it.
+///
+/// # Errors
+/// [`Error::KernelLacks`] when it cannot.
+pub(crate) fn check(kernel: &Kernel, needs: Needs) -> Result<(), Error> {
+    way_to_root(&Known::of(kernel)?, needs).map(drop).map_err(|lacking| lacking.of(kernel))
+}
+
 /// Which modules reach the agent's channel and the root, and over which channel the agent talks.
 /// What nothing is known of is taken to be built in; the guest tells if it is not.
 fn way_to_root(
-    features: &Features,
+    known: &Known<'_>,
     needs: Needs,
-) -> Result<(Vec<&'static str>, AgentChannel), Lack> {
+) -> Result<(Vec<&'static str>, AgentChannel), Lacking> {
+    let features = Features::of(known.config, known.modules.as_ref());
     let mut required = vec![
         (Feature::VirtioPci, "reach the host's files"),
         (Feature::NineP, "mount the host's files"),
@@ -121,6 +169,16 @@ fn way_to_root(
     if channel == AgentChannel::Virtio {
         required.push((Feature::VirtioConsole, "talk to the host"));
     }
+    let mut purposes = Vec::new();
+    let mut absent: Vec<String> = Vec::new();
+    let mut hints = Vec::new();
+    if let Some(config) = known.config {
+        let base = BASE.iter().filter(|option| config.get(option) != Tristate::BuiltIn);
+        absent.extend(base.map(|option| (*option).to_owned()));
+        if !absent.is_empty() {
+            purposes.push("run the agent");
+        }
+    }
     for (feature, purpose) in required {
         match features.get(feature) {
             Availability::BuiltIn | Availability::Unknown => {}
@@ -128,15 +186,28 @@ fn way_to_root(
                 modules.extend(feature.needs().iter().filter_map(|(_, module)| *module));
             }
             Availability::Absent => {
-                let missing = feature.needs().iter().map(|(option, _)| (*option).to_owned());
-                let hint = match feature {
+                let missing = missing(feature, known.config, known.modules.as_ref());
+                purposes.push(purpose);
+                hints.push(match feature {
+                    _ if missing.iter().any(|option| option.why == Lack::NoTree) => {
+                        "to use its modules, give its package, unpacked package or build tree \
+                         instead of the image"
+                    }
                     Feature::NineP => "the generic flavours of distributions have it as a module",
                     Feature::Overlay => "--root-mode ro does without",
                     _ => "",
-                };
-                return Err(Lack { purpose, missing: missing.collect(), hint });
+                });
+                absent.extend(missing.iter().map(MissingOption::to_string));
             }
         }
+    }
+    if !absent.is_empty() {
+        let purpose = match purposes.as_slice() {
+            [purpose] => purpose,
+            _ => "do what this run needs",
+        };
+        let hint = hints.into_iter().find(|hint| !hint.is_empty()).unwrap_or_default();
+        return Err(Lacking { purpose, missing: absent, hint });
     }
     if needs.modules_place && features.get(Feature::Overlay) == Availability::Module {
         modules.extend(Feature::Overlay.needs().iter().filter_map(|(_, module)| *module));

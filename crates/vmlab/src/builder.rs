@@ -285,17 +285,16 @@ impl VmBuilder {
         let store = KernelStore::open(cache.clone());
         let kernel = match &self.kernel {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
-            None => store.resolve_default(&*self.progress)?,
+            None => {
+                let fits = |kernel: &Kernel| {
+                    boot::check(kernel, self.needs(kernel)).map_err(|error| error.to_string())
+                };
+                store.resolve_default_for(&fits, &*self.progress)?
+            }
         };
         timeline.end(Phase::Kernel);
 
-        let needs = Needs {
-            overlay: self.root_mode == RootMode::Overlay,
-            network: self.network != NetworkMode::None,
-            modules_place: self.root_mode == RootMode::ReadOnly
-                && kernel.modules.is_some()
-                && !self.root.join("lib/modules").is_dir(),
-        };
+        let needs = self.needs(&kernel);
         let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         match accel {
@@ -307,7 +306,7 @@ impl VmBuilder {
             Accel::Kvm => {}
         }
         arguments.extend(self.append.iter().cloned());
-        let prepared = boot::prepare(&cache, &kernel, needs, &arguments)?;
+        let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
         let mut plan = MountPlan::new();
         let setup = self.setup(&mut plan, &environment, &kernel)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
@@ -343,6 +342,16 @@ impl VmBuilder {
     /// When something cannot be had, the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
         self.prepare()?.start()
+    }
+
+    fn needs(&self, kernel: &Kernel) -> Needs {
+        Needs {
+            overlay: self.root_mode == RootMode::Overlay,
+            network: self.network != NetworkMode::None,
+            modules_place: self.root_mode == RootMode::ReadOnly
+                && kernel.modules.is_some()
+                && !self.root.join("lib/modules").is_dir(),
+        }
     }
 
     fn fastest_machine(&self, channel: AgentChannel) -> Machine {

@@ -86,15 +86,112 @@ pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel
         Err(error) => return Err(KernelError::io("look at the kernel", &path, error)),
     };
     let parts = if !meta.is_dir() {
-        let origin = Origin::File { path: path.clone() };
-        let leases = Leases::default();
-        Parts { image: path, release: None, config: None, modules: None, origin, leases }
+        bare_image(cache, path)?
     } else if let Some(image) = built_image(&path) {
         build_tree(cache, path, image)?
     } else {
         unpacked(cache, path)?
     };
     assemble(cache, spec, parts)
+}
+
+/// A boot image by itself, with the configuration and the modules of the same kernel that lie where
+/// builds and packages put them: in the build tree that it is in, or beside a `vmlinuz-RELEASE`. An
+/// image alone is one, too, and so is one whose neighbours cannot be used.
+fn bare_image(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
+    let image = open_image(&path)?;
+    let origin = Origin::File { path: path.clone() };
+    // A link shows where the image really is, as from arch/x86_64 to arch/x86.
+    let real = fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+    let own = image.release();
+    let near = match (tree_of(&real), release_of(&real)) {
+        (Some(top), _)
+            if own.is_none()
+                || built_release(&top).as_deref().is_none_or(|built| own == Some(built)) =>
+        {
+            usable(build_tree(cache, top, path.clone()))?
+        }
+        // A name is not worth much: only an image that does not contradict it has these neighbours.
+        (None, Some(release)) if own.is_none_or(|own| own == release) => {
+            usable(beside(cache, &real, release))?
+        }
+        _ => None,
+    };
+    let alone = || Parts {
+        image: path.clone(),
+        release: None,
+        config: None,
+        modules: None,
+        origin: origin.clone(),
+        leases: Leases::default(),
+    };
+    Ok(Parts { image: path.clone(), origin: origin.clone(), ..near.unwrap_or_else(alone) })
+}
+
+/// What was found beside an image; none when its modules cannot be used, for it can do without.
+fn usable(parts: Result<Parts, KernelError>) -> Result<Option<Parts>, KernelError> {
+    match parts {
+        Ok(parts) => Ok(Some(parts)),
+        Err(KernelError::Modules { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The top of the build tree that an image is in: `TOP/arch/ARCH/boot/IMAGE`, or `TOP/vmlinux`.
+fn tree_of(image: &Path) -> Option<PathBuf> {
+    let dir = image.parent()?;
+    let top = match image.file_name()?.to_str()? {
+        "bzImage" | "Image" | "Image.gz" => {
+            let arch = dir.parent()?.parent()?;
+            let placed = dir.ends_with("boot") && arch.ends_with("arch");
+            placed.then(|| arch.parent()).flatten()?
+        }
+        "vmlinux" => dir,
+        _ => return None,
+    };
+    existing([top.join("modules.order"), top.join(".config")]).map(|_| top.to_owned())
+}
+
+/// The release that a file's name or place tells: `vmlinuz-RELEASE`, `lib/modules/RELEASE/vmlinuz`.
+fn release_of(image: &Path) -> Option<&str> {
+    let name = image.file_name()?.to_str()?;
+    let release = match name {
+        "vmlinuz" => image.parent()?.file_name()?.to_str(),
+        _ => IMAGE_PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix)),
+    };
+    release.filter(|release| !release.is_empty())
+}
+
+/// The configuration and modules of a release beside its image: in the root that the image is in, or
+/// the modules that are installed here.
+fn beside(cache: &Cache, image: &Path, release: &str) -> Result<Parts, KernelError> {
+    let dir = image.parent().unwrap_or(image);
+    let in_tree = image.file_name().is_some_and(|name| name == "vmlinuz");
+    let root = match in_tree {
+        // ROOT/lib/modules/RELEASE/vmlinuz
+        true => dir.ancestors().nth(3),
+        false => dir.parent(),
+    };
+    let near = [dir.join(format!("config-{release}")), dir.join("config")];
+    let config = match (in_tree, near) {
+        (true, [_, config]) | (false, [config, _]) => existing([config]),
+    };
+    let leases = Leases::default();
+    let own = in_tree.then(|| dir.to_owned());
+    let of_root = root.into_iter().flat_map(|root| module_dirs(root, release));
+    let tree = own.into_iter().chain(of_root).find(|dir| is_tree(dir));
+    let modules = match tree {
+        Some(tree) => Some(indexed(cache, tree, image, release, &leases)?),
+        None => module_dirs(Path::new("/"), release).find(|dir| dir.join("modules.dep").is_file()),
+    };
+    let origin = Origin::File { path: image.to_owned() };
+    let release = Some(release.to_owned());
+    Ok(Parts { image: image.to_owned(), release, config, modules, origin, leases })
+}
+
+/// Whether a directory is a module tree, with an index or without one.
+fn is_tree(dir: &Path) -> bool {
+    existing([dir.join("modules.dep"), dir.join("modules.order")]).is_some()
 }
 
 /// The boot image that was built in a kernel tree, the host's architecture first.
@@ -126,11 +223,15 @@ fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, Ker
         }
         _ => None,
     };
-    let release = fs::read_to_string(path.join("include/config/kernel.release"))
-        .ok()
-        .map(|text| text.trim().to_owned());
+    let release = built_release(&path);
     let config = existing([path.join(".config")]);
     Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path }, leases })
+}
+
+/// The release that a build tree was last built for.
+fn built_release(top: &Path) -> Option<String> {
+    let text = fs::read_to_string(top.join("include/config/kernel.release")).ok()?;
+    Some(text.trim().to_owned())
 }
 
 fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
@@ -145,16 +246,7 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     };
     let leases = Leases::default();
     let modules = match module_dirs(&path, &release).find(|dir| dir.is_dir()) {
-        Some(tree) if tree.join("modules.dep").is_file() => Some(tree),
-        Some(tree) => {
-            let stamps = [tree.clone(), tree.join("modules.order"), image.clone()];
-            Some(linked_modules(cache, &tree, &stamps, &leases, |out| {
-                modules::place::tree(&tree, &out.join("lib/modules").join(&release)).map_err(
-                    |e| KernelError::cache_io("copy to the cache the modules of", &tree, e),
-                )?;
-                modules::depmod(out, &release).map_err(|e| modules_error(&tree, e))
-            })?)
-        }
+        Some(tree) => Some(indexed(cache, tree, &image, &release, &leases)?),
         None => None,
     };
     let config = configs_of(&path, &release);
@@ -162,15 +254,35 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     Ok(Parts { image, release: Some(release), config, modules, origin, leases })
 }
 
+/// A module tree where it is if it has an index, else a copy with one.
+fn indexed(
+    cache: &Cache,
+    tree: PathBuf,
+    image: &Path,
+    release: &str,
+    leases: &Leases,
+) -> Result<PathBuf, KernelError> {
+    if tree.join("modules.dep").is_file() {
+        return Ok(tree);
+    }
+    let stamps = [tree.clone(), tree.join("modules.order"), image.to_owned()];
+    linked_modules(cache, &tree, &stamps, leases, |out| {
+        modules::place::tree(&tree, &out.join("lib/modules").join(release))
+            .map_err(|e| KernelError::cache_io("copy to the cache the modules of", &tree, e))?;
+        modules::depmod(out, release).map_err(|e| modules_error(&tree, e))
+    })
+}
+
+/// How the names of boot images begin, before their release.
+const IMAGE_PREFIXES: [&str; 3] = ["vmlinuz-", "vmlinux-", "Image-"];
+
 /// The boot images below a root directory, with the releases that their names tell.
 pub(crate) fn images_in(root: &Path) -> Vec<(String, PathBuf)> {
     let mut images: Vec<(String, PathBuf)> = Vec::new();
     let list = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
     for item in list(root.join("boot")) {
         let name = item.file_name();
-        let release = ["vmlinuz-", "vmlinux-", "Image-"]
-            .iter()
-            .find_map(|prefix| name.to_str()?.strip_prefix(prefix));
+        let release = IMAGE_PREFIXES.iter().find_map(|prefix| name.to_str()?.strip_prefix(prefix));
         if let Some(release) = release.filter(|_| item.path().is_file()) {
             images.push((release.to_owned(), item.path()));
         }

@@ -159,3 +159,35 @@ fn threads_that_mark_a_suite_do_not_disturb_each_other() {
     assert_eq!(fs::read_to_string(&mark).unwrap(), "a-key");
     assert_eq!(fs::read_dir(mark.parent().unwrap()).unwrap().count(), 1);
 }
+
+#[test]
+fn the_default_is_the_first_that_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KernelStore::open(Cache::at(dir.path().join("cache")));
+    for release in ["6.1.1-a", "6.6.1-b", "6.12.1-c"] {
+        let deb = DebBuilder::new(&format!("linux-image-{release}"), "1")
+            .file(&format!("./boot/vmlinuz-{release}"), &bzimage(release))
+            .write(dir.path());
+        store.resolve(&path_spec(&deb), &Silent).unwrap();
+    }
+    let running =
+        || store.resolve(&path_spec(&dir.path().join("linux-image-6.1.1-a_1_amd64.deb")), &Silent);
+    let default = |refused: &[&str]| {
+        let fits = |kernel: &Kernel| match refused.contains(&kernel.release.as_str()) {
+            true => Err("it lacks CONFIG_9P_FS".to_owned()),
+            false => Ok(()),
+        };
+        let notes = Notes::default();
+        let kernel = store.default_of("6.1.1-a", running(), &fits, &notes).unwrap();
+        (kernel.release, notes.0.into_inner().unwrap())
+    };
+    let (release, notes) = default(&[]);
+    assert_eq!((release.as_str(), notes.len()), ("6.1.1-a", 1));
+    assert!(notes[0].contains("using the running one"), "{notes:?}");
+    let (release, notes) = default(&["6.1.1-a"]);
+    assert_eq!((release.as_str(), notes.len()), ("6.12.1-c", 1));
+    assert!(notes[0].contains("because it lacks CONFIG_9P_FS: using 6.12.1-c"), "{notes:?}");
+    let (release, notes) = default(&["6.1.1-a", "6.12.1-c"]);
+    assert_eq!((release.as_str(), notes.len()), ("6.6.1-b", 2));
+    assert!(notes[0].starts_with("passing over deb-"), "{notes:?}");
+}

@@ -1,65 +1,109 @@
 use super::*;
-use vmlab_artifacts::features::ModuleNames;
-use vmlab_artifacts::kconfig::KernelConfig;
-
 const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
-const ALL_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
+
+/// What is wanted of any kernel.
+const BASE_BUILT_IN: &str = "CONFIG_BLK_DEV_INITRD=y\nCONFIG_BINFMT_ELF=y\nCONFIG_DEVTMPFS=y\n\
+    CONFIG_TMPFS=y\nCONFIG_PROC_FS=y\nCONFIG_SYSFS=y\nCONFIG_PCI=y\n";
+const DRIVERS_BUILT_IN: &str = "CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\nCONFIG_9P_FS=y\n\
     CONFIG_NET_9P_VIRTIO=y\nCONFIG_OVERLAY_FS=y\n";
 
-fn features(config: &str) -> Features {
-    Features::of(Some(&KernelConfig::parse(config)), None)
+/// The way of a kernel with this configuration and these modules.
+fn way(
+    config: &str,
+    dep: Option<&str>,
+    needs: Needs,
+) -> Result<(Vec<&'static str>, AgentChannel), Lacking> {
+    let config = KernelConfig::parse(config);
+    let modules = dep.map(|dep| ModuleNames::parse(dep, ""));
+    way_to_root(&Known { config: Some(&config), modules }, needs)
+}
+
+fn all_built_in() -> String {
+    [BASE_BUILT_IN, DRIVERS_BUILT_IN].concat()
 }
 
 #[test]
 fn built_in_drivers_need_no_modules() {
-    let Ok((modules, channel)) = way_to_root(&features(ALL_BUILT_IN), NEEDS) else {
-        panic!("refused");
-    };
+    let (modules, channel) = way(&all_built_in(), None, NEEDS).unwrap();
     assert!(modules.is_empty());
     assert_eq!(channel, AgentChannel::Virtio);
 }
 
 #[test]
 fn without_a_virtio_console_the_serial_port_serves() {
-    let config = ALL_BUILT_IN.replace("CONFIG_VIRTIO_CONSOLE=y", "");
-    let Ok((_, channel)) = way_to_root(&features(&config), NEEDS) else { panic!("refused") };
-    assert_eq!(channel, AgentChannel::Serial);
+    let config = all_built_in().replace("CONFIG_VIRTIO_CONSOLE=y", "");
+    assert_eq!(way(&config, None, NEEDS).unwrap().1, AgentChannel::Serial);
 }
 
 #[test]
-fn what_is_missing_is_named() {
-    for (option, needs) in [
-        ("CONFIG_9P_FS", NEEDS),
-        ("CONFIG_NET_9P_VIRTIO", NEEDS),
-        ("CONFIG_VIRTIO_PCI", NEEDS),
-        ("CONFIG_OVERLAY_FS", NEEDS),
-        ("CONFIG_VIRTIO_NET", Needs { network: true, ..NEEDS }),
+fn exactly_what_is_missing_is_named() {
+    for (options, needs, purpose) in [
+        (&["CONFIG_9P_FS"] as &[_], NEEDS, "mount the host's files"),
+        (&["CONFIG_NET_9P_VIRTIO"], NEEDS, "mount the host's files"),
+        (&["CONFIG_9P_FS", "CONFIG_NET_9P_VIRTIO"], NEEDS, "mount the host's files"),
+        (&["CONFIG_VIRTIO_PCI"], NEEDS, "reach the host's files"),
+        (&["CONFIG_OVERLAY_FS"], NEEDS, "lay a writable layer over its root"),
+        (&["CONFIG_VIRTIO_NET"], Needs { network: true, ..NEEDS }, "reach the network"),
+        (&["CONFIG_BLK_DEV_INITRD"], NEEDS, "run the agent"),
+        (&["CONFIG_BINFMT_ELF"], NEEDS, "run the agent"),
+        (&["CONFIG_DEVTMPFS", "CONFIG_TMPFS"], NEEDS, "run the agent"),
+        (&["CONFIG_PROC_FS", "CONFIG_SYSFS"], NEEDS, "run the agent"),
+        (&["CONFIG_PCI", "CONFIG_VIRTIO_PCI", "CONFIG_9P_FS"], NEEDS, "do what this run needs"),
     ] {
-        let config = ALL_BUILT_IN.replace(&format!("{option}=y"), "");
-        let Err(lack) = way_to_root(&features(&config), needs) else { panic!("{option}") };
-        assert!(lack.missing.iter().any(|missing| missing == option), "{option}");
+        let mut config = all_built_in();
+        for option in options {
+            config = config.replace(&format!("{option}=y"), &format!("# {option} is not set"));
+        }
+        let lacking = way(&config, None, needs).unwrap_err();
+        assert_eq!(lacking.missing, options);
+        assert_eq!(lacking.purpose, purpose, "{options:?}");
     }
-    let config = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-    let without = Needs { overlay: false, ..NEEDS };
-    assert!(way_to_root(&features(&config), without).is_ok());
+    let config = all_built_in().replace("CONFIG_OVERLAY_FS=y", "");
+    assert!(way(&config, None, Needs { overlay: false, ..NEEDS }).is_ok());
+    // A kernel with nothing set lacks everything, and is told all at once.
+    let lacking = way("", None, NEEDS).unwrap_err();
+    let drivers =
+        ["CONFIG_VIRTIO_PCI", "CONFIG_9P_FS", "CONFIG_NET_9P_VIRTIO", "CONFIG_OVERLAY_FS"];
+    assert_eq!(lacking.missing, [BASE.as_slice(), &drivers].concat());
+}
+
+#[test]
+fn a_module_without_a_tree_is_told_from_an_option_that_is_not_set() {
+    let config = all_built_in().replace("9P_FS=y", "9P_FS=m");
+    let lacking = way(&config, None, NEEDS).unwrap_err();
+    assert_eq!(lacking.missing, ["CONFIG_9P_FS (a module, and no modules are known)"]);
+    assert!(lacking.hint.contains("give its package"), "{}", lacking.hint);
+    let lacking = way(&config, Some("kernel/net/9p/9pnet.ko:\n"), NEEDS).unwrap_err();
+    assert_eq!(lacking.missing, ["CONFIG_9P_FS (a module that the module tree does not have)"]);
+    assert!(!lacking.hint.contains("give its package"), "{}", lacking.hint);
+    let (modules, _) = way(&config, Some("kernel/fs/9p/9p.ko:\n"), NEEDS).unwrap();
+    assert!(modules.contains(&"9p"), "{modules:?}");
+}
+
+#[test]
+fn a_kernel_that_will_be_silent_is_noted() {
+    let config = KernelConfig::parse(all_built_in());
+    let silence = |config| Known { config, modules: None }.silence();
+    assert!(silence(Some(&config)).unwrap().contains("CONFIG_SERIAL_8250_CONSOLE"));
+    let config = KernelConfig::parse("CONFIG_SERIAL_8250_CONSOLE=y\n");
+    assert_eq!(silence(Some(&config)), None);
+    assert_eq!(silence(None), None);
 }
 
 #[test]
 fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
     let place = Needs { overlay: false, modules_place: true, ..NEEDS };
-    let modular = ALL_BUILT_IN.replace("OVERLAY_FS=y", "OVERLAY_FS=m");
-    let tree = ModuleNames::parse("kernel/fs/overlayfs/overlay.ko:\n", "");
-    let modular = Features::of(Some(&KernelConfig::parse(&modular)), Some(&tree));
-    let Ok((modules, _)) = way_to_root(&modular, place) else { panic!("refused") };
+    let modular = all_built_in().replace("OVERLAY_FS=y", "OVERLAY_FS=m");
+    let dep = "kernel/fs/overlayfs/overlay.ko:\n";
+    let (modules, _) = way(&modular, Some(dep), place).unwrap();
     assert_eq!(modules, ["overlay"]);
-    let absent = ALL_BUILT_IN.replace("CONFIG_OVERLAY_FS=y", "");
-    assert!(way_to_root(&features(&absent), place).is_ok());
+    let absent = all_built_in().replace("CONFIG_OVERLAY_FS=y", "");
+    assert!(way(&absent, None, place).is_ok());
 }
 
 #[test]
 fn a_kernel_that_says_nothing_is_tried() {
-    let unknown = Features::of(None, None);
-    assert!(way_to_root(&unknown, NEEDS).is_ok());
+    assert!(way_to_root(&Known { config: None, modules: None }, NEEDS).is_ok());
 }
 
 #[test]

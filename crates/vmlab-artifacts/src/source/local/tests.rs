@@ -181,3 +181,74 @@ fn only_the_cache_is_advised_to_be_moved() {
     let error = KernelError::cache_io("unpack to", dir.path(), full);
     assert!(error.to_string().contains(crate::cache::CACHE_DIR_ENV), "{error}");
 }
+
+/// The kernel of one image, as `-k PATH` finds it.
+fn image_at(dir: &Path, path: &str) -> Kernel {
+    let cache = Cache::at(dir.join("cache"));
+    at_path(&cache, "s".to_owned(), &dir.join(path)).unwrap()
+}
+
+#[test]
+fn an_image_in_a_build_tree_has_its_configuration_and_modules() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "linux/arch/x86/boot/bzImage", bzimage(RELEASE));
+    put(dir.path(), "linux/.config", "CONFIG_OVERLAY_FS=m\nCONFIG_VIRTIO_FS=y\n");
+    put(dir.path(), "linux/include/config/kernel.release", format!("{RELEASE}\n"));
+    put(dir.path(), "linux/modules.order", "fs/overlay.o\n");
+    put(dir.path(), "linux/modules.builtin", "");
+    let path = "linux/arch/x86/boot/bzImage";
+    // Modules that cannot be used leave the image alone.
+    assert_eq!(image_at(dir.path(), path).modules, None);
+    // The smallest ELF file that depmod takes for a module.
+    let mut module = vec![0; 64];
+    module[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    module[16] = 1;
+    module[18] = 62;
+    module[20] = 1;
+    module[52] = 64;
+    module[58] = 64;
+    put(dir.path(), "linux/fs/overlay.ko", module);
+    let kernel = image_at(dir.path(), path);
+    assert_eq!(kernel.boot_image, dir.path().join(path));
+    assert!(matches!(kernel.origin, Origin::File { .. }));
+    let file = fs::canonicalize(dir.path().join("linux/.config")).unwrap();
+    assert_eq!(kernel.config_source, Some(ConfigSource::File(file)));
+    let features = kernel.features().unwrap();
+    assert_eq!(features.get(Feature::Virtiofs), Availability::BuiltIn);
+    assert_eq!(features.get(Feature::Overlay), Availability::Module);
+    // Through a link from elsewhere, too.
+    std::os::unix::fs::symlink(path, dir.path().join("link")).unwrap();
+    assert!(image_at(dir.path(), "link").modules.is_some());
+    // An image of another build than the tree's last one has nothing of it.
+    put(dir.path(), path, bzimage("6.12.1-other"));
+    assert_eq!(image_at(dir.path(), path).modules, None);
+    assert_eq!(image_at(dir.path(), path).config, None);
+}
+
+#[test]
+fn an_installed_image_given_by_its_path_has_what_lies_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    host(dir.path());
+    let root = fs::canonicalize(dir.path()).unwrap();
+    let path = format!("boot/vmlinuz-{RELEASE}");
+    let kernel = image_at(dir.path(), &path);
+    assert_eq!(kernel.release, RELEASE);
+    assert_eq!(kernel.modules, Some(root.join(format!("lib/modules/{RELEASE}"))));
+    assert_eq!(kernel.features().unwrap().get(Feature::NineP), Availability::Module);
+    // A name that the image contradicts is none.
+    put(dir.path(), &path, bzimage("6.12.1-other"));
+    let other = image_at(dir.path(), &path);
+    assert_eq!((other.modules.is_some(), other.config.is_some()), (false, false));
+}
+
+#[test]
+fn an_image_among_its_modules_has_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = format!("usr/lib/modules/{RELEASE}");
+    put(dir.path(), &format!("{tree}/vmlinuz"), bzimage(RELEASE));
+    put(dir.path(), &format!("{tree}/config"), "CONFIG_9P_FS=y\n");
+    put(dir.path(), &format!("{tree}/modules.dep"), "");
+    let kernel = image_at(dir.path(), &format!("{tree}/vmlinuz"));
+    assert_eq!(kernel.modules, Some(fs::canonicalize(dir.path()).unwrap().join(&tree)));
+    assert_eq!(kernel.config.unwrap().value("CONFIG_9P_FS"), Some("y"));
+}
