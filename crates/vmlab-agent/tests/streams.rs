@@ -137,3 +137,28 @@ fn a_command_that_does_not_start_has_no_streams() {
     let failed: Vec<_> = events.iter().filter_map(failed).collect();
     assert_eq!(failed, commands.iter().map(|exec| exec.process).collect::<Vec<_>>());
 }
+
+/// What a terminal was written comes through a work queue of the kernel, so that it may be on its way
+/// still when the command has ended.
+#[test]
+fn the_last_output_of_a_terminal_comes_before_the_exit() {
+    let mut agent = Agent::start();
+    let terminal = ExecStdio::Terminal(TerminalSize { rows: 24, columns: 80 });
+    for round in 0..300 {
+        // A child that stays must not hold the end up, as it holds the terminal.
+        let script = "sleep 5 & printf 'some\nlast words\n'";
+        let exec = Exec { process: ProcessId(round), stdio: terminal.clone(), ..sh(script) };
+        agent.host.start(&exec);
+        let mut seen = Vec::new();
+        loop {
+            match agent.host.next().expect("the agent goes on") {
+                Event::Data(_, bytes) => seen.extend(bytes),
+                Event::Message(GuestMessage::Exited(process, _)) if process == exec.process => {
+                    break;
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(String::from_utf8_lossy(&seen), "some\r\nlast words\r\n", "round {round}");
+    }
+}

@@ -77,7 +77,7 @@ impl Output {
             Err(Errno::INTR) => Pumped::Bytes,
             Err(Errno::AGAIN) => {
                 self.ready = false;
-                if self.owed.is_some() {
+                if self.owed.is_some() && !self.terminal {
                     self.owed = Some(0);
                 }
                 Pumped::Nothing
@@ -89,8 +89,9 @@ impl Output {
 
     /// The command has ended: what it has written by now is still to be sent.
     pub(crate) fn command_ended(&mut self) {
-        // How much a terminal holds cannot be asked, but nothing more is written to it: the kernel
-        // hangs it up when its session leader ends. It is drained until a read finds nothing.
+        // How much a terminal holds cannot be asked, and a read that finds nothing proves nothing:
+        // what was written comes through a work queue of the kernel. But the kernel hangs it up when
+        // its session leader ends, and all has come when that is read.
         self.owed = Some(match rustix::io::ioctl_fionread(&self.fd) {
             Ok(bytes) if !self.terminal => bytes,
             _ => u64::MAX,
