@@ -4,6 +4,7 @@
 mod common;
 
 use common::{DEBIAN_6_12, Site, kernel, vmlab_bin};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Two boots, the inner one under an emulated hypervisor.
@@ -12,13 +13,24 @@ const PATIENCE: Duration = Duration::from_secs(400);
 #[test]
 fn a_real_kvm_is_found_and_used() {
     let site = Site::new();
-    let inner = vmlab_bin();
     let kernel = kernel(DEBIAN_6_12);
+    let inspected = site.vmlab(["kernel", "inspect", kernel, "--json"]).output();
+    let inspected: serde_json::Value =
+        serde_json::from_slice(&inspected.expect_code(0).stdout).expect("JSON");
+    // CACHE/kernels/KEY/boot/vmlinuz-RELEASE
+    let image = PathBuf::from(inspected["kernel"]["boot_image"].as_str().expect("a path"));
+    let cache = image.ancestors().nth(4).expect("the cache").display();
+    // The program and the cache may be where the guest has directories of its own, or where the
+    // guest's root may not go.
+    let program = vmlab_bin();
+    let bin = program.parent().expect("it is in a directory").display();
+    let shares = [format!("{bin}:/mnt/bin:ro"), format!("{cache}:/mnt/cache")];
     let script = format!(
-        "'{bin}' run --json report.json -m 512 -k {kernel} -- uname -r && '{bin}' doctor --json",
-        bin = inner.display()
+        "export VMLAB_CACHE_DIR=/mnt/cache; /mnt/bin/vmlab run --json report.json -m 512 -k {kernel} \
+         -- uname -r && /mnt/bin/vmlab doctor --json"
     );
-    let options = ["--accel", "tcg", "-m", "3G", "--module", "kvm-amd"];
+    let mut options = vec!["--accel", "tcg", "-m", "3G", "--module", "kvm-amd"];
+    options.extend(shares.iter().flat_map(|share| ["--share", share]));
     let outcome = site.sh(&options, &script).patience(PATIENCE).output();
     outcome.expect_code(0);
     let (release, doctor) = outcome
