@@ -552,11 +552,11 @@ impl PreparedVm {
     }
 
     /// As [`start`](Self::start), and gives the machine to `started` as soon as it runs: to watch its
-    /// console, or to end it while it boots.
+    /// console, or to end it while it boots. In rare cases a machine is started a second time.
     ///
     /// # Errors
     /// When the VM does not start, or the guest does not come up.
-    pub fn start_watched(self, started: impl FnOnce(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
+    pub fn start_watched(self, started: impl Fn(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
         Vm::start(self, started)
     }
 

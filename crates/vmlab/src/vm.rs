@@ -11,8 +11,8 @@ use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
 use crate::builder::{PreparedVm, VmBuilder};
-use crate::config::VmConfig;
-use crate::error::Evidence;
+use crate::config::{Accel, VmConfig};
+use crate::error::{ErrorClass, Evidence};
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, StartOptions, VmHandle};
 use crate::report::{GuestBoot, GuestStep, Phase, Report, Timeline};
@@ -35,6 +35,12 @@ const STOP_TIME: Duration = Duration::from_secs(30);
 /// Why a driver may be missing that the kernel was built with.
 const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
     package, the directory that it was unpacked to or its build tree, not the image alone";
+
+/// QEMU before 8.1 now and then executes code that the guest's kernel has meanwhile patched: about one
+/// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
+/// kernel under test, so it is booted once more, and the user is told.
+const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
+    KVM; it is booted once more";
 
 /// Lines of the console that are shown with a failure.
 const TAIL_LINES: usize = 25;
@@ -80,37 +86,22 @@ impl Vm {
 
     pub(crate) fn start(
         prepared: PreparedVm,
-        started: impl FnOnce(&Arc<dyn VmHandle>),
+        started: impl Fn(&Arc<dyn VmHandle>),
     ) -> Result<Self, Error> {
         let mut timeline = prepared.timeline.clone();
         let prospect = prepared.report();
         prepared.progress.phase(Phase::Boot.name());
-        let run_dir = RunDir::create()?;
-        let now = Instant::now();
-        let options = StartOptions {
-            log_dir: run_dir.path().to_owned(),
-            // A limit beyond what the clock can count is none.
-            deadline: prepared.timeout.and_then(|timeout| now.checked_add(timeout)),
-        };
-        let handle = prepared.hypervisor.start(&prepared.config, options)?;
-        started(&handle);
-        let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since: now };
-        let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
-        let connection = Connection::open(channel).map_err(|source| Error::Io {
-            what: "open",
-            path: "the channel to the agent".into(),
-            source,
-            hint: "",
-        })?;
-        let outcome = starting.wait(&connection, &mut timeline, &prepared);
-        let (ready, setup) = match outcome {
-            Ok(outcome) => outcome,
-            Err(error) => {
-                connection.close();
-                handle.kill(ExitReason::Killed);
-                return Err(error);
+        // A limit beyond what the clock can count is none.
+        let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let booted = match Booted::new(&prepared, &started, deadline, &mut timeline) {
+            Err(failure) if failure.stale_code && prepared.config.accel == Accel::Tcg => {
+                prepared.progress.note(STALE_CODE);
+                Booted::new(&prepared, &started, deadline, &mut timeline)
             }
+            other => other,
         };
+        let Booted { handle, connection, ready, setup, run_dir } =
+            booted.map_err(|failure| failure.error)?;
         Ok(Self {
             handle,
             connection,
@@ -237,6 +228,62 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.connection.close();
         self.handle.kill(ExitReason::Killed);
+    }
+}
+
+/// A machine whose guest is ready for commands.
+struct Booted {
+    handle: Arc<dyn VmHandle>,
+    connection: Arc<Connection>,
+    ready: Ready,
+    setup: SetupReport,
+    run_dir: RunDir,
+}
+
+/// A boot that failed.
+struct BootFailure {
+    error: Error,
+    /// The guest panicked over a breakpoint that is not there: see [`STALE_CODE`].
+    stale_code: bool,
+}
+
+impl From<Error> for BootFailure {
+    fn from(error: Error) -> Self {
+        Self { error, stale_code: false }
+    }
+}
+
+impl Booted {
+    fn new(
+        prepared: &PreparedVm,
+        started: &impl Fn(&Arc<dyn VmHandle>),
+        deadline: Option<Instant>,
+        timeline: &mut Timeline,
+    ) -> Result<Self, BootFailure> {
+        let run_dir = RunDir::create()?;
+        let since = Instant::now();
+        let options = StartOptions { log_dir: run_dir.path().to_owned(), deadline };
+        let handle =
+            prepared.hypervisor.start(&prepared.config, options).map_err(Error::Hypervisor)?;
+        started(&handle);
+        let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since };
+        let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
+        let connection = Connection::open(channel).map_err(|source| Error::Io {
+            what: "open",
+            path: "the channel to the agent".into(),
+            source,
+            hint: "",
+        })?;
+        match starting.wait(&connection, timeline, prepared) {
+            Ok((ready, setup)) => Ok(Self { handle, connection, ready, setup, run_dir }),
+            Err(error) => {
+                connection.close();
+                handle.kill(ExitReason::Killed);
+                let panicked = error.class() == ErrorClass::GuestPanic;
+                let stale_code = panicked && handle.serial().stopped_at_a_breakpoint();
+                Err(BootFailure { error, stale_code })
+            }
+        }
     }
 }
 

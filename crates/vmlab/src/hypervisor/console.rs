@@ -116,6 +116,11 @@ impl SerialConsole {
         self.lock().restart
     }
 
+    /// Whether the first such report is of a breakpoint that the kernel does not know.
+    pub(crate) fn stopped_at_a_breakpoint(&self) -> bool {
+        self.lock().oops.as_ref().is_some_and(|(_, line)| line.contains(BREAKPOINT))
+    }
+
     /// When the guest's first byte came.
     pub fn first_byte(&self) -> Option<Instant> {
         self.lock().first_byte
@@ -187,8 +192,12 @@ const PANIC: &str = "Kernel panic - not syncing: ";
 const RESTARTS: [&str; 3] =
     ["reboot: Restarting system", "reboot: machine restart", "sysrq: Resetting"];
 
+/// How the kernel reports that it ran into a breakpoint that it does not know.
+const BREAKPOINT: &str = "int3: 0000 [#";
+
 /// How the kernel begins a report about damage to itself.
-const OOPSES: [&str; 6] = [
+const OOPSES: [&str; 7] = [
+    BREAKPOINT,
     "BUG: unable to handle",
     "BUG: kernel NULL pointer dereference",
     "Oops: ",
@@ -259,6 +268,19 @@ mod tests {
         console.take(b"BUG: kernel NULL pointer dereference, address: 0\nOops: 0002 [#1]\n");
         assert!(console.oops().unwrap().1.starts_with("BUG: kernel NULL"));
         assert_eq!(console.panic_message(), None);
+    }
+
+    #[test]
+    fn breakpoints_are_told_from_other_reports() {
+        for (line, stale) in [
+            ("[    1.6] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", true),
+            ("[    1.6] int3: 0000 [#1] PREEMPT SMP\n", true),
+            ("[    1.6] Oops: 0002 [#1]\n[    1.6] int3: 0000 [#2] SMP\n", false),
+        ] {
+            let (console, _dir) = console();
+            console.take(line.as_bytes());
+            assert_eq!(console.stopped_at_a_breakpoint(), stale, "{line}");
+        }
     }
 
     #[test]
