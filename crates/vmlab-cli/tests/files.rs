@@ -247,7 +247,7 @@ fn a_read_only_root_refuses_writes() {
 /// A root with busybox and nothing else.
 fn small_root(dir: &Path) {
     let busybox = need("busybox", "busybox-static");
-    for name in ["bin", "dev", "etc", "proc", "run", "sys", "tmp", "work"] {
+    for name in ["bin", "dev", "etc", "proc", "run", "sys", "tmp", "job"] {
         std::fs::create_dir_all(dir.join(name)).unwrap();
     }
     std::fs::copy(busybox, dir.join("bin/busybox")).unwrap();
@@ -264,10 +264,10 @@ fn another_root_is_kept_or_written_as_asked() {
     let site = Site::new();
     let root = site.path().join("root");
     small_root(&root);
-    let share = format!("{}:/work", site.cwd().display());
+    let share = format!("{}:/job", site.cwd().display());
     let root_text = root.display().to_string();
-    let script = "cd /; echo kept > new; cat new; cat /work/input; id -u; id -G; \
-                  echo output > /work/output; ls /etc";
+    let script = "cd /; echo kept > new; cat new; cat /job/input; id -u; id -G; \
+                  echo output > /job/output; ls /etc";
     for root_mode in ["overlay", "ro", "rw"] {
         write(&site.cwd().join("input"), root_mode);
         let options = [
