@@ -6,15 +6,12 @@
 # busybox that powers off at once. vmlab mounts the host's root as well and runs a command on it.
 set -euo pipefail
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=scripts/lib.sh
-. "$repo/scripts/lib.sh"
-cd "$repo"
+# shellcheck source=bench/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 runs=${RUNS:-20}
 memory=512
 kernel=debian:6.12
-results=$repo/bench/results/boot.md
 wanted=0.8
 
 need_toolchain
@@ -22,11 +19,6 @@ need_vmlab
 need hyperfine hyperfine
 need busybox-static /bin/busybox
 install_needed
-
-work=$(mktemp -d /tmp/vmlab-bench.XXXXXX)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 cargo build --release --locked --quiet
 vmlab=$(target_dir)/release/vmlab
@@ -82,15 +74,11 @@ row() {
         "$(head -n 1 <<<"$list")" "$(tail -n 1 <<<"$list")" "$(wc -l <<<"$list")"
 }
 ratio=$(awk -v a="$(times vmlab | median)" -v b="$(times bare | median)" 'BEGIN { printf "%.2f", a / b }')
-commit=$(git rev-parse --short HEAD)
-git diff --quiet HEAD -- . ':!bench/results' || commit="$commit, with changes"
-cpu=$(sed -nE 's/^model name\s*: //p' /proc/cpuinfo | head -n 1)
-qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
 
 {
-    echo "## $(date -u +'%Y-%m-%d %H:%M') UTC, commit $commit"
+    heading
     echo
-    echo "$(nproc) CPUs ($cpu), QEMU $qemu, guest kernel $release, $memory MB, one vCPU, TCG; load average $load before."
+    echo "$(machine), guest kernel $release, $memory MB, one vCPU, TCG; load average $load before."
     echo
     echo "| whole process | median | fastest | slowest | runs |"
     echo "|---|---|---|---|---|"
@@ -99,12 +87,4 @@ qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
     echo
     echo "vmlab / bare QEMU: **$ratio** (wanted: at most $wanted)."
     echo
-} >"$work/table"
-{
-    sed -n '1,/^<!-- newest first -->$/p' "$results"
-    echo
-    cat "$work/table"
-    sed '1,/^<!-- newest first -->$/d' "$results" | sed '/./,$!d'
-} >"$work/boot.md"
-cp "$work/boot.md" "$results"
-cat "$work/table"
+} | publish boot

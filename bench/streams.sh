@@ -7,13 +7,10 @@
 # process on the host, and of the agent in the guest.
 set -euo pipefail
 
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=scripts/lib.sh
-. "$repo/scripts/lib.sh"
-cd "$repo"
+# shellcheck source=bench/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 kernel=debian:6.12
-results=$repo/bench/results/streams.md
 wanted=100 # MB/s
 size=$((1024 * 1024 * 1024))
 
@@ -21,11 +18,6 @@ need_toolchain
 need_vmlab
 need python3 python3
 install_needed
-
-work=$(mktemp -d /tmp/vmlab-bench.XXXXXX)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 if [ -z "${VMLAB_BIN:-}" ]; then
     cargo build --release --locked --quiet
@@ -87,15 +79,10 @@ for direction in stdout stderr stdin; do
     if [ -z "$slowest" ] || [ "$speed" -lt "$slowest" ]; then slowest=$speed; fi
 done
 
-commit=$(git rev-parse --short HEAD)
-git diff --quiet HEAD -- . ':!bench/results' || commit="$commit, with changes"
-cpu=$(sed -nE 's/^model name\s*: //p' /proc/cpuinfo | head -n 1)
-qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
-
 {
-    echo "## $(date -u +'%Y-%m-%d %H:%M') UTC, commit $commit"
+    heading
     echo
-    echo "$(nproc) CPUs ($cpu), QEMU $qemu, $kernel, one vCPU, TCG; load average $load before."
+    echo "$(machine), $kernel, one vCPU, TCG; load average $load before."
     echo
     echo "| 1 GiB of zeros over | speed | vmlab's memory | the agent's memory |"
     echo "|---|---|---|---|"
@@ -103,12 +90,4 @@ qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
     echo
     echo "The slowest: **$slowest MB/s** (wanted: at least $wanted for stdout)."
     echo
-} >"$work/table"
-{
-    sed -n '1,/^<!-- newest first -->$/p' "$results"
-    echo
-    cat "$work/table"
-    sed '1,/^<!-- newest first -->$/d' "$results" | sed '/./,$!d'
-} >"$work/streams.md"
-cp "$work/streams.md" "$results"
-cat "$work/table"
+} | publish streams

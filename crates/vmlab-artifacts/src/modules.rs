@@ -14,7 +14,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 pub use build_tree::tree_from_build;
-pub use depmod::{depmod, find_depmod};
+pub use depmod::depmod;
 
 use crate::compress::{self, CompressError, Compression, Limit};
 use crate::kconfig::Tristate;

@@ -136,7 +136,7 @@ pub(crate) struct VmArgs {
     /// Set an environment variable
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub(crate) env: Vec<OsString>,
-    /// End everything after this time: 90s, 5m, 1h; a number alone is seconds
+    /// End the VM, and all that runs in it, after this time: 90s, 5m, 1h; a number alone is seconds
     #[arg(long, value_name = "TIME")]
     pub(crate) timeout: Option<String>,
     /// How long the guest may take to come up

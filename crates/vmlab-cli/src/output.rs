@@ -30,13 +30,16 @@ pub(crate) fn error(error: &anyhow::Error) {
     }
     note(&text);
     let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else { return };
-    if evidence.tail.is_empty() {
-        note("the guest wrote nothing to its console");
-    } else {
+    if !evidence.tail.is_empty() {
         note("the console's last lines:");
         for line in evidence.tail.lines() {
             let _ = writeln!(io::stderr().lock(), "  | {line}");
         }
     }
-    note(&format!("the whole console: {}", evidence.log.display()));
+    let empty = evidence.log.metadata().is_ok_and(|log| log.len() == 0);
+    if empty {
+        note("the guest wrote nothing to its console");
+    } else {
+        note(&format!("the whole console: {}", evidence.log.display()));
+    }
 }

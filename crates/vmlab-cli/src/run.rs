@@ -21,7 +21,17 @@ use crate::request::{Request, Verbosity};
 use crate::signals::SignalThread;
 use crate::stdio::unbuffered;
 
-/// What is written for `--json`: one entry a kernel.
+/// The version of what `--json` writes; it rises when something that was there changes or goes.
+const JSON_VERSION: u32 = 1;
+
+/// What is written for `--json`.
+#[derive(Debug, Serialize)]
+struct Outcomes {
+    version: u32,
+    /// One a kernel, in their order.
+    runs: Vec<Outcome>,
+}
+
 #[derive(Debug, Serialize)]
 struct Outcome {
     kernel: Option<String>,
@@ -86,6 +96,7 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
         }
     }
     if let (Some(mut file), Some(path)) = (json, &request.json) {
+        let outcomes = Outcomes { version: JSON_VERSION, runs: outcomes };
         let json = serde_json::to_vec_pretty(&outcomes)?;
         file.write_all(&json).with_context(|| unwritable(path))?;
     }
@@ -189,11 +200,13 @@ fn to_the_end(
     let status = status?;
     stopped?;
     if status.oom_kills() > 0 {
-        display.note(&format!(
+        let text = format!(
             "the guest ran out of memory and killed {} process(es); it has {}, --memory gives it more",
             status.oom_kills(),
             vm.config().memory
-        ));
+        );
+        // Of a command that failed it is the cause, which -q does not keep back.
+        if status.success() { display.note(&text) } else { output::note(&text) }
     }
     Ok(status)
 }
@@ -211,7 +224,7 @@ fn dry_run(prepared: &PreparedVm) -> Result<()> {
     let mut text = serde_json::to_string_pretty(prepared.config())?;
     text.push('\n');
     for word in prepared.command_line() {
-        text.push_str(&quoted(&word));
+        text.push_str(&quoted(&word.to_string_lossy()));
         text.push(' ');
     }
     text.push('\n');

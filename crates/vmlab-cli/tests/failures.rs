@@ -47,6 +47,29 @@ fn a_kernel_panic() {
 }
 
 #[test]
+fn a_panic_that_the_guest_stays_in() {
+    let site = Site::new();
+    let script = "echo 0 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger; sleep 1000";
+    let message = "vmlab: error: the guest's kernel panicked: sysrq triggered crash\n";
+    let outcome = fail(site.sh(&[], script), 123, &[message]);
+    assert_names_the_log(&site, &outcome);
+    // With the kernel's own word for it on the command line, it may stay: for a debugger.
+    let site = Site::new();
+    let options = ["--append", "panic=0", "--timeout", "30s"];
+    fail(site.sh(&options, script), 123, &[message]);
+}
+
+#[test]
+fn a_guest_that_cannot_be_made_ready() {
+    let site = Site::new();
+    let run = site.run(&["--module", "no-such-module"], ["true"]);
+    let outcome = fail(run, 125, &["no-such-module", "vmlab: the whole console: "]);
+    // What the kernel said while it booted explains nothing; mounting the root says a line.
+    let shown = outcome.stderr_text().lines().filter(|line| line.starts_with("  | ")).count();
+    assert!(shown <= 2, "{}", outcome.stderr_text());
+}
+
+#[test]
 fn a_panic_before_the_agent_is_up() {
     let site = Site::new();
     let run = site.run(&["--append", "rdinit=/nonexistent"], ["true"]);
@@ -118,7 +141,8 @@ fn a_triple_fault() {
 #[test]
 fn a_command_that_needs_more_memory_than_there_is() {
     let site = Site::new();
-    let arguments = ["run", "-k", common::kernel(common::DEBIAN_6_12), "-m", "256M", "--"];
+    // Not even -q keeps the cause of a failure back.
+    let arguments = ["run", "-q", "-k", common::kernel(common::DEBIAN_6_12), "-m", "256M", "--"];
     let command = arguments.iter().chain(&["tail", "/dev/zero"]);
     let wanted = "vmlab: the guest ran out of memory and killed 1 process(es); it has 256 MiB, \
                   --memory gives it more\n";

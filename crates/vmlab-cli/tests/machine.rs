@@ -57,7 +57,7 @@ fn memory_cpus_and_arguments_arrive() {
     assert!(facts.text("virtio").lines().any(|id| id == "0x0004"), "{facts:?}");
     let report = std::fs::read(site.cwd().join("report.json")).unwrap();
     let report: Value = serde_json::from_slice(&report).unwrap();
-    let report = &report[0]["report"];
+    let report = &report["runs"][0]["report"];
     assert_eq!(report["accel"], "tcg");
     assert_eq!(report["machine"], "microvm");
     assert_eq!(report["cpus"], 2);

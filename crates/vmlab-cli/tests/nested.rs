@@ -41,7 +41,7 @@ fn a_real_kvm_is_found_and_used() {
     assert!(release.starts_with("6.12."), "{release}");
     let report = std::fs::read(site.cwd().join("report.json")).expect("the inner report");
     let report: serde_json::Value = serde_json::from_slice(&report).expect("JSON");
-    let run = &report[0]["report"];
+    let run = &report["runs"][0]["report"];
     assert_eq!(run["accel"], "kvm", "{run}");
     assert_eq!(run["accel_reason"], serde_json::Value::Null);
     assert_eq!(run["exit_reason"], "shutdown");

@@ -160,9 +160,9 @@ fn way_to_root(
     if needs.network {
         required.push((Feature::VirtioNet, "reach the network"));
     }
-    let console = features.get(Feature::VirtioConsole);
-    let channel = match console {
-        Availability::Absent => AgentChannel::Serial,
+    let has_serial = |config: &KernelConfig| config.get("CONFIG_SERIAL_8250") == Tristate::BuiltIn;
+    let channel = match features.get(Feature::VirtioConsole) {
+        Availability::Absent if known.config.is_none_or(has_serial) => AgentChannel::Serial,
         _ => AgentChannel::Virtio,
     };
     let mut modules = Vec::new();

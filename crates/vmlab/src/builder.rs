@@ -1,5 +1,6 @@
 //! From what a user wants to a VM that is ready to start.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::config::{
     Accel, AgentChannel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder,
 };
 use crate::guest::Environment;
-use crate::hypervisor::{Hypervisor, VmHandle, qemu::Qemu};
+use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
 use crate::share::{Caching, KERNELS_OWN, NineP, Share, Transport};
@@ -90,6 +91,7 @@ pub struct VmBuilder {
     environment: Option<Environment>,
     timeout: Option<Duration>,
     boot_timeout: Duration,
+    hypervisor: Arc<dyn Hypervisor>,
     progress: Arc<dyn Progress + Send>,
 }
 
@@ -121,6 +123,7 @@ impl Default for VmBuilder {
             environment: None,
             timeout: None,
             boot_timeout: BOOT_TIME,
+            hypervisor: Arc::new(Qemu::new()),
             progress: Arc::new(Silent),
         }
     }
@@ -250,6 +253,12 @@ impl VmBuilder {
         self
     }
 
+    /// What runs the VM; QEMU unless set.
+    pub fn hypervisor(mut self, hypervisor: Arc<dyn Hypervisor>) -> Self {
+        self.hypervisor = hypervisor;
+        self
+    }
+
     /// Who is told of what takes time.
     pub fn progress(mut self, progress: Arc<dyn Progress + Send>) -> Self {
         self.progress = progress;
@@ -280,8 +289,8 @@ impl VmBuilder {
             None => Cache::open_default()?,
         };
         // Before anything is fetched for a VM that could not be started.
-        let hypervisor = Qemu::new();
-        hypervisor.program()?;
+        self.hypervisor.find()?;
+        let capabilities = self.hypervisor.capabilities();
         let store = KernelStore::open(cache.clone());
         let kernel = match &self.kernel {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
@@ -313,7 +322,7 @@ impl VmBuilder {
             .memory(self.memory)
             .topology(self.topology)
             .accel(accel)
-            .machine(self.machine.unwrap_or(self.fastest_machine(prepared.channel)))
+            .machine(self.machine.unwrap_or(self.fastest_machine(prepared.channel, &capabilities)))
             .network(self.network)
             .channel(prepared.channel)
             .qemu_args(self.qemu_args);
@@ -321,6 +330,7 @@ impl VmBuilder {
             config = config.share(device);
         }
         let config = config.build()?;
+        capabilities.check(self.hypervisor.name(), &config)?;
         timeline.end(Phase::Prepare);
         Ok(PreparedVm {
             config,
@@ -328,7 +338,7 @@ impl VmBuilder {
             kernel,
             environment,
             accel_reason,
-            hypervisor: Box::new(hypervisor),
+            hypervisor: self.hypervisor,
             timeout: self.timeout,
             boot_timeout: self.boot_timeout,
             timeline,
@@ -354,10 +364,14 @@ impl VmBuilder {
         }
     }
 
-    fn fastest_machine(&self, channel: AgentChannel) -> Machine {
+    fn fastest_machine(&self, channel: AgentChannel, can: &Capabilities) -> Machine {
         let Topology { nodes, llcs, .. } = self.topology;
         let simple = nodes == 1 && llcs == 1 && channel == AgentChannel::Virtio;
-        if simple { Machine::Microvm } else { Machine::Q35 }
+        if simple && can.machines.contains(&Machine::Microvm) {
+            Machine::Microvm
+        } else {
+            Machine::Q35
+        }
     }
 
     fn setup(
@@ -491,7 +505,7 @@ pub struct PreparedVm {
     pub(crate) kernel: Kernel,
     pub(crate) environment: Environment,
     pub(crate) accel_reason: Option<String>,
-    pub(crate) hypervisor: Box<dyn Hypervisor>,
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) boot_timeout: Duration,
     pub(crate) timeline: Timeline,
@@ -539,7 +553,7 @@ impl PreparedVm {
     }
 
     /// The hypervisor's command line, with stand-ins for descriptors and logs.
-    pub fn command_line(&self) -> Vec<String> {
+    pub fn command_line(&self) -> Vec<OsString> {
         self.hypervisor.command_line(&self.config)
     }
 

@@ -234,6 +234,14 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// The hypervisor cannot do it.
+    #[error("the hypervisor {hypervisor} cannot have {what}")]
+    Unsupported {
+        /// The hypervisor's name.
+        hypervisor: &'static str,
+        /// What it cannot have.
+        what: &'static str,
+    },
     /// The machine type cannot do it.
     #[error("the machine {machine} has no {what}; use --machine q35")]
     Machine {

@@ -1,8 +1,7 @@
 //! What this host can do, what is missing, and how to get it.
 
 use serde::Serialize;
-use vmlab_artifacts::modules::find_depmod;
-use vmlab_artifacts::{Cache, KernelStore};
+use vmlab_artifacts::{Cache, KernelStore, find_program};
 use vmlab_vmm::probe;
 
 use crate::hypervisor::{Hypervisor, qemu::Qemu};
@@ -88,7 +87,7 @@ fn kvm() -> Check {
 }
 
 fn depmod() -> Check {
-    match find_depmod() {
+    match find_program("depmod") {
         Some(path) => good("depmod", path.display().to_string()),
         None => wrong(
             "depmod",
@@ -100,7 +99,7 @@ fn depmod() -> Check {
 }
 
 fn apt() -> Check {
-    match crate::host::find_program("apt-get") {
+    match find_program("apt-get") {
         Some(path) => good("apt", path.display().to_string()),
         None => wrong(
             "apt",

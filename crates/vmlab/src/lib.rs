@@ -22,7 +22,6 @@ pub mod config;
 pub mod doctor;
 mod error;
 pub mod guest;
-mod host;
 pub mod hypervisor;
 pub mod report;
 mod rootfs;

@@ -308,6 +308,7 @@ impl Starting<'_> {
                 None => self.check_time()?,
             }
         };
+        let came_up = self.handle.serial().position();
         // Made only now: it tells the time.
         let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
         connection.send(&setup).map_err(|error| self.lost(Lost::Protocol(error.to_string())))?;
@@ -324,7 +325,10 @@ impl Starting<'_> {
                     failure.detail.push_str(NO_MODULES);
                 }
                 let Failure { step, detail, .. } = failure;
-                Err(Error::Setup { step, detail, console: evidence(&**self.handle) })
+                let mut console = evidence(&**self.handle);
+                // What the kernel said while it booted has nothing to do with it.
+                console.tail = self.handle.serial().tail_since(came_up, TAIL_LINES);
+                Err(Error::Setup { step, detail, console })
             }
             None => Err(self.too_slow(None)),
         }

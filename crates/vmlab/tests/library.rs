@@ -2,14 +2,20 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vmlab::hypervisor::{ExitReason, VmState};
+use vmlab::config::{Machine, NetworkMode, VmConfig};
+use vmlab::hypervisor::qemu::Qemu;
+use vmlab::hypervisor::{
+    Capabilities, ExitReason, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle,
+    VmState,
+};
 use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
 use vmlab::{AccelChoice, Error, GuestUser, Share, Stdio, Vm, VmBuilder};
@@ -229,6 +235,69 @@ fn guests_that_end_tell_why() {
     assert!(matches!(slow, Err(Error::BootTimeout { .. })), "{slow:?}");
 }
 
+/// A hypervisor that can do little, and starts nothing.
+#[derive(Debug)]
+struct Little(Capabilities);
+
+impl Hypervisor for Little {
+    fn name(&self) -> &'static str {
+        "little"
+    }
+
+    fn find(&self) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+
+    fn probe(&self) -> Result<ProbeReport, HypervisorError> {
+        Ok(ProbeReport { program: "/bin/little".into(), version: "little 1".to_owned() })
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.0.clone()
+    }
+
+    fn start(
+        &self,
+        config: &VmConfig,
+        options: StartOptions,
+    ) -> Result<Arc<dyn VmHandle>, HypervisorError> {
+        assert!(options.log_dir.is_dir());
+        Err(HypervisorError::Refused { said: format!("no {} today", config.machine.name()) })
+    }
+
+    fn command_line(&self, _: &VmConfig) -> Vec<OsString> {
+        Vec::new()
+    }
+}
+
+#[test]
+fn another_hypervisor_is_asked_for_what_it_can_do() {
+    let _logs = Logs::new();
+    let mut little = Qemu::new().capabilities();
+    little.machines = vec![Machine::Q35];
+    little.networks = vec![NetworkMode::None];
+    little.qemu_args = false;
+    let on_little = |capabilities: &Capabilities| {
+        builder().share_cwd(false).hypervisor(Arc::new(Little(capabilities.clone())))
+    };
+    let plan = on_little(&little).prepare().unwrap();
+    assert_eq!(plan.config().machine, Machine::Q35);
+    assert!(plan.command_line().is_empty());
+    let refused = plan.start().unwrap_err().to_string();
+    assert!(refused.contains("no q35 today"), "{refused}");
+
+    let refused = |builder: VmBuilder| builder.prepare().unwrap_err().to_string();
+    let wanted = |what| format!("the hypervisor little cannot have {what}");
+    let microvm = on_little(&little).machine(Machine::Microvm);
+    assert_eq!(refused(microvm), wanted("this machine"));
+    let network = on_little(&little).network(NetworkMode::User);
+    assert_eq!(refused(network), wanted("this network"));
+    let arguments = on_little(&little).qemu_arg("-S");
+    assert_eq!(refused(arguments), wanted("arguments for QEMU"));
+    little.shares.clear();
+    assert_eq!(refused(on_little(&little)), wanted("shares of this kind"));
+}
+
 #[test]
 fn what_cannot_work_is_an_error_before_anything_starts() {
     let _logs = Logs::new();
@@ -247,6 +316,6 @@ fn what_cannot_work_is_an_error_before_anything_starts() {
     let plan = builder().cpus(3).append("marked").prepare().unwrap();
     assert_eq!(plan.config().topology.cpus(), Some(3));
     assert!(plan.config().boot.command_line.ends_with(" marked"));
-    assert!(plan.command_line()[0].contains("qemu-system-"));
+    assert!(plan.command_line()[0].to_string_lossy().contains("qemu-system-"));
     assert!(plan.kernel().modules.is_some());
 }

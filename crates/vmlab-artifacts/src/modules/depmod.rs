@@ -1,31 +1,13 @@
 //! Running the host's depmod.
 
-use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::ModulesError;
-use crate::child;
-
-/// Where depmod is when it is not in `PATH`, which for ordinary users lacks these directories.
-const SYSTEM_DIRS: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin"];
+use crate::{child, find_program};
 
 /// How much of depmod's messages an error repeats, in bytes.
 const MESSAGE_LEN_MAX: usize = 2048;
-
-/// Finds depmod in `PATH` and in the system's directories for administration programs.
-pub fn find_depmod() -> Option<PathBuf> {
-    find_in(std::env::var_os("PATH").as_deref())
-}
-
-fn find_in(path: Option<&OsStr>) -> Option<PathBuf> {
-    let listed = path.into_iter().flat_map(std::env::split_paths);
-    listed
-        .chain(SYSTEM_DIRS.iter().map(PathBuf::from))
-        .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join("depmod"))
-        .find(|file| rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok())
-}
 
 /// Makes the index files of the module tree `BASE/lib/modules/RELEASE` with the host's depmod.
 ///
@@ -35,7 +17,7 @@ pub fn depmod(base: &Path, release: &str) -> Result<(), ModulesError> {
     let dir = tree_dir(base, release)?;
     // depmod of a missing tree can succeed and make an empty index.
     std::fs::read_dir(&dir).map_err(|source| ModulesError::Read { path: dir.clone(), source })?;
-    let program = find_depmod().ok_or(ModulesError::NoDepmod)?;
+    let program = find_program("depmod").ok_or(ModulesError::NoDepmod)?;
     let mut command = Command::new(&program);
     command.arg("-b").arg(base).arg(release).stdin(Stdio::null());
     child::dies_with_us(&mut command);

@@ -110,7 +110,7 @@ impl Site {
 
     /// vmlab with arguments.
     pub(crate) fn vmlab(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vmlab {
-        let mut command = Command::new(vmlab_bin());
+        let mut command = hearing_signals(vmlab_bin());
         command.args(args);
         Vmlab::new(self, command)
     }
@@ -148,7 +148,7 @@ impl Site {
     /// write them.
     pub(crate) fn host_sh(&self, script: &str) -> Vmlab {
         kernel(DEBIAN_6_12);
-        let mut command = Command::new("bash");
+        let mut command = hearing_signals("bash");
         command.arg("-c").arg(script).env("VMLAB", vmlab_bin());
         Vmlab::new(self, command)
     }
@@ -160,6 +160,14 @@ impl Site {
         assert_eq!(dirs.len(), 1, "{dirs:?}");
         dirs.remove(0)
     }
+}
+
+/// A program that gets all signals, whichever the tests were started to ignore (by `nohup`, or in the
+/// background of a script).
+fn hearing_signals(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("/usr/bin/env");
+    command.arg("--default-signal").arg(program);
+    command
 }
 
 /// A call of vmlab that has not begun.

@@ -32,7 +32,12 @@ fn built_in_drivers_need_no_modules() {
 #[test]
 fn without_a_virtio_console_the_serial_port_serves() {
     let config = all_built_in().replace("CONFIG_VIRTIO_CONSOLE=y", "");
-    assert_eq!(way(&config, None, NEEDS).unwrap().1, AgentChannel::Serial);
+    let serial = format!("{config}CONFIG_SERIAL_8250=y\n");
+    assert_eq!(way(&serial, None, NEEDS).unwrap().1, AgentChannel::Serial);
+    // Nor has this one a port.
+    let lacking = way(&config, None, NEEDS).unwrap_err();
+    assert_eq!(lacking.missing, ["CONFIG_VIRTIO_CONSOLE"]);
+    assert_eq!(lacking.purpose, "talk to the host");
 }
 
 #[test]
@@ -62,8 +67,13 @@ fn exactly_what_is_missing_is_named() {
     assert!(way(&config, None, Needs { overlay: false, ..NEEDS }).is_ok());
     // A kernel with nothing set lacks everything, and is told all at once.
     let lacking = way("", None, NEEDS).unwrap_err();
-    let drivers =
-        ["CONFIG_VIRTIO_PCI", "CONFIG_9P_FS", "CONFIG_NET_9P_VIRTIO", "CONFIG_OVERLAY_FS"];
+    let drivers = [
+        "CONFIG_VIRTIO_PCI",
+        "CONFIG_9P_FS",
+        "CONFIG_NET_9P_VIRTIO",
+        "CONFIG_OVERLAY_FS",
+        "CONFIG_VIRTIO_CONSOLE",
+    ];
     assert_eq!(lacking.missing, [BASE.as_slice(), &drivers].concat());
 }
 

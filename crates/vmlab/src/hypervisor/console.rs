@@ -38,7 +38,8 @@ struct State {
     panic: Option<String>,
     oops: Option<(Instant, String)>,
     restart: bool,
-    first_byte: Option<Instant>,
+    /// Bytes that came in all.
+    taken: u64,
     subscribers: Vec<Sender<Vec<u8>>>,
     closed: bool,
 }
@@ -91,11 +92,22 @@ impl SerialConsole {
         }
     }
 
+    /// How many bytes have come so far.
+    pub(crate) fn position(&self) -> u64 {
+        self.lock().taken
+    }
+
     /// The last lines of the output, at most `lines`, without terminal control sequences.
     pub fn tail(&self, lines: usize) -> String {
+        self.tail_since(0, lines)
+    }
+
+    /// As [`tail`](Self::tail), of what came after this many bytes.
+    pub(crate) fn tail_since(&self, position: u64, lines: usize) -> String {
         let state = self.lock();
-        let (a, b) = state.kept.as_slices();
-        let bytes = [a, b].concat();
+        let new = usize::try_from(state.taken - position).unwrap_or(usize::MAX);
+        let old = state.kept.len().saturating_sub(new);
+        let bytes: Vec<u8> = state.kept.iter().skip(old).copied().collect();
         let text = String::from_utf8_lossy(&bytes);
         let clean: Vec<String> = text.lines().map(printable).filter(|l| !l.is_empty()).collect();
         clean[clean.len().saturating_sub(lines)..].join("\n")
@@ -121,11 +133,6 @@ impl SerialConsole {
         self.lock().oops.as_ref().is_some_and(|(_, line)| line.contains(BREAKPOINT))
     }
 
-    /// When the guest's first byte came.
-    pub fn first_byte(&self) -> Option<Instant> {
-        self.lock().first_byte
-    }
-
     /// Waits until all output has been taken in, after the VM has ended.
     pub(crate) fn wait_closed(&self, deadline: Instant) {
         let mut state = self.lock();
@@ -138,8 +145,9 @@ impl SerialConsole {
     }
 
     /// Takes in everything from `output` until it ends. A log that cannot be written (a full disk)
-    /// does not end the VM; memory still has the end of it.
-    pub(crate) fn pump(&self, mut output: impl Read, mut log: File) {
+    /// does not end the VM; memory still has the end of it. Each time that reading from `output` times
+    /// out after the kernel has panicked, `stuck` is told the message.
+    pub(crate) fn pump(&self, mut output: impl Read, mut log: File, stuck: impl Fn(String)) {
         let mut buffer = [0; 16 * 1024];
         loop {
             match output.read(&mut buffer) {
@@ -149,6 +157,11 @@ impl SerialConsole {
                     self.take(&buffer[..count]);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if let Some(message) = self.panic_message() {
+                        stuck(message);
+                    }
+                }
                 Err(_) => break,
             }
         }
@@ -163,7 +176,7 @@ impl SerialConsole {
 
     fn take(&self, bytes: &[u8]) {
         let mut state = self.lock();
-        state.first_byte.get_or_insert_with(Instant::now);
+        state.taken += bytes.len() as u64;
         state.kept.extend(bytes);
         let excess = state.kept.len().saturating_sub(KEPT);
         state.kept.drain(..excess);
@@ -289,6 +302,10 @@ mod tests {
         console.take(b"one\n\x1b[2J\x1b[1;31mtwo\x07\n\nthree\tfour\r\n");
         assert_eq!(console.tail(2), "two\nthree four");
         assert_eq!(console.tail(9), "one\ntwo\nthree four");
+        let so_far = console.position();
+        assert_eq!(console.tail_since(so_far, 9), "");
+        console.take(b"five\n");
+        assert_eq!(console.tail_since(so_far, 9), "five");
     }
 
     #[test]
@@ -297,7 +314,7 @@ mod tests {
         let output = vec![b'x'; KEPT * 2 + 5];
         let log = File::create(dir.path().join("log")).unwrap();
         let early = console.subscribe();
-        console.pump(output.as_slice(), log);
+        console.pump(output.as_slice(), log, |_| panic!("nothing panicked"));
         assert_eq!(console.lock().kept.len(), KEPT);
         assert!(console.lock().line.len() <= MAX_LINE);
         assert_eq!(std::fs::read(console.log_path()).unwrap(), output);

@@ -3,6 +3,7 @@
 mod console;
 pub mod qemu;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use thiserror::Error;
 
 pub use console::SerialConsole;
 
-use crate::config::{Machine, VmConfig};
+use crate::config::{ConfigError, Machine, NetworkMode, ShareTransport, VmConfig};
 
 /// A program or library that can run VMs.
 ///
@@ -23,7 +24,13 @@ pub trait Hypervisor: Send + Sync {
     /// The name that users choose it by.
     fn name(&self) -> &'static str;
 
-    /// Finds out whether it can be used on this host.
+    /// Finds out whether it is there at all, without running anything.
+    ///
+    /// # Errors
+    /// What is missing, and how to get it.
+    fn find(&self) -> Result<(), HypervisorError>;
+
+    /// Finds out whether it can be used on this host, and which one it is.
     ///
     /// # Errors
     /// What is missing, and how to get it.
@@ -44,7 +51,7 @@ pub trait Hypervisor: Send + Sync {
     ) -> Result<Arc<dyn VmHandle>, HypervisorError>;
 
     /// What [`start`](Self::start) would execute, for a person to read; empty when it runs no program.
-    fn command_line(&self, config: &VmConfig) -> Vec<String>;
+    fn command_line(&self, config: &VmConfig) -> Vec<OsString>;
 }
 
 /// A running VM, or one that has ended. All methods may be called from any thread at any time.
@@ -99,12 +106,38 @@ pub struct StartOptions {
 pub struct Capabilities {
     /// Boards it can be.
     pub machines: Vec<Machine>,
+    /// How host directories can be carried.
+    pub shares: Vec<ShareTransport>,
+    /// Networks it can have.
+    pub networks: Vec<NetworkMode>,
+    /// Whether arguments can be handed through to QEMU.
+    pub qemu_args: bool,
     /// Whether it can be stopped and continued.
     pub pause: bool,
-    /// Whether shares can be carried by 9p.
-    pub share_9p: bool,
     /// Whether snapshots can be taken and restored.
     pub snapshot: bool,
+}
+
+impl Capabilities {
+    /// Checks that a VM of the hypervisor with this name can be what is asked for.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unsupported`] with the first thing that it cannot be.
+    pub fn check(&self, hypervisor: &'static str, config: &VmConfig) -> Result<(), ConfigError> {
+        let needs = [
+            ("this machine", self.machines.contains(&config.machine)),
+            (
+                "shares of this kind",
+                config.shares.iter().all(|share| self.shares.contains(&share.transport)),
+            ),
+            ("this network", self.networks.contains(&config.network)),
+            ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
+        ];
+        match needs.iter().find(|(_, can)| !can) {
+            Some((what, _)) => Err(ConfigError::Unsupported { hypervisor, what }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A hypervisor that can be used.

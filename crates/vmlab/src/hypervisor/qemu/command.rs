@@ -1,5 +1,6 @@
 //! The QEMU command line for a [`VmConfig`].
 
+use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::Path;
 
@@ -20,7 +21,7 @@ pub(super) struct Descriptors {
 }
 
 /// QEMU's arguments, without the program. `cpu_log` gets what QEMU says about CPU resets.
-pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> Vec<String> {
+pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> Vec<OsString> {
     let mut args = Arguments::default();
     args.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
     args.option("-display", "none");
@@ -29,9 +30,9 @@ pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> 
     args.option("-cpu", cpu(config.accel));
     args.option("-m", format!("{}M", config.memory.0 / MIB));
     cpus(&mut args, config);
-    args.option("-kernel", text(&config.boot.image));
-    args.option("-initrd", text(&config.boot.initramfs));
-    args.option("-append", config.boot.command_line.clone());
+    args.option("-kernel", &config.boot.image);
+    args.option("-initrd", &config.boot.initramfs);
+    args.option("-append", &config.boot.command_line);
 
     args.option("-chardev", format!("socket,id=console,fd={}", fds.console));
     args.option("-serial", "chardev:console");
@@ -57,22 +58,22 @@ pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> 
     }
     // The only trace that a triple fault leaves under TCG.
     args.option("-d", "cpu_reset");
-    args.option("-D", text(cpu_log));
-    args.0.extend(config.qemu_args.iter().cloned());
+    args.option("-D", cpu_log);
+    args.0.extend(config.qemu_args.iter().map(OsString::from));
     args.0
 }
 
 #[derive(Default)]
-struct Arguments(Vec<String>);
+struct Arguments(Vec<OsString>);
 
 impl Arguments {
-    fn option(&mut self, name: &str, value: impl Into<String>) {
-        self.0.push(name.to_owned());
-        self.0.push(value.into());
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) {
+        self.0.push(name.into());
+        self.0.push(value.as_ref().to_owned());
     }
 
     fn flags(&mut self, names: &[&str]) {
-        self.0.extend(names.iter().map(|&name| name.to_owned()));
+        self.0.extend(names.iter().map(OsString::from));
     }
 }
 
@@ -125,7 +126,8 @@ fn share_device(args: &mut Arguments, index: usize, share: &ShareDevice) {
             // belongs to the caller.
             let model = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
             let read_only = if share.read_only { ",readonly=on" } else { "" };
-            let path = text(&share.path).replace(',', ",,");
+            // It was checked to be UTF-8 when the configuration was built.
+            let path = share.path.to_string_lossy().replace(',', ",,");
             args.option(
                 "-fsdev",
                 format!(
@@ -138,11 +140,6 @@ fn share_device(args: &mut Arguments, index: usize, share: &ShareDevice) {
             );
         }
     }
-}
-
-/// Paths were checked to be UTF-8 when the configuration was built, or are vmlab's own.
-fn text(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
 }
 
 #[cfg(test)]
@@ -163,7 +160,8 @@ mod tests {
         };
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
         let fds = Descriptors { console: 7, agent: 8, qmp: 9 };
-        arguments(&config, fds, Path::new("/logs/cpu.log"))
+        let words = arguments(&config, fds, Path::new("/logs/cpu.log"));
+        words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
     /// The values of an option, in order.

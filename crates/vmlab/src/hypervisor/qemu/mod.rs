@@ -4,14 +4,15 @@ mod command;
 mod process;
 mod qmp;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use vmlab_artifacts::Arch;
+use vmlab_artifacts::{Arch, find_program};
 
 use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
-use crate::config::{Machine, VmConfig};
+use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
 use command::{Descriptors, arguments};
 use process::QemuVm;
 
@@ -44,7 +45,7 @@ impl Qemu {
     /// # Errors
     /// When it is in no directory of `PATH`.
     pub fn program(&self) -> Result<PathBuf, HypervisorError> {
-        crate::host::find_program(&self.program).ok_or_else(|| HypervisorError::NotFound {
+        find_program(&self.program).ok_or_else(|| HypervisorError::NotFound {
             program: self.program.clone(),
             package: Self::PACKAGE,
         })
@@ -54,6 +55,10 @@ impl Qemu {
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
         "qemu"
+    }
+
+    fn find(&self) -> Result<(), HypervisorError> {
+        self.program().map(drop)
     }
 
     fn probe(&self) -> Result<ProbeReport, HypervisorError> {
@@ -74,8 +79,10 @@ impl Hypervisor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             machines: vec![Machine::Microvm, Machine::Q35],
+            shares: vec![ShareTransport::NineP],
+            networks: vec![NetworkMode::None, NetworkMode::User],
+            qemu_args: true,
             pause: true,
-            share_9p: true,
             snapshot: false,
         }
     }
@@ -88,10 +95,10 @@ impl Hypervisor for Qemu {
         Ok(Arc::new(QemuVm::start(&self.program()?, config, options)?))
     }
 
-    fn command_line(&self, config: &VmConfig) -> Vec<String> {
+    fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let fds = Descriptors { console: 3, agent: 4, qmp: 5 };
-        let mut line = vec![program.to_string_lossy().into_owned()];
+        let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, fds, Path::new("cpu.log")));
         line
     }

@@ -31,6 +31,10 @@ const KEPT_STDERR: usize = 64 * 1024;
 /// bounds a fault.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
+/// How long a guest that panicked may say nothing before it is taken to be stuck: it should have reset
+/// the machine.
+const PANIC_SILENCE: Duration = Duration::from_secs(10);
+
 /// A VM in a QEMU process.
 #[derive(Debug)]
 pub(super) struct QemuVm {
@@ -117,6 +121,10 @@ impl QemuVm {
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
         let console = SerialConsole::new(log_path, input);
         let qmp = Qmp::new(&ours.qmp).map_err(resource("a monitor socket"))?;
+        // Without a limit the kernel's own word is waited for, for ever if need be.
+        ours.console
+            .set_read_timeout(panic_patience(&config.boot.command_line))
+            .map_err(resource("sockets"))?;
         let deadline = options.deadline;
 
         // A child's parent-death signal comes when the *thread* that made it ends, so the thread that
@@ -216,7 +224,14 @@ impl Shared {
             }),
             Box::new({
                 let shared = Arc::clone(self);
-                move || shared.console.pump(console, console_log)
+                move || {
+                    let stuck = |message| {
+                        if !shared.qmp.paused() {
+                            shared.end(ExitReason::GuestPanic(Some(message)));
+                        }
+                    };
+                    shared.console.pump(console, console_log, stuck);
+                }
             }),
             Box::new(move || said.pump(stderr, stderr_log)),
         ];
@@ -285,6 +300,11 @@ impl Shared {
                 None if triple_fault(&self.cpu_log) => ExitReason::TripleFault,
                 None => ExitReason::Reset,
             },
+            (_, Some(ExitReason::Timeout)) => match self.console.panic_message() {
+                // It stayed in its panic: see `panic_patience`.
+                Some(message) => ExitReason::GuestPanic(Some(message)),
+                None => ExitReason::Timeout,
+            },
             (_, Some(asked)) => asked.clone(),
             (Some(ShutdownCause::HostQmpQuit), None) => ExitReason::Killed,
             (_, None) => ExitReason::MonitorFailed(describe(status, said)),
@@ -293,6 +313,17 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, Fate> {
         lock(&self.fate)
+    }
+}
+
+/// How long a guest with this command line may stay silent after a panic. `panic=N` lets it reset the
+/// machine after N seconds, at once if negative; with 0 it stays as it is, for a debugger.
+fn panic_patience(command_line: &str) -> Option<Duration> {
+    let mut values = command_line.split_whitespace().filter_map(|word| word.strip_prefix("panic="));
+    match values.next_back().and_then(|value| value.parse::<i64>().ok()) {
+        Some(0) => None,
+        Some(seconds @ 1..) => Some(PANIC_SILENCE + Duration::from_secs(seconds.unsigned_abs())),
+        _ => Some(PANIC_SILENCE),
     }
 }
 
@@ -406,5 +437,19 @@ impl Drop for QemuVm {
         if let Some(supervisor) = supervisor {
             let _ = supervisor.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_on_panics_counts() {
+        let patience = |line| panic_patience(line).map(|time| time.as_secs());
+        assert_eq!(patience("console=ttyS0 panic=-1 quiet"), Some(10));
+        assert_eq!(patience("panic=-1 quiet panic=5"), Some(15));
+        assert_eq!(patience("panic=-1 panic=0"), None);
+        assert_eq!(patience("oops=panic"), Some(10));
     }
 }

@@ -1,0 +1,42 @@
+# Shared by the benchmarks; sourced, not run.
+# shellcheck shell=bash
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/lib.sh
+. "$repo/scripts/lib.sh"
+cd "$repo" || exit
+
+work=$(mktemp -d /tmp/vmlab-bench.XXXXXX)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# The heading of a table: when, and of which commit.
+heading() {
+    local commit
+    commit=$(git rev-parse --short HEAD)
+    git diff --quiet HEAD -- . ':!bench/results' || commit="$commit, with changes"
+    echo "## $(date -u +'%Y-%m-%d %H:%M') UTC, commit $commit"
+}
+
+# What the numbers come from, as the beginning of a sentence.
+machine() {
+    local cpu qemu
+    cpu=$(sed -nE 's/^model name\s*: //p' /proc/cpuinfo | head -n 1)
+    qemu=$(qemu-system-x86_64 --version | sed -nE 's/.*version ([0-9.]+).*/\1/p')
+    echo "$(nproc) CPUs ($cpu), QEMU $qemu"
+}
+
+# publish NAME: prints the table on stdin, and puts it on top of bench/results/NAME.md.
+publish() {
+    local results=$repo/bench/results/$1.md
+    cat >"$work/table"
+    {
+        sed -n '1,/^<!-- newest first -->$/p' "$results"
+        echo
+        cat "$work/table"
+        sed '1,/^<!-- newest first -->$/d' "$results" | sed '/./,$!d'
+    } >"$work/results.md"
+    cp "$work/results.md" "$results"
+    cat "$work/table"
+}
