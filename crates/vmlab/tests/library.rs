@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vmlab::config::{Machine, NetworkMode, VmConfig};
+use vmlab::guest::TerminalSize;
 use vmlab::hypervisor::qemu::Qemu;
 use vmlab::hypervisor::{
     Capabilities, ExitReason, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle,
@@ -233,6 +234,23 @@ fn guests_that_end_tell_why() {
     assert_eq!((reason, booting), (ExitReason::Timeout, true));
     let slow = builder().share_cwd(false).boot_timeout(Duration::from_millis(300)).start();
     assert!(matches!(slow, Err(Error::BootTimeout { .. })), "{slow:?}");
+}
+
+#[test]
+fn a_terminal_gives_its_last_output() {
+    let _logs = Logs::new();
+    // The kernel hands a terminal's output over in the background. On the only CPU, a command with a
+    // real-time priority keeps it from that until its end, which the agent may be told of first.
+    let vm = builder().share_cwd(false).start().unwrap();
+    let size = TerminalSize { rows: 24, columns: 80 };
+    for round in 0..30 {
+        let script = format!("seq 100; echo end {round}");
+        let command = vm.command("chrt").args(["--fifo", "50", "sh", "-c", &script]);
+        let output = command.terminal(size).output().unwrap();
+        let text = output.stdout_text();
+        let end = text.len().saturating_sub(20);
+        assert!(text.ends_with(&format!("end {round}\r\n")), "{round}: {:?}", &text[end..]);
+    }
 }
 
 /// A hypervisor that can do little, and starts nothing.
