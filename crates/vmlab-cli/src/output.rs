@@ -31,7 +31,7 @@ pub(crate) fn error(error: &anyhow::Error) {
     note(&text);
     let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else { return };
     if !evidence.tail.is_empty() {
-        note("the console's last lines:");
+        note("from the console:");
         for line in evidence.tail.lines() {
             let _ = writeln!(io::stderr().lock(), "  | {line}");
         }

@@ -93,7 +93,7 @@ pub enum Error {
         after: Duration,
         /// The first report of damage on the console.
         oops: Option<String>,
-        /// The end of the console's output, and where all of it is.
+        /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
     /// The VM ended before it should have.
@@ -103,7 +103,7 @@ pub enum Error {
         reason: ExitReason,
         /// Whether the agent had not come up yet.
         booting: bool,
-        /// The end of the console's output, and where all of it is.
+        /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
     /// The guest did not end its processes and write everything back. It is gone all the same.
@@ -111,7 +111,7 @@ pub enum Error {
     NotStopped {
         /// How long it was waited for.
         after: Duration,
-        /// The end of the console's output, and where all of it is.
+        /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
     /// The agent said something that makes no sense.
@@ -119,7 +119,7 @@ pub enum Error {
     Protocol {
         /// What it did.
         what: String,
-        /// The end of the console's output, and where all of it is.
+        /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
     /// The guest could not be made ready.
@@ -129,7 +129,7 @@ pub enum Error {
         step: String,
         /// What went wrong.
         detail: String,
-        /// The end of the console's output, and where all of it is.
+        /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
     /// There is no such program in the guest.
@@ -181,14 +181,14 @@ pub enum Error {
 /// What is known of a guest that failed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Evidence {
-    /// The last lines of the serial console.
+    /// Of the serial console: the kernel's report of damage to itself, else the last lines.
     pub tail: String,
     /// The whole log of the serial console.
     pub log: PathBuf,
 }
 
 impl Error {
-    /// The end of the console and its log, for failures of a guest.
+    /// What the console had to say, for failures of a guest.
     pub fn evidence(&self) -> Option<&Evidence> {
         match self {
             Self::BootTimeout { console, .. }

@@ -43,7 +43,7 @@ const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with 
     KVM; it is booted once more";
 
 /// Lines of the console that are shown with a failure.
-const TAIL_LINES: usize = 25;
+const SHOWN_LINES: usize = 30;
 
 /// A VM whose guest is ready for commands. Dropping it ends it at once.
 ///
@@ -74,6 +74,7 @@ pub struct Vm {
     prospect: Report,
     ready: Ready,
     setup: SetupReport,
+    came_up: u64,
     timeline: Mutex<Timeline>,
     _run_dir: RunDir,
 }
@@ -100,7 +101,7 @@ impl Vm {
             }
             other => other,
         };
-        let Booted { handle, connection, ready, setup, run_dir } =
+        let Booted { handle, connection, ready, setup, came_up, run_dir } =
             booted.map_err(|failure| failure.error)?;
         Ok(Self {
             handle,
@@ -111,6 +112,7 @@ impl Vm {
             prospect,
             ready,
             setup,
+            came_up,
             timeline: Mutex::new(timeline),
             _run_dir: run_dir,
         })
@@ -174,9 +176,10 @@ impl Vm {
         let stopped = self.connection.wait_powering_off(Some(Instant::now() + STOP_TIME));
         let result = match stopped {
             Ok(Some(())) => Ok(()),
-            Ok(None) => {
-                Err(Error::NotStopped { after: STOP_TIME, console: evidence(&*self.handle) })
-            }
+            Ok(None) => Err(Error::NotStopped {
+                after: STOP_TIME,
+                console: evidence(&*self.handle, self.came_up),
+            }),
             Err(lost) => Err(self.lost(lost)),
         };
         // All is written back: nothing is gained by watching the guest power itself off.
@@ -220,7 +223,7 @@ impl Vm {
     }
 
     pub(crate) fn lost(&self, lost: Lost) -> Error {
-        lost_error(&self.handle, lost, false)
+        lost_error(&self.handle, lost, Some(self.came_up))
     }
 }
 
@@ -237,6 +240,8 @@ struct Booted {
     connection: Arc<Connection>,
     ready: Ready,
     setup: SetupReport,
+    /// How much was on the console when the agent had come up.
+    came_up: u64,
     run_dir: RunDir,
 }
 
@@ -275,7 +280,9 @@ impl Booted {
             hint: "",
         })?;
         match starting.wait(&connection, timeline, prepared) {
-            Ok((ready, setup)) => Ok(Self { handle, connection, ready, setup, run_dir }),
+            Ok((ready, setup, came_up)) => {
+                Ok(Self { handle, connection, ready, setup, came_up, run_dir })
+            }
             Err(error) => {
                 connection.close();
                 handle.kill(ExitReason::Killed);
@@ -300,7 +307,7 @@ impl Starting<'_> {
         connection: &Connection,
         timeline: &mut Timeline,
         prepared: &PreparedVm,
-    ) -> Result<(Ready, SetupReport), Error> {
+    ) -> Result<(Ready, SetupReport, u64), Error> {
         let ready = loop {
             let look = Some(Instant::now() + OOPS_LOOK);
             match connection.wait_ready(look).map_err(|lost| self.lost(lost))? {
@@ -318,17 +325,14 @@ impl Starting<'_> {
         let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
         timeline.end(Phase::Setup);
         match setup {
-            Some(Ok(setup)) => Ok((ready, setup)),
+            Some(Ok(setup)) => Ok((ready, setup, came_up)),
             Some(Err(mut failure)) => {
                 let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
                 if unknown && prepared.kernel.modules.is_none() {
                     failure.detail.push_str(NO_MODULES);
                 }
                 let Failure { step, detail, .. } = failure;
-                let mut console = evidence(&**self.handle);
-                // What the kernel said while it booted has nothing to do with it.
-                console.tail = self.handle.serial().tail_since(came_up, TAIL_LINES);
-                Err(Error::Setup { step, detail, console })
+                Err(Error::Setup { step, detail, console: evidence(&**self.handle, came_up) })
             }
             None => Err(self.too_slow(None)),
         }
@@ -345,27 +349,33 @@ impl Starting<'_> {
     }
 
     fn too_slow(&self, oops: Option<String>) -> Error {
-        let console = evidence(&**self.handle);
+        let console = evidence(&**self.handle, 0);
         Error::BootTimeout { after: self.since.elapsed(), oops, console }
     }
 
     fn lost(&self, lost: Lost) -> Error {
-        lost_error(self.handle, lost, true)
+        lost_error(self.handle, lost, None)
     }
 }
 
-fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, booting: bool) -> Error {
+/// The error for a channel that is lost. `came_up` is how much was on the console when the agent had come
+/// up, if it had.
+fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, came_up: Option<u64>) -> Error {
+    let since = came_up.unwrap_or(0);
     if let Lost::Protocol(what) = lost {
-        return Error::Protocol { what, console: evidence(&**handle) };
+        return Error::Protocol { what, console: evidence(&**handle, since) };
     }
     // The channel closes a moment before the machine is gone and the reason is known.
     let reason = handle.wait(Some(Instant::now() + END_TIME)).unwrap_or_else(|| {
         ExitReason::MonitorFailed("it closed the channel to the guest and goes on".to_owned())
     });
-    Error::Ended { reason, booting, console: evidence(&**handle) }
+    Error::Ended { reason, booting: came_up.is_none(), console: evidence(&**handle, since) }
 }
 
-fn evidence(handle: &dyn VmHandle) -> Box<Evidence> {
+/// What the console has that explains a failure. What a kernel says while it boots does not explain what
+/// happens later, so only what came after `since` is looked at.
+fn evidence(handle: &dyn VmHandle, since: u64) -> Box<Evidence> {
     let console = handle.serial();
-    Box::new(Evidence { tail: console.tail(TAIL_LINES), log: console.log_path().to_owned() })
+    let tail = console.excerpt(since, SHOWN_LINES);
+    Box::new(Evidence { tail, log: console.log_path().to_owned() })
 }

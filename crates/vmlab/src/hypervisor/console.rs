@@ -35,6 +35,10 @@ struct Shared {
 struct State {
     kept: VecDeque<u8>,
     line: Vec<u8>,
+    /// Where that line began, as a number of bytes before it.
+    line_start: u64,
+    /// Where the first line about damage began.
+    damage: Option<u64>,
     panic: Option<String>,
     oops: Option<(Instant, String)>,
     restart: bool,
@@ -99,18 +103,24 @@ impl SerialConsole {
 
     /// The last lines of the output, at most `lines`, without terminal control sequences.
     pub fn tail(&self, lines: usize) -> String {
-        self.tail_since(0, lines)
+        let clean = self.lock().lines_since(0);
+        clean[clean.len().saturating_sub(lines)..].join("\n")
     }
 
-    /// As [`tail`](Self::tail), of what came after this many bytes.
-    pub(crate) fn tail_since(&self, position: u64, lines: usize) -> String {
+    /// What explains a failure, in at most `lines` lines, of what came after `position`: the beginning
+    /// of the kernel's first report of damage to itself, else the last lines.
+    pub(crate) fn excerpt(&self, position: u64, lines: usize) -> String {
         let state = self.lock();
-        let new = usize::try_from(state.taken - position).unwrap_or(usize::MAX);
-        let old = state.kept.len().saturating_sub(new);
-        let bytes: Vec<u8> = state.kept.iter().skip(old).copied().collect();
-        let text = String::from_utf8_lossy(&bytes);
-        let clean: Vec<String> = text.lines().map(printable).filter(|l| !l.is_empty()).collect();
-        clean[clean.len().saturating_sub(lines)..].join("\n")
+        let Some(damage) = state.damage.filter(|damage| *damage >= position) else {
+            let clean = state.lines_since(position);
+            return clean[clean.len().saturating_sub(lines)..].join("\n");
+        };
+        let mut clean = state.lines_since(damage);
+        if clean.len() > lines {
+            clean.truncate(lines);
+            clean.push("...".to_owned());
+        }
+        clean.join("\n")
     }
 
     /// The message of the kernel's panic, once one was seen.
@@ -176,7 +186,6 @@ impl SerialConsole {
 
     fn take(&self, bytes: &[u8]) {
         let mut state = self.lock();
-        state.taken += bytes.len() as u64;
         state.kept.extend(bytes);
         let excess = state.kept.len().saturating_sub(KEPT);
         state.kept.drain(..excess);
@@ -184,9 +193,11 @@ impl SerialConsole {
         for piece in bytes.split_inclusive(|b| *b == b'\n') {
             let room = MAX_LINE - state.line.len();
             state.line.extend_from_slice(&piece[..piece.len().min(room)]);
+            state.taken += piece.len() as u64;
             if piece.ends_with(b"\n") {
                 let line = std::mem::take(&mut state.line);
                 state.scan(&printable(&String::from_utf8_lossy(&line)));
+                state.line_start = state.taken;
             } else if state.line.len() >= MAX_LINE {
                 state.line.clear();
             }
@@ -220,14 +231,26 @@ const OOPSES: [&str; 7] = [
 ];
 
 impl State {
+    /// What came after this many bytes, as far as it is kept: lines without control sequences.
+    fn lines_since(&self, position: u64) -> Vec<String> {
+        let new = usize::try_from(self.taken - position).unwrap_or(usize::MAX);
+        let old = self.kept.len().saturating_sub(new);
+        let bytes: Vec<u8> = self.kept.iter().skip(old).copied().collect();
+        let text = String::from_utf8_lossy(&bytes);
+        text.lines().map(printable).filter(|line| !line.is_empty()).collect()
+    }
+
     fn scan(&mut self, line: &str) {
-        if self.panic.is_none()
-            && let Some((_, message)) = line.split_once(PANIC)
-        {
-            self.panic = Some(message.trim().to_owned());
+        let panic = line.split_once(PANIC).map(|(_, message)| message);
+        let oops = OOPSES.iter().any(|oops| line.contains(oops));
+        if panic.is_some() || oops {
+            self.damage.get_or_insert(self.line_start);
         }
-        if self.oops.is_none() && OOPSES.iter().any(|oops| line.contains(oops)) {
-            self.oops = Some((Instant::now(), line.trim().to_owned()));
+        if let Some(message) = panic {
+            self.panic.get_or_insert_with(|| message.trim().to_owned());
+        }
+        if oops {
+            self.oops.get_or_insert_with(|| (Instant::now(), line.trim().to_owned()));
         }
         self.restart |= RESTARTS.iter().any(|restart| line.contains(restart));
     }
@@ -302,10 +325,25 @@ mod tests {
         console.take(b"one\n\x1b[2J\x1b[1;31mtwo\x07\n\nthree\tfour\r\n");
         assert_eq!(console.tail(2), "two\nthree four");
         assert_eq!(console.tail(9), "one\ntwo\nthree four");
+    }
+
+    #[test]
+    fn an_excerpt_explains_a_failure() {
+        let (console, _dir) = console();
+        console.take(b"one\ntwo\n");
         let so_far = console.position();
-        assert_eq!(console.tail_since(so_far, 9), "");
-        console.take(b"five\n");
-        assert_eq!(console.tail_since(so_far, 9), "five");
+        assert_eq!(console.excerpt(so_far, 2), "");
+        console.take(b"three\nfour\nfi");
+        assert_eq!(console.excerpt(so_far, 2), "four\nfi");
+        console.take(b"ve\nOops: 0002 [#1]\nRIP: here\nKernel panic - not syncing: Fatal\n");
+        assert_eq!(console.excerpt(so_far, 2), "Oops: 0002 [#1]\nRIP: here\n...");
+        assert!(
+            console.excerpt(so_far, 3).ends_with("RIP: here\nKernel panic - not syncing: Fatal")
+        );
+        // That a guest survived some damage does not explain what came of it much later.
+        let so_far = console.position();
+        console.take(b"six\n");
+        assert_eq!(console.excerpt(so_far, 2), "six");
     }
 
     #[test]
