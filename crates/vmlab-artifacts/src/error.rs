@@ -37,6 +37,19 @@ pub enum KernelError {
         /// The directory.
         path: PathBuf,
     },
+    /// The directory is a kernel's source or build tree without a boot image.
+    #[error(
+        "the kernel in {} is not built: there is no {}; run `make` there, or give the directory that \
+         `make O=` wrote to{}", path.display(), image.display(), vmlinux_hint(vmlinux)
+    )]
+    NotBuilt {
+        /// The tree.
+        path: PathBuf,
+        /// Where the boot image would be.
+        image: PathBuf,
+        /// The uncompressed kernel, where that was built.
+        vmlinux: Option<PathBuf>,
+    },
     /// The directory or package has several kernels.
     #[error("{} has several kernels, name one of them: {}", path.display(), list(found))]
     Ambiguous {
@@ -236,6 +249,11 @@ fn list(names: &[String]) -> String {
         text.push_str(&format!(" and {more} more"));
     }
     text
+}
+
+fn vmlinux_hint(vmlinux: &Option<PathBuf>) -> String {
+    let hint = |path: &PathBuf| format!("; `-k {}` boots what was built of it", path.display());
+    vmlinux.as_ref().map_or(String::new(), hint)
 }
 
 fn closest(names: &[String]) -> String {

@@ -85,6 +85,11 @@ impl KernelConfig {
         })
     }
 
+    /// Whether anything is to be built as a module.
+    pub fn has_modules(&self) -> bool {
+        self.values.values().any(|value| value == "m")
+    }
+
     /// How the option is set. `name` goes with or without its prefix `CONFIG_`. An option with a
     /// value other than y or m (a number, a string) counts as built in.
     pub fn get(&self, name: &str) -> Tristate {

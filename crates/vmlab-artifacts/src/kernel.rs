@@ -29,6 +29,8 @@ pub struct Kernel {
     pub config_source: Option<ConfigSource>,
     /// The module tree, `.../lib/modules/RELEASE`; it has a `modules.dep`.
     pub modules: Option<PathBuf>,
+    /// Why there is no module tree, where there could be one: what is to be done about it.
+    pub no_modules: Option<String>,
     /// Where the kernel came from.
     pub origin: Origin,
     /// What of it is in the cache, and must not be deleted while it is used.

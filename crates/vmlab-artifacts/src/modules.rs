@@ -14,6 +14,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 pub use build_tree::tree_from_build;
+pub(crate) use build_tree::{BUILTIN_LISTS, BuiltModules};
 pub use depmod::depmod;
 
 use crate::compress::{self, CompressError, Compression, Limit};

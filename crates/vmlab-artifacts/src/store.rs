@@ -433,6 +433,7 @@ impl KernelStore {
             image: dir.join(&entry.image),
             config: existing(dir.join("boot").join(format!("config-{}", entry.release))),
             modules: existing(dir.join("lib/modules").join(&entry.release)),
+            no_modules: None,
             release: Some(entry.release),
             origin: Origin::Package {
                 entry: key.to_owned(),

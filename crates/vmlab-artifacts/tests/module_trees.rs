@@ -147,12 +147,31 @@ fn build_directories_of_all_ages_become_trees() {
 }
 
 #[test]
+fn the_lists_of_directories_stand_in_for_the_list_of_all() {
+    // As `make lib/bottom.ko` leaves it.
+    let build = build_dir("");
+    fs::remove_file(build.path().join("modules.order")).unwrap();
+    for (dir, order) in [
+        ("fs", "fs/top/top.o\n"),
+        ("kernel", "kernel/middle-part.o\n"),
+        ("lib", "lib/bottom.o\n"),
+        ("arch/x86", "lib/extra.o\n"),
+        ("arch/x86/mm", "not/read.o\n"),
+    ] {
+        write(&build.path().join(dir).join("modules.order"), order);
+    }
+    let out = tempfile::tempdir().unwrap();
+    let dir = modules::tree_from_build(build.path(), out.path()).unwrap();
+    check(&ModuleTree::open(&dir).unwrap());
+}
+
+#[test]
 fn unfinished_builds_say_what_is_missing() {
     for (file, named) in [
         ("include/config/kernel.release", "include/config/kernel.release"),
         ("modules.order", "modules.order"),
         ("modules.builtin", "modules.builtin"),
-        ("lib/extra.ko", "lib/extra.o"),
+        ("lib/extra.ko", "lib/extra.ko"),
     ] {
         let build = build_dir("fs/top/top.o\nlib/extra.o\n");
         fs::remove_file(build.path().join(file)).unwrap();

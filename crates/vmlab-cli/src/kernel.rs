@@ -74,6 +74,7 @@ fn inspect(store: &KernelStore, spec: &str, json: bool) -> Result<()> {
 fn description(kernel: &Kernel) -> Vec<[String; 2]> {
     let path = |path: &std::path::Path| path.display().to_string();
     let absent = || "-".to_owned();
+    let no_modules = || kernel.no_modules.as_ref().map_or_else(absent, |why| format!("- ({why})"));
     let from = match &kernel.origin {
         Origin::File { path: file } => path(file),
         Origin::Installed => "installed on this host".to_owned(),
@@ -95,7 +96,7 @@ fn description(kernel: &Kernel) -> Vec<[String; 2]> {
         ("architecture", kernel.arch.to_string()),
         ("from", from),
         ("boot image", path(&kernel.boot_image)),
-        ("modules", kernel.modules.as_deref().map_or_else(absent, path)),
+        ("modules", kernel.modules.as_deref().map_or_else(no_modules, path)),
         ("config", config),
     ]
     .map(|(name, value)| [name.to_owned(), value])

@@ -71,6 +71,9 @@ pub(crate) fn prepare(
     if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
         progress.note(why);
     }
+    for note in kernel.no_modules.iter().cloned().chain(other_release(kernel)) {
+        progress.note(&note);
+    }
     let modules = match &kernel.modules {
         Some(dir) if !wanted.is_empty() => Some((ModuleTree::open(dir)?, wanted)),
         _ => None,
@@ -82,6 +85,19 @@ pub(crate) fn prepare(
         command_line: command_line(channel, arguments),
     };
     Ok(PreparedKernel { boot, channel })
+}
+
+/// What to say of modules that a build has made for another release than the boot image's. Those of
+/// before may still be there, and some kernels load any.
+fn other_release(kernel: &Kernel) -> Option<String> {
+    let built = kernel.modules.as_ref()?.file_name()?.to_str()?;
+    let image = kernel.release.as_str();
+    (!image.is_empty() && built != image).then(|| {
+        format!(
+            "the boot image is {image}, but the modules were last built as {built}, and may not load: \
+             `make` builds both"
+        )
+    })
 }
 
 /// What every guest needs of a kernel whose configuration is known. None of these can be a module.
@@ -99,11 +115,17 @@ const BASE: [&str; 7] = [
 struct Known<'a> {
     config: Option<&'a KernelConfig>,
     modules: Option<ModuleNames>,
+    /// Why nothing is known of its modules.
+    no_modules: Option<&'a str>,
 }
 
 impl<'a> Known<'a> {
     fn of(kernel: &'a Kernel) -> Result<Self, Error> {
-        Ok(Self { config: kernel.config.as_ref(), modules: kernel.module_names()? })
+        Ok(Self {
+            config: kernel.config.as_ref(),
+            modules: kernel.module_names()?,
+            no_modules: kernel.no_modules.as_deref(),
+        })
     }
 
     /// Why nothing will be seen of the kernel's messages, if that is so.
@@ -121,7 +143,7 @@ impl<'a> Known<'a> {
 struct Lacking {
     purpose: &'static str,
     missing: Vec<String>,
-    hint: &'static str,
+    hint: String,
 }
 
 impl Lacking {
@@ -131,7 +153,7 @@ impl Lacking {
             release => release.to_owned(),
         };
         let Self { purpose, missing, hint } = self;
-        Error::KernelLacks { kernel, purpose, missing, hint: hint.to_owned() }
+        Error::KernelLacks { kernel, purpose, missing, hint }
     }
 }
 
@@ -189,9 +211,15 @@ fn way_to_root(
                 let missing = missing(feature, known.config, known.modules.as_ref());
                 purposes.push(purpose);
                 hints.push(match feature {
+                    _ if missing.iter().any(|option| option.why == Lack::NotInTree) => {
+                        "its module tree is of another or an unfinished build: `make modules` \
+                         finishes one in a build tree"
+                    }
                     _ if missing.iter().any(|option| option.why == Lack::NoTree) => {
-                        "to use its modules, give its package, unpacked package or build tree \
-                         instead of the image"
+                        known.no_modules.unwrap_or(
+                            "to use its modules, give its package, unpacked package or build tree \
+                             instead of the image",
+                        )
                     }
                     Feature::NineP => "the generic flavours of distributions have it as a module",
                     Feature::Overlay => "--root-mode ro does without",
@@ -206,7 +234,7 @@ fn way_to_root(
             [purpose] => purpose,
             _ => "do what this run needs",
         };
-        let hint = hints.into_iter().find(|hint| !hint.is_empty()).unwrap_or_default();
+        let hint = hints.into_iter().find(|hint| !hint.is_empty()).unwrap_or_default().to_owned();
         return Err(Lacking { purpose, missing: absent, hint });
     }
     if needs.modules_place && features.get(Feature::Overlay) == Availability::Module {

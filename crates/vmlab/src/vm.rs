@@ -329,7 +329,9 @@ impl Starting<'_> {
             Some(Err(mut failure)) => {
                 let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
                 if unknown && prepared.kernel.modules.is_none() {
-                    failure.detail.push_str(NO_MODULES);
+                    let why = &prepared.kernel.no_modules;
+                    let why = why.as_ref().map_or(NO_MODULES.into(), |why| format!("; {why}"));
+                    failure.detail.push_str(&why);
                 }
                 let Failure { step, detail, .. } = failure;
                 Err(Error::Setup { step, detail, console: evidence(&**self.handle, came_up) })

@@ -39,27 +39,39 @@ pub(crate) fn is_module(path: &Path) -> bool {
     })
 }
 
-/// Makes the directories of `from` in `to`, and places its files in them. What is no module is copied,
+/// Places the files of `from` in `to`, each in a directory as it was in. What is no module is copied,
 /// for depmod may write to it.
 pub(crate) fn tree(from: &Path, to: &Path) -> io::Result<()> {
-    let mut todo = vec![PathBuf::new()];
-    while let Some(relative) = todo.pop() {
-        fs::create_dir_all(to.join(&relative))?;
-        for item in fs::read_dir(from.join(&relative))? {
+    for file in files(from)? {
+        let target = to.join(file.strip_prefix(from).unwrap_or(&file));
+        if let Some(dir) = target.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        match is_module(&file) {
+            true => module(&file, &target)?,
+            false => fs::copy(&file, &target).map(drop)?,
+        }
+    }
+    // A tree without any file is one, too.
+    fs::create_dir_all(to)
+}
+
+/// The files of a tree, sorted; no links, which in a module tree lead to its kernel's source.
+pub(crate) fn files(tree: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    let mut todo = vec![tree.to_owned()];
+    while let Some(dir) = todo.pop() {
+        for item in fs::read_dir(dir)? {
             let item = item?;
-            let path = relative.join(item.file_name());
-            let kind = item.file_type()?;
-            if kind.is_dir() {
-                todo.push(path);
-            } else if kind.is_file() {
-                match is_module(&path) {
-                    true => module(&item.path(), &to.join(&path))?,
-                    false => fs::copy(item.path(), to.join(&path)).map(drop)?,
-                }
+            match item.file_type()? {
+                kind if kind.is_dir() => todo.push(item.path()),
+                kind if kind.is_file() => files.push(item.path()),
+                _ => {}
             }
         }
     }
-    Ok(())
+    files.sort();
+    Ok(files)
 }
 
 #[cfg(test)]

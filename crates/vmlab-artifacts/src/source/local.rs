@@ -10,8 +10,9 @@ use crate::cache::{CacheError, Flaw, Leases};
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
 use crate::modules;
-use crate::{Arch, Cache, ContentKey, KernelError};
+use crate::{Cache, ContentKey, KernelError};
 
+mod build_tree;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,8 @@ pub(crate) struct Parts {
     pub(crate) release: Option<String>,
     pub(crate) config: Option<PathBuf>,
     pub(crate) modules: Option<PathBuf>,
+    /// Why there are none, where there could be some.
+    pub(crate) no_modules: Option<String>,
     pub(crate) origin: Origin,
     pub(crate) leases: Leases,
 }
@@ -56,6 +59,7 @@ pub(crate) fn assemble(cache: &Cache, spec: String, parts: Parts) -> Result<Kern
         config,
         config_source,
         modules: parts.modules,
+        no_modules: parts.no_modules,
         origin: parts.origin,
         leases: parts.leases,
     })
@@ -87,8 +91,8 @@ pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel
     };
     let parts = if !meta.is_dir() {
         bare_image(cache, path)?
-    } else if let Some(image) = built_image(&path) {
-        build_tree(cache, path, image)?
+    } else if let Some(image) = build_tree::image_in(&path) {
+        build_tree::parts(cache, path, image)?
     } else {
         unpacked(cache, path)?
     };
@@ -100,56 +104,58 @@ pub(crate) fn at_path(cache: &Cache, spec: String, path: &Path) -> Result<Kernel
 /// image alone is one, too, and so is one whose neighbours cannot be used.
 fn bare_image(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     let image = open_image(&path)?;
-    let origin = Origin::File { path: path.clone() };
     // A link shows where the image really is, as from arch/x86_64 to arch/x86.
     let real = fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
     let own = image.release();
-    let near = match (tree_of(&real), release_of(&real)) {
-        (Some(top), _)
-            if own.is_none()
-                || built_release(&top).as_deref().is_none_or(|built| own == Some(built)) =>
-        {
-            usable(build_tree(cache, top, path.clone()))?
-        }
+    let near = match (build_tree::top_of(&real), release_of(&real)) {
+        (Some(top), _) => in_tree(cache, top, &path, own)?,
         // A name is not worth much: only an image that does not contradict it has these neighbours.
         (None, Some(release)) if own.is_none_or(|own| own == release) => {
-            usable(beside(cache, &real, release))?
+            match beside(cache, &real, release) {
+                Err(KernelError::Modules { source, .. }) => alone(&path, Some(source.to_string())),
+                parts => parts?,
+            }
         }
-        _ => None,
+        _ => alone(&path, None),
     };
-    let alone = || Parts {
-        image: path.clone(),
-        release: None,
-        config: None,
-        modules: None,
-        origin: origin.clone(),
-        leases: Leases::default(),
-    };
-    Ok(Parts { image: path.clone(), origin: origin.clone(), ..near.unwrap_or_else(alone) })
+    Ok(Parts { image: path.clone(), origin: Origin::File { path }, ..near })
 }
 
-/// What was found beside an image; none when its modules cannot be used, for it can do without.
-fn usable(parts: Result<Parts, KernelError>) -> Result<Option<Parts>, KernelError> {
-    match parts {
-        Ok(parts) => Ok(Some(parts)),
-        Err(KernelError::Modules { .. }) => Ok(None),
-        Err(error) => Err(error),
+/// An image in the build tree that it was made in.
+fn in_tree(
+    cache: &Cache,
+    top: PathBuf,
+    image: &Path,
+    own: Option<&str>,
+) -> Result<Parts, KernelError> {
+    if let (Some(own), Some(built)) = (own, build_tree::release(&top))
+        && own != built
+    {
+        let why = format!(
+            "the last build in {} is {built}, not this image's {own}: its modules are left out",
+            top.display()
+        );
+        return Ok(alone(image, Some(why)));
+    }
+    match build_tree::parts(cache, top.clone(), image.to_owned()) {
+        Err(KernelError::Modules { source, .. }) => {
+            Ok(build_tree::without_modules(top, image.to_owned(), Some(source.to_string())))
+        }
+        parts => parts,
     }
 }
 
-/// The top of the build tree that an image is in: `TOP/arch/ARCH/boot/IMAGE`, or `TOP/vmlinux`.
-fn tree_of(image: &Path) -> Option<PathBuf> {
-    let dir = image.parent()?;
-    let top = match image.file_name()?.to_str()? {
-        "bzImage" | "Image" | "Image.gz" => {
-            let arch = dir.parent()?.parent()?;
-            let placed = dir.ends_with("boot") && arch.ends_with("arch");
-            placed.then(|| arch.parent()).flatten()?
-        }
-        "vmlinux" => dir,
-        _ => return None,
-    };
-    existing([top.join("modules.order"), top.join(".config")]).map(|_| top.to_owned())
+/// An image of which nothing else is known.
+fn alone(image: &Path, why: Option<String>) -> Parts {
+    Parts {
+        image: image.to_owned(),
+        release: None,
+        config: None,
+        modules: None,
+        no_modules: why,
+        origin: Origin::File { path: image.to_owned() },
+        leases: Leases::default(),
+    }
 }
 
 /// The release that a file's name or place tells: `vmlinuz-RELEASE`, `lib/modules/RELEASE/vmlinuz`.
@@ -186,7 +192,8 @@ fn beside(cache: &Cache, image: &Path, release: &str) -> Result<Parts, KernelErr
     };
     let origin = Origin::File { path: image.to_owned() };
     let release = Some(release.to_owned());
-    Ok(Parts { image: image.to_owned(), release, config, modules, origin, leases })
+    let image = image.to_owned();
+    Ok(Parts { image, release, config, modules, no_modules: None, origin, leases })
 }
 
 /// Whether a directory is a module tree, with an index or without one.
@@ -194,51 +201,16 @@ fn is_tree(dir: &Path) -> bool {
     existing([dir.join("modules.dep"), dir.join("modules.order")]).is_some()
 }
 
-/// The boot image that was built in a kernel tree, the host's architecture first.
-fn built_image(tree: &Path) -> Option<PathBuf> {
-    let mut arches = [Arch::X86_64, Arch::Aarch64];
-    arches.sort_by_key(|arch| *arch != Arch::HOST);
-    arches
-        .iter()
-        .map(|arch| {
-            let name = if *arch == Arch::X86_64 { "bzImage" } else { "Image" };
-            tree.join("arch").join(arch.kernel_dir()).join("boot").join(name)
-        })
-        .find(|path| path.is_file())
-}
-
-fn build_tree(cache: &Cache, path: PathBuf, image: PathBuf) -> Result<Parts, KernelError> {
-    let order = path.join("modules.order");
-    let leases = Leases::default();
-    let modules = match fs::metadata(&order) {
-        // A kernel without modules has an empty list, or none.
-        Ok(meta) if meta.len() > 0 => {
-            let stamps =
-                [order, image.clone(), path.join("modules.builtin"), path.join("Module.symvers")];
-            Some(linked_modules(cache, &path, &stamps, &leases, |out| {
-                modules::tree_from_build(&path, out)
-                    .map(|_| ())
-                    .map_err(|e| modules_error(&path, e))
-            })?)
-        }
-        _ => None,
-    };
-    let release = built_release(&path);
-    let config = existing([path.join(".config")]);
-    Ok(Parts { image, release, config, modules, origin: Origin::BuildTree { path }, leases })
-}
-
-/// The release that a build tree was last built for.
-fn built_release(top: &Path) -> Option<String> {
-    let text = fs::read_to_string(top.join("include/config/kernel.release")).ok()?;
-    Some(text.trim().to_owned())
-}
-
 fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     let mut images = images_in(&path);
     let (release, image) = match images.len() {
         1 => images.remove(0),
-        0 => return Err(KernelError::NoKernelInDir { path }),
+        0 => {
+            // What may not be looked into seems to be empty.
+            fs::read_dir(&path).map_err(|e| KernelError::io("look for a kernel in", &path, e))?;
+            let none = || KernelError::NoKernelInDir { path: path.clone() };
+            return Err(build_tree::unbuilt(&path).unwrap_or_else(none));
+        }
         _ => {
             let found = images.iter().map(|(_, image)| image.display().to_string()).collect();
             return Err(KernelError::Ambiguous { path, found });
@@ -251,7 +223,8 @@ fn unpacked(cache: &Cache, path: PathBuf) -> Result<Parts, KernelError> {
     };
     let config = configs_of(&path, &release);
     let origin = Origin::Unpacked { path };
-    Ok(Parts { image, release: Some(release), config, modules, origin, leases })
+    let release = Some(release);
+    Ok(Parts { image, release, config, modules, no_modules: None, origin, leases })
 }
 
 /// A module tree where it is if it has an index, else a copy with one.
@@ -265,7 +238,9 @@ fn indexed(
     if tree.join("modules.dep").is_file() {
         return Ok(tree);
     }
-    let stamps = [tree.clone(), tree.join("modules.order"), image.to_owned()];
+    let files = modules::place::files(&tree)
+        .map_err(|e| KernelError::io("list the modules in", &tree, e))?;
+    let stamps: Vec<PathBuf> = files.into_iter().chain([image.to_owned()]).collect();
     linked_modules(cache, &tree, &stamps, leases, |out| {
         modules::place::tree(&tree, &out.join("lib/modules").join(release))
             .map_err(|e| KernelError::cache_io("copy to the cache the modules of", &tree, e))?;
@@ -353,6 +328,7 @@ pub(crate) fn installed(
         release: Some(release.to_owned()),
         config,
         modules,
+        no_modules: None,
         origin: Origin::Installed,
         leases: Leases::default(),
     };

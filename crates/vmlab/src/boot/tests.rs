@@ -15,7 +15,7 @@ fn way(
 ) -> Result<(Vec<&'static str>, AgentChannel), Lacking> {
     let config = KernelConfig::parse(config);
     let modules = dep.map(|dep| ModuleNames::parse(dep, ""));
-    way_to_root(&Known { config: Some(&config), modules }, needs)
+    way_to_root(&Known { config: Some(&config), modules, no_modules: None }, needs)
 }
 
 fn all_built_in() -> String {
@@ -83,9 +83,14 @@ fn a_module_without_a_tree_is_told_from_an_option_that_is_not_set() {
     let lacking = way(&config, None, NEEDS).unwrap_err();
     assert_eq!(lacking.missing, ["CONFIG_9P_FS (a module, and no modules are known)"]);
     assert!(lacking.hint.contains("give its package"), "{}", lacking.hint);
+    // What is known of the reason is more of a help.
+    let parsed = KernelConfig::parse(&config);
+    let why = "the modules are not built";
+    let known = Known { config: Some(&parsed), modules: None, no_modules: Some(why) };
+    assert_eq!(way_to_root(&known, NEEDS).unwrap_err().hint, why);
     let lacking = way(&config, Some("kernel/net/9p/9pnet.ko:\n"), NEEDS).unwrap_err();
     assert_eq!(lacking.missing, ["CONFIG_9P_FS (a module that the module tree does not have)"]);
-    assert!(!lacking.hint.contains("give its package"), "{}", lacking.hint);
+    assert!(lacking.hint.contains("`make modules`"), "{}", lacking.hint);
     let (modules, _) = way(&config, Some("kernel/fs/9p/9p.ko:\n"), NEEDS).unwrap();
     assert!(modules.contains(&"9p"), "{modules:?}");
 }
@@ -93,11 +98,35 @@ fn a_module_without_a_tree_is_told_from_an_option_that_is_not_set() {
 #[test]
 fn a_kernel_that_will_be_silent_is_noted() {
     let config = KernelConfig::parse(all_built_in());
-    let silence = |config| Known { config, modules: None }.silence();
+    let silence = |config| Known { config, modules: None, no_modules: None }.silence();
     assert!(silence(Some(&config)).unwrap().contains("CONFIG_SERIAL_8250_CONSOLE"));
     let config = KernelConfig::parse("CONFIG_SERIAL_8250_CONSOLE=y\n");
     assert_eq!(silence(Some(&config)), None);
     assert_eq!(silence(None), None);
+}
+
+#[test]
+fn modules_of_another_release_are_noted() {
+    let noted = |release: &str, modules: Option<&str>| {
+        other_release(&Kernel {
+            spec: "linux".into(),
+            release: release.into(),
+            arch: Arch::HOST,
+            version_string: None,
+            boot_image: "bzImage".into(),
+            config: None,
+            config_source: None,
+            modules: modules.map(PathBuf::from),
+            no_modules: None,
+            origin: vmlab_artifacts::Origin::Installed,
+            leases: Leases::default(),
+        })
+    };
+    let note = noted("6.12.0-a", Some("lib/modules/6.12.0-b")).unwrap();
+    assert!(note.contains("is 6.12.0-a") && note.contains("as 6.12.0-b"), "{note}");
+    assert_eq!(noted("6.12.0-a", Some("lib/modules/6.12.0-a")), None);
+    assert_eq!(noted("", Some("lib/modules/6.12.0-a")), None);
+    assert_eq!(noted("6.12.0-a", None), None);
 }
 
 #[test]
@@ -113,7 +142,7 @@ fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
 
 #[test]
 fn a_kernel_that_says_nothing_is_tried() {
-    assert!(way_to_root(&Known { config: None, modules: None }, NEEDS).is_ok());
+    assert!(way_to_root(&Known { config: None, modules: None, no_modules: None }, NEEDS).is_ok());
 }
 
 #[test]

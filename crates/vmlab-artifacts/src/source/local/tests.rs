@@ -1,6 +1,6 @@
 use super::*;
 use crate::test_support::{bzimage, chain};
-use crate::{Availability, Feature};
+use crate::{Arch, Availability, Feature};
 
 const RELEASE: &str = "6.12.1-test";
 
@@ -136,8 +136,17 @@ fn an_unpacked_package_gets_an_index_in_the_cache() {
     assert!(tree.exists());
     drop(kernel);
     put(&root, &image, [bzimage(RELEASE), vec![0; 2]].concat());
-    at_path(&cache, "s".to_owned(), &root).unwrap();
+    let third = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
     assert!(!tree.exists() && !again.exists());
+    // A module that was replaced changes no directory but its own.
+    let path = format!("usr/lib/modules/{RELEASE}/kernel/fs/overlay.ko");
+    put(&root, &path, module(0));
+    let fourth = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
+    fs::remove_file(root.join(&path)).unwrap();
+    put(&root, &path, module(1));
+    let fifth = at_path(&cache, "s".to_owned(), &root).unwrap().modules.unwrap();
+    assert!(third != fourth && fourth != fifth);
+    assert_eq!(fs::read(fifth.join("kernel/fs/overlay.ko")).unwrap(), module(1));
 }
 
 #[test]
@@ -182,6 +191,97 @@ fn only_the_cache_is_advised_to_be_moved() {
     assert!(error.to_string().contains(crate::cache::CACHE_DIR_ENV), "{error}");
 }
 
+/// The smallest ELF file that depmod takes for a module. Builds differ in a byte that nothing looks at.
+fn module(build: u8) -> Vec<u8> {
+    let mut module = vec![0; 64];
+    module[15] = build;
+    module[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    for (at, value) in [(16, 1), (18, 62), (20, 1), (52, 64), (58, 64)] {
+        module[at] = value;
+    }
+    module
+}
+
+/// A build tree with the module `fs/overlay.ko`.
+fn built(top: &Path) {
+    put(top, "arch/x86/boot/bzImage", bzimage(RELEASE));
+    put(top, "include/config/kernel.release", format!("{RELEASE}\n"));
+    put(top, ".config", "CONFIG_OVERLAY_FS=m\n");
+    put(top, "fs/overlay.ko", module(0));
+    put(top, "fs/modules.order", "fs/overlay.o\n");
+    put(top, "modules.order", "fs/overlay.o\n");
+    put(top, "modules.builtin", "");
+}
+
+#[test]
+fn a_tree_that_is_not_built_is_told_from_any_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path().join("cache"));
+    let top = dir.path().join("linux");
+    for file in ["Kbuild", "Kconfig", "Makefile"] {
+        put(&top, file, "");
+    }
+    let error = || at_path(&cache, "s".to_owned(), &top).unwrap_err().to_string();
+    let fresh = error();
+    assert!(fresh.contains("linux is not built: there is no arch/"), "{fresh}");
+    assert!(fresh.contains("run `make` there") && !fresh.contains("-k "), "{fresh}");
+    put(&top, "vmlinux", "");
+    assert!(error().contains(&format!("`-k {}`", top.join("vmlinux").display())), "{}", error());
+}
+
+#[test]
+fn modules_that_were_never_built_are_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = "arch/x86/boot/bzImage";
+    put(dir.path(), image, bzimage(RELEASE));
+    put(dir.path(), ".config", "CONFIG_OVERLAY_FS=m\n");
+    for path in ["", image] {
+        let kernel = image_at(dir.path(), path);
+        assert_eq!(kernel.modules, None);
+        let why = kernel.no_modules.unwrap();
+        assert!(why.contains("has no modules.order") && why.contains("`make modules`"), "{why}");
+    }
+    put(dir.path(), ".config", "CONFIG_OVERLAY_FS=y\n");
+    assert_eq!(image_at(dir.path(), "").no_modules, None);
+}
+
+#[test]
+fn every_build_of_a_module_is_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    built(dir.path());
+    let tree = || image_at(dir.path(), "").modules.unwrap();
+    let module_in = |tree: PathBuf| fs::read(tree.join("kernel/fs/overlay.ko")).unwrap();
+    let first = tree();
+    assert_eq!(tree(), first, "nothing has changed");
+    // An interrupted build goes on: only the module changes, as a new file or in place.
+    for (build, replaced) in [(1, true), (2, false)] {
+        if replaced {
+            fs::remove_file(dir.path().join("fs/overlay.ko")).unwrap();
+        }
+        put(dir.path(), "fs/overlay.ko", module(build));
+        assert_eq!(module_in(tree()), module(build));
+    }
+    // `make fs/overlay.ko` removes the list of all modules.
+    fs::remove_file(dir.path().join("modules.order")).unwrap();
+    fs::remove_file(dir.path().join("fs/overlay.ko")).unwrap();
+    put(dir.path(), "fs/overlay.ko", module(3));
+    assert_eq!(module_in(tree()), module(3));
+    // A kernel that was linked anew has the same modules.
+    let before = tree();
+    put(dir.path(), "arch/x86/boot/bzImage", [bzimage(RELEASE), vec![0]].concat());
+    assert_eq!(tree(), before);
+}
+
+#[test]
+fn what_was_configured_since_the_build_is_not_in_the_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    built(dir.path());
+    put(dir.path(), "include/config/auto.conf", "CONFIG_VIRTIO_FS=y\n");
+    put(dir.path(), ".config", "CONFIG_VIRTIO_FS=y\nCONFIG_9P_FS=y\n");
+    let config = image_at(dir.path(), "").config.unwrap();
+    assert_eq!((config.value("CONFIG_VIRTIO_FS"), config.value("CONFIG_9P_FS")), (Some("y"), None));
+}
+
 /// The kernel of one image, as `-k PATH` finds it.
 fn image_at(dir: &Path, path: &str) -> Kernel {
     let cache = Cache::at(dir.join("cache"));
@@ -197,17 +297,11 @@ fn an_image_in_a_build_tree_has_its_configuration_and_modules() {
     put(dir.path(), "linux/modules.order", "fs/overlay.o\n");
     put(dir.path(), "linux/modules.builtin", "");
     let path = "linux/arch/x86/boot/bzImage";
-    // Modules that cannot be used leave the image alone.
-    assert_eq!(image_at(dir.path(), path).modules, None);
-    // The smallest ELF file that depmod takes for a module.
-    let mut module = vec![0; 64];
-    module[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
-    module[16] = 1;
-    module[18] = 62;
-    module[20] = 1;
-    module[52] = 64;
-    module[58] = 64;
-    put(dir.path(), "linux/fs/overlay.ko", module);
+    // Modules that cannot be used take nothing else away, and it is known why.
+    let kernel = image_at(dir.path(), path);
+    assert_eq!((kernel.modules.as_ref(), kernel.config.is_some()), (None, true));
+    assert!(kernel.no_modules.unwrap().contains("has no fs/overlay.ko"));
+    put(dir.path(), "linux/fs/overlay.ko", module(0));
     let kernel = image_at(dir.path(), path);
     assert_eq!(kernel.boot_image, dir.path().join(path));
     assert!(matches!(kernel.origin, Origin::File { .. }));
@@ -221,8 +315,11 @@ fn an_image_in_a_build_tree_has_its_configuration_and_modules() {
     assert!(image_at(dir.path(), "link").modules.is_some());
     // An image of another build than the tree's last one has nothing of it.
     put(dir.path(), path, bzimage("6.12.1-other"));
-    assert_eq!(image_at(dir.path(), path).modules, None);
-    assert_eq!(image_at(dir.path(), path).config, None);
+    let kernel = image_at(dir.path(), path);
+    assert_eq!((kernel.modules, kernel.config), (None, None));
+    assert!(
+        kernel.no_modules.unwrap().contains(&format!("is {RELEASE}, not this image's 6.12.1-o"))
+    );
 }
 
 #[test]
