@@ -49,6 +49,8 @@ pub(crate) struct Needs {
 pub(crate) struct PreparedKernel {
     pub(crate) boot: Boot,
     pub(crate) channel: AgentChannel,
+    /// It sees devices that are described by ACPI alone, and whose configuration is in memory alone.
+    pub(crate) sees_ecam: bool,
 }
 
 /// Makes a kernel ready to boot. `arguments` are added to the command line.
@@ -84,7 +86,7 @@ pub(crate) fn prepare(
         initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
-    Ok(PreparedKernel { boot, channel })
+    Ok(PreparedKernel { boot, channel, sees_ecam: known.sees_ecam() })
 }
 
 /// What to say of modules that a build has made for another release than the boot image's. Those of
@@ -111,6 +113,9 @@ const BASE: [&str; 7] = [
     "CONFIG_PCI",
 ];
 
+/// What a kernel needs to find devices on a PCI Express bus that has no I/O ports.
+const ECAM: [&str; 2] = ["CONFIG_ACPI", "CONFIG_PCI_MMCONFIG"];
+
 /// What is known of a kernel before it is booted.
 struct Known<'a> {
     config: Option<&'a KernelConfig>,
@@ -126,6 +131,12 @@ impl<'a> Known<'a> {
             modules: kernel.module_names()?,
             no_modules: kernel.no_modules.as_deref(),
         })
+    }
+
+    /// Whether it finds a PCI Express bus that has no I/O ports, as the one of a microvm.
+    fn sees_ecam(&self) -> bool {
+        let has = |option| self.config.is_none_or(|c| c.get(option) == Tristate::BuiltIn);
+        ECAM.into_iter().all(has)
     }
 
     /// Why nothing will be seen of the kernel's messages, if that is so.

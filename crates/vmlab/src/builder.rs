@@ -10,7 +10,7 @@ use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRoot
 
 use crate::Error;
 use crate::accel::{self, AccelChoice, Chosen};
-use crate::boot::{self, Needs};
+use crate::boot::{self, Needs, PreparedKernel};
 use crate::config::{
     Accel, AgentChannel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder,
 };
@@ -316,13 +316,15 @@ impl VmBuilder {
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
+        let machine =
+            self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
         let mut plan = MountPlan::new();
         let setup = self.setup(&mut plan, &environment, &kernel)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
             .memory(self.memory)
             .topology(self.topology)
             .accel(accel)
-            .machine(self.machine.unwrap_or(self.fastest_machine(prepared.channel, &capabilities)))
+            .machine(machine)
             .network(self.network)
             .channel(prepared.channel)
             .qemu_args(self.qemu_args);
@@ -364,9 +366,10 @@ impl VmBuilder {
         }
     }
 
-    fn fastest_machine(&self, channel: AgentChannel, can: &Capabilities) -> Machine {
+    fn fastest_machine(&self, kernel: &PreparedKernel, can: &Capabilities) -> Machine {
         let Topology { nodes, llcs, .. } = self.topology;
-        let simple = nodes == 1 && llcs == 1 && channel == AgentChannel::Virtio;
+        let simple =
+            nodes == 1 && llcs == 1 && kernel.channel == AgentChannel::Virtio && kernel.sees_ecam;
         if simple && can.machines.contains(&Machine::Microvm) {
             Machine::Microvm
         } else {

@@ -106,6 +106,17 @@ fn a_kernel_that_will_be_silent_is_noted() {
 }
 
 #[test]
+fn a_kernel_that_cannot_see_a_microvms_devices_is_known() {
+    let sees = |config: Option<&str>| {
+        let config = config.map(KernelConfig::parse);
+        Known { config: config.as_ref(), modules: None, no_modules: None }.sees_ecam()
+    };
+    assert!(sees(Some("CONFIG_ACPI=y\nCONFIG_PCI_MMCONFIG=y\n")) && sees(None));
+    assert!(!sees(Some("CONFIG_ACPI=y\n# CONFIG_PCI_MMCONFIG is not set\n")));
+    assert!(!sees(Some("CONFIG_PCI_MMCONFIG=y\n")));
+}
+
+#[test]
 fn modules_of_another_release_are_noted() {
     let noted = |release: &str, modules: Option<&str>| {
         other_release(&Kernel {
