@@ -269,6 +269,99 @@ fn a_package_is_taken_in_and_run() {
     vmlab(&["kernel", "pull", "host"]).expect_code(125).expect_stderr(&["nothing to fetch"]);
 }
 
+/// Debian's 6.12 as if it had been built in `top`, with the modules that the root needs and `loop`.
+fn lay_out_as_built(site: &Site, top: &Path) {
+    let (entry, release) = (entry(site), release(site, DEBIAN_6_12));
+    let put = |path: &str, content: &[u8]| {
+        let path = top.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    };
+    let get = |path: String| std::fs::read(entry.join(path)).unwrap();
+    put("arch/x86/boot/bzImage", &get(format!("boot/vmlinuz-{release}")));
+    put(".config", &get(format!("boot/config-{release}")));
+    put("include/config/kernel.release", format!("{release}\n").as_bytes());
+    let from = format!("lib/modules/{release}");
+    put("modules.builtin", &get(format!("{from}/modules.builtin")));
+    let mut order = String::new();
+    for line in String::from_utf8(get(format!("{from}/modules.order"))).unwrap().lines() {
+        let place = line.strip_prefix("kernel/").unwrap().strip_suffix(".ko").unwrap();
+        let kept = ["fs/9p/", "fs/netfs/", "fs/overlayfs/", "net/9p/", "drivers/block/loop"];
+        if kept.iter().any(|kept| place.starts_with(kept)) {
+            let packed = entry.join(&from).join(format!("kernel/{place}.ko.xz"));
+            let module = vmlab::artifacts::modules::read_module(&packed).unwrap();
+            put(&format!("{place}.ko"), &module);
+            order.push_str(&format!("{place}.o\n"));
+        }
+    }
+    assert!(order.contains("drivers/block/loop.o\n"), "{order}");
+    put("modules.order", order.as_bytes());
+}
+
+#[test]
+fn a_build_tree_is_run_with_what_was_last_built_in_it() {
+    let site = Site::new();
+    let release = release(&site, DEBIAN_6_12);
+    let top = site.cwd().join("linux");
+    lay_out_as_built(&site, &top);
+    let cache = site.path().join("cache");
+    let run = |spec: &str, script: &str| {
+        let args = ["run", "-q", "-k", spec, "--", "sh", "-c", script];
+        site.vmlab(args).env("VMLAB_CACHE_DIR", &cache).output()
+    };
+    // The guest sees the tree, too, because it is below the working directory.
+    let load = "uname -r; modprobe loop; cmp \"$(modinfo -n loop)\" linux/drivers/block/loop.ko";
+    let wanted = format!("{release}\n");
+    run("./linux", load).expect_stdout(&wanted);
+    // As after `make drivers/block/loop.ko`: a new module, and no list of all.
+    let rebuild = |module: &str| {
+        let path = top.join(module);
+        let mut content = std::fs::read(&path).unwrap();
+        content.extend(b"built anew");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, content).unwrap();
+    };
+    rebuild("drivers/block/loop.ko");
+    let order = std::fs::read_to_string(top.join("modules.order")).unwrap();
+    std::fs::remove_file(top.join("modules.order")).unwrap();
+    for dir in ["fs", "net", "drivers"] {
+        let lines = order.lines().filter(|line| line.starts_with(&format!("{dir}/")));
+        let part: String = lines.map(|line| format!("{line}\n")).collect();
+        std::fs::write(top.join(dir).join("modules.order"), part).unwrap();
+    }
+    run("./linux/arch/x86/boot/bzImage", load).expect_stdout(&wanted);
+    // One that the initramfs has.
+    let initramfs = || {
+        let planned = site
+            .vmlab(["run", "-q", "--dry-run", "-k", "./linux", "--", "true"])
+            .env("VMLAB_CACHE_DIR", &cache)
+            .output();
+        let planned = planned.expect_code(0).stdout_text();
+        let mut values = serde_json::Deserializer::from_str(&planned).into_iter::<Value>();
+        text(&values.next().unwrap().unwrap(), "/boot/initramfs").to_owned()
+    };
+    let before = initramfs();
+    rebuild("fs/9p/9p.ko");
+    assert_ne!(initramfs(), before);
+
+    // What is missing is named, with what to do.
+    std::fs::remove_file(top.join("fs/9p/9p.ko")).unwrap();
+    run("./linux", "true").expect_code(125).expect_stderr(&["no fs/9p/9p.ko", "`make modules`"]);
+    for dir in ["fs", "net", "drivers"] {
+        std::fs::remove_file(top.join(dir).join("modules.order")).unwrap();
+    }
+    for spec in ["./linux", "./linux/arch/x86/boot/bzImage"] {
+        let outcome = run(spec, "true");
+        outcome.expect_code(125).expect_stderr(&[
+            "CONFIG_9P_FS",
+            "no modules.order",
+            "`make modules`",
+        ]);
+    }
+    std::fs::remove_file(top.join("arch/x86/boot/bzImage")).unwrap();
+    run("./linux", "true").expect_code(125).expect_stderr(&["is not built", "run `make` there"]);
+}
+
 fn is_visible(item: &std::io::Result<std::fs::DirEntry>) -> bool {
     !item.as_ref().unwrap().file_name().to_string_lossy().starts_with('.')
 }
