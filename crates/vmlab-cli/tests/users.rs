@@ -54,6 +54,15 @@ fn commands_run_as_whom_they_should() {
 }
 
 #[test]
+fn root_has_system_programs_whoever_calls() {
+    let site = Site::new();
+    // What Debian gives its ordinary users.
+    let path = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games";
+    let script = "modprobe loop && test -b /dev/loop0 && echo loaded";
+    site.sh(&[], script).env("PATH", path).output().expect_code(0).expect_stdout("loaded\n");
+}
+
+#[test]
 fn a_path_that_cannot_be_searched_has_no_programs() {
     let site = Site::new();
     let run = |program: &str, closed: &str| {

@@ -301,7 +301,8 @@ fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<Pat
             Err(error) => Err(error.into()),
         }
     };
-    let entry = leased(cache, (IMAGES, IMAGES_KEPT), &key, leases, verify_image, build)?;
+    let entry =
+        cache.get_or_build_bounded((IMAGES, IMAGES_KEPT), &key, leases, verify_image, build)?;
     let vmlinux = entry.join(IMAGE_FILE);
     Ok(if vmlinux.exists() { vmlinux } else { image.path().to_owned() })
 }
@@ -352,31 +353,8 @@ fn initramfs(
         write_length(dir, INITRAMFS_FILE, archive.len())
     };
     let kind = (INITRAMFS, INITRAMFS_KEPT);
-    let entry = leased(cache, kind, &key.finish(), leases, verify, build)?;
+    let entry = cache.get_or_build_bounded(kind, &key.finish(), leases, verify, build)?;
     Ok(entry.join(INITRAMFS_FILE))
-}
-
-/// The entry for a key, which stays for as long as the kernel is used. Of what was used before, as much
-/// is kept as `kind` says.
-fn leased(
-    cache: &Cache,
-    (kind, keep): (&str, usize),
-    key: &str,
-    leases: &Leases,
-    verify: impl Fn(&Path) -> Result<(), Flaw>,
-    build: impl FnOnce(&Path) -> Result<(), Error>,
-) -> Result<PathBuf, Error> {
-    let mut built = false;
-    let build = |dir: &Path| {
-        built = true;
-        build(dir)
-    };
-    let (entry, lease) = cache.get_or_build_leased(kind, key, verify, build, |_| {})?;
-    leases.add(lease);
-    if built {
-        cache.prune(kind, keep)?;
-    }
-    Ok(entry)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), Error> {

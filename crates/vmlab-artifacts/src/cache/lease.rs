@@ -5,11 +5,11 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use super::{Cache, CacheError, is_linked};
+use super::{Cache, CacheError, Flaw, is_linked};
 
 /// Keeps a cache entry from being deleted for as long as it is there.
 #[derive(Debug)]
@@ -66,6 +66,32 @@ impl Cache {
         Lease::take(&self.entry_path(kind, key)?)
     }
 
+    /// As [`get_or_build`](Cache::get_or_build), for a kind of which only so many entries are kept: those
+    /// that were used last. The entry found stays for as long as `leases` does.
+    ///
+    /// # Errors
+    /// As [`get_or_build`](Cache::get_or_build).
+    pub fn get_or_build_bounded<E: From<CacheError>>(
+        &self,
+        (kind, keep): (&str, usize),
+        key: &str,
+        leases: &Leases,
+        verify: impl Fn(&Path) -> Result<(), Flaw>,
+        build: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<PathBuf, E> {
+        let mut built = false;
+        let build = |dir: &Path| {
+            built = true;
+            build(dir)
+        };
+        let (entry, lease) = self.get_or_build_leased(kind, key, verify, build, |_| {})?;
+        leases.add(lease);
+        if built {
+            self.prune(kind, keep)?;
+        }
+        Ok(entry)
+    }
+
     /// Deletes the entries of a kind beyond the `keep` that were leased last. Those in use stay.
     ///
     /// # Errors
@@ -120,6 +146,21 @@ mod tests {
         drop(clone);
         assert!(cache.remove("k", "a").unwrap());
         assert!(Lease::take(&dir.path().join("k/a")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_bounded_kind_loses_what_is_not_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let leases = Leases::default();
+        let get = |key: &str, leases: &Leases| {
+            let fill = |_: &Path| -> Result<(), CacheError> { Ok(()) };
+            cache.get_or_build_bounded(("k", 1), key, leases, |_| Ok(()), fill).unwrap()
+        };
+        assert!(get("a", &leases).ends_with("k/a"));
+        get("b", &Leases::default());
+        get("c", &Leases::default());
+        assert_eq!(keys(&cache), ["a", "c"]);
     }
 
     #[test]

@@ -19,8 +19,14 @@ mod tests;
 /// The cache kind of configurations that were found inside boot images.
 const CONFIGS: &str = "configs";
 
+/// How many of them, found or not, are kept; they are small.
+const CONFIGS_KEPT: usize = 64;
+
 /// The cache kind of module trees made from modules elsewhere, mostly as hard links.
 const LINKED_MODULES: &str = "linked-modules";
+
+/// How many of them are kept. Links cost nothing while the modules are there, but their directory may go.
+const LINKED_MODULES_KEPT: usize = 16;
 
 /// Largest uncompressed image that is searched for its configuration, in bytes.
 const MAX_SEARCHED: u64 = 1 << 30;
@@ -378,7 +384,9 @@ fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConf
             false => Err("it is empty".into()),
         }
     };
-    let entry = cache.get_or_build(CONFIGS, &key, verify, |dir| {
+    let leases = Leases::default();
+    let kind = (CONFIGS, CONFIGS_KEPT);
+    let entry = cache.get_or_build_bounded(kind, &key, &leases, verify, |dir| {
         // Damage inside the image is reported by whoever boots it.
         let kernel = match image.extract() {
             Ok(None) if image.file_len() <= MAX_SEARCHED => fs::read(image.path()).ok(),
@@ -415,9 +423,10 @@ fn linked_modules(
         fs::metadata(tree.join("modules.dep"))?;
         Ok(tree)
     };
-    let (entry, lease) = cache.get_or_build_leased(
-        LINKED_MODULES,
+    let entry = cache.get_or_build_bounded(
+        (LINKED_MODULES, LINKED_MODULES_KEPT),
         &key,
+        leases,
         |dir| find(dir).map(|_| ()),
         |dir| {
             // Trees of earlier builds of the same directory have no further use, but for VMs that run.
@@ -431,9 +440,7 @@ fn linked_modules(
             }
             build(dir)
         },
-        |_| {},
     )?;
-    leases.add(lease);
     find(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
 }
 

@@ -242,7 +242,7 @@ impl<'vm> Command<'vm> {
         Exec {
             process,
             argv: self.argv.iter().map(|arg| bytes(arg)).collect(),
-            env: environment.vars.iter().map(|(k, v)| (bytes(k), bytes(v))).collect(),
+            env: environment.variables(),
             cwd: bytes(environment.cwd.as_os_str()),
             user: User {
                 uid: environment.user.uid,

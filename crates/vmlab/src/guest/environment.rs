@@ -21,7 +21,8 @@ pub struct GuestUser {
 /// What a command inherits: it is given to the VM once and can be changed for each command.
 #[derive(Debug, Clone)]
 pub struct Environment {
-    /// The environment variables, all of them.
+    /// The environment variables, all of them. For root, a `PATH` is completed with the directories of
+    /// system programs, which an ordinary caller's may lack.
     pub vars: Vec<(OsString, OsString)>,
     /// The working directory.
     pub cwd: PathBuf,
@@ -54,6 +55,29 @@ impl Environment {
             umask: caller_umask(),
             rlimits: caller_rlimits(),
         })
+    }
+}
+
+/// Where programs are that only root has a use for.
+const SYSTEM_DIRS: [&[u8]; 3] = [b"/usr/local/sbin", b"/usr/sbin", b"/sbin"];
+
+impl Environment {
+    /// The variables as the guest is given them.
+    pub(crate) fn variables(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let root = self.user.uid == 0;
+        let given = |(name, value): &(OsString, OsString)| {
+            let mut value = value.as_bytes().to_vec();
+            if root && name == "PATH" {
+                for dir in SYSTEM_DIRS {
+                    if !value.split(|byte| *byte == b':').any(|listed| listed == dir) {
+                        value.push(b':');
+                        value.extend_from_slice(dir);
+                    }
+                }
+            }
+            (name.as_bytes().to_vec(), value)
+        };
+        self.vars.iter().map(given).collect()
     }
 }
 
@@ -187,6 +211,20 @@ mod tests {
         assert!(is_of_the_session(b"TMUX"));
         assert!(!is_of_the_session(b"TMUXX"));
         assert!(!is_of_the_session(b"PATH"));
+    }
+
+    #[test]
+    fn root_finds_system_programs() {
+        let mut environment = Environment::of_caller().unwrap();
+        environment.vars = vec![("PATH".into(), "/bin:/usr/sbin".into()), ("A".into(), "b".into())];
+        let path = |environment: &Environment| {
+            let variables = environment.variables();
+            assert_eq!(variables[1], (b"A".to_vec(), b"b".to_vec()));
+            String::from_utf8(variables[0].1.clone()).unwrap()
+        };
+        assert_eq!(path(&environment), "/bin:/usr/sbin:/usr/local/sbin:/sbin");
+        environment.user.uid = 1000;
+        assert_eq!(path(&environment), "/bin:/usr/sbin");
     }
 
     #[test]
