@@ -30,6 +30,8 @@ pub(crate) struct Output {
     /// Whether a read may bring something.
     pub(crate) ready: bool,
     terminal: bool,
+    /// A terminal that was found to be closed on the other side.
+    hung_up: bool,
     /// After the command's end: bytes that it wrote before and that were not sent yet.
     owed: Option<u64>,
 }
@@ -47,7 +49,8 @@ pub(crate) enum Pumped {
 
 impl Output {
     fn new(stream: StreamId, fd: OwnedFd, terminal: bool) -> Self {
-        Self { stream, fd, window: SendWindow::default(), ready: true, terminal, owed: None }
+        let window = SendWindow::default();
+        Self { stream, fd, window, ready: true, terminal, hung_up: false, owed: None }
     }
 
     pub(crate) fn fd(&self) -> &OwnedFd {
@@ -82,7 +85,12 @@ impl Output {
                 }
                 Pumped::Nothing
             }
-            // A terminal whose other side is closed reads as EIO.
+            // A terminal whose other side is closed reads as EIO. The kernel looks for what was written
+            // before it looks for that: when both come in between, only a second read finds the first.
+            Err(Errno::IO) if self.terminal && !self.hung_up => {
+                self.hung_up = true;
+                Pumped::Bytes
+            }
             Err(_) => Pumped::Eof,
         }
     }
