@@ -1,0 +1,104 @@
+//! The device: which queues there are, and who serves which request.
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vmlab_fuse::abi::Opcode;
+use vmlab_fuse::{FileSystem, Server};
+
+use crate::chain::Chain;
+use crate::device::{Device, QueueKind};
+use crate::fs::buffers::{Reply, Request};
+use crate::queue::{QueueError, Turn, VirtQueue};
+
+/// The most bytes of a tag: `struct virtio_fs_config` in `linux/virtio_fs.h`.
+pub const MAX_TAG: usize = 36;
+
+/// The size of every ring. A request of 1 MiB in pages of 4 KiB has 256 buffers and its headers, and a guest
+/// asks for no more at once than the ring could hold without indirect tables.
+const RING: u16 = 1024;
+
+/// How many requests of one queue can be in progress at once. One that waits for a disk or a network leaves
+/// the others free.
+const WORKERS: usize = 4;
+
+/// A virtio-fs device.
+#[derive(Debug)]
+pub struct Fs<F> {
+    server: Server<F>,
+    tag: [u8; MAX_TAG],
+    request_queues: u32,
+}
+
+impl<F: FileSystem> Fs<F> {
+    /// A device that the guest mounts by this tag; what is longer than [`MAX_TAG`] is cut off. It has one
+    /// high-priority queue and so many for requests.
+    pub fn new(server: Server<F>, tag: &str, request_queues: u32) -> Self {
+        let mut field = [0; MAX_TAG];
+        for (to, from) in field.iter_mut().zip(tag.bytes()) {
+            *to = from;
+        }
+        Self { server, tag: field, request_queues: request_queues.max(1) }
+    }
+
+    /// The server.
+    pub fn server(&self) -> &Server<F> {
+        &self.server
+    }
+}
+
+impl<F: FileSystem> Device for Fs<F> {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn queues(&self) -> Vec<QueueKind> {
+        let high_priority = QueueKind { max_size: RING, workers: 1 };
+        let requests = QueueKind { max_size: RING, workers: WORKERS };
+        let requests = (0..self.request_queues).map(|_| requests);
+        std::iter::once(high_priority).chain(requests).collect()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        [&self.tag[..], &self.request_queues.to_le_bytes()].concat()
+    }
+
+    fn process(&self, _: usize, queue: &VirtQueue, turn: &mut Turn<'_>) -> Result<(), QueueError> {
+        loop {
+            // Taken anew each time, for it may get other regions while requests keep coming.
+            let memory = queue.memory();
+            let Some(mut chain) = queue.pop(&memory)? else { return Ok(()) };
+            if may_take_long(&chain) {
+                turn.hand_over();
+            }
+            let head = chain.head();
+            let (request, reply) = chain.parts();
+            let written = self.server.serve(&Request(request), &mut Reply(reply));
+            queue.complete(&memory, head, written as u32)?;
+            if !turn.held() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether a request may wait for a disk. Those that need names and attributes alone come in great numbers
+/// and are answered faster than another thread wakes up.
+fn may_take_long(request: &Chain<'_>) -> bool {
+    // The opcode is the second number of `struct fuse_in_header`.
+    let mut opcode = [0; 4];
+    if request.read(4, &mut opcode) < opcode.len() {
+        return false;
+    }
+    matches!(
+        Opcode::of(u32::from_le_bytes(opcode)),
+        Some(
+            Opcode::Read
+                | Opcode::Write
+                | Opcode::Fsync
+                | Opcode::FsyncDir
+                | Opcode::SyncFs
+                | Opcode::Flush
+                | Opcode::Fallocate
+                | Opcode::CopyFileRange
+        )
+    )
+}

@@ -1,0 +1,7 @@
+//! virtio-fs: a FUSE server for the guest's kernel.
+
+mod buffers;
+mod device;
+
+pub use device::{Fs, MAX_TAG};
+pub use vmlab_fuse::{CachePolicy, FileSystem, Passthrough, PassthroughConfig, Server};

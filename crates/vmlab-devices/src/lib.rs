@@ -1,0 +1,23 @@
+//! Virtio devices that know neither a hypervisor nor how they are attached to one.
+//!
+//! ```text
+//! transport (vhost-user; MMIO of a monitor)   rings, memory, interrupts, worker threads
+//!     VirtQueue, Chain
+//! Device (fs, rng)                            requests of a guest
+//! ```
+//!
+//! A transport makes a [`VirtQueue`] of each ring and lets [`Workers`] call the device for it. Everything
+//! that a guest writes is checked on the way: a device sees whole, valid chains only.
+
+mod chain;
+mod device;
+pub mod fs;
+mod queue;
+pub mod rng;
+pub mod transport;
+mod workers;
+
+pub use chain::{Chain, ChainError, MAX_GATHERED};
+pub use device::{Device, Interrupt, QueueKind, offered_features};
+pub use queue::{Guest, QueueError, Turn, VirtQueue};
+pub use workers::{Fault, OnFault, Workers};

@@ -1,0 +1,3 @@
+//! What carries devices to a guest.
+
+pub mod vhost_user;

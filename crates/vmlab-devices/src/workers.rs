@@ -1,0 +1,154 @@
+//! The threads that serve a queue.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use crate::device::Device;
+use crate::queue::{QueueError, Turn, VirtQueue};
+
+/// Why a queue is not served any more.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The guest's driver.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// A thread could not give up rights that it must not have.
+    #[error("a thread of the device could not be prepared")]
+    Prepare(#[source] io::Error),
+    /// Waiting failed.
+    #[error("a thread of the device could not wait for requests")]
+    Wait(#[source] io::Error),
+    /// A mistake in the device.
+    #[error("a thread of the device panicked: {0}")]
+    Panic(String),
+}
+
+/// Who is told of a fault: the queue's index and what it is. Called by the thread that has it.
+pub type OnFault = Arc<dyn Fn(usize, Fault) + Send + Sync>;
+
+/// The threads that serve one queue. They wait for its kicks in turn: whoever has the turn takes requests,
+/// and hands it over when one may take long. Without such requests one thread does all the work, and none
+/// is woken for nothing.
+pub struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    device: Arc<dyn Device>,
+    index: usize,
+    queue: Arc<VirtQueue>,
+    kick: OwnedFd,
+    /// Readable for good once the threads are to end.
+    stop: OwnedFd,
+    turn: Mutex<()>,
+}
+
+impl Workers {
+    /// Starts to serve a queue whose kicks come by an eventfd.
+    ///
+    /// # Errors
+    /// There are no more threads or descriptors.
+    pub fn start(
+        device: Arc<dyn Device>,
+        index: usize,
+        queue: Arc<VirtQueue>,
+        kick: OwnedFd,
+        on_fault: &OnFault,
+    ) -> io::Result<Self> {
+        let count = device.queues().get(index).map_or(1, |queue| queue.workers);
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        // A kick that another thread has taken in the meantime must not block this one.
+        rustix::io::ioctl_fionbio(&kick, true)?;
+        queue.set_stopped(false);
+        let turn = Mutex::new(());
+        let shared = Arc::new(Shared { device, index, queue, kick, stop, turn });
+        let mut workers = Self { shared: shared.clone(), threads: Vec::new() };
+        for number in 0..count {
+            let (shared, on_fault) = (shared.clone(), on_fault.clone());
+            let name = format!("virtio{}-{index}.{number}", shared.device.id());
+            let work = move || shared.run(&on_fault);
+            workers.threads.push(thread::Builder::new().name(name).spawn(work)?);
+        }
+        Ok(workers)
+    }
+
+    /// Ends the threads. When it returns, no request is being served.
+    pub fn stop(self) {}
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.end();
+        for thread in self.threads.drain(..) {
+            // Whatever it ended with has been reported.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn end(&self) {
+        self.queue.set_stopped(true);
+        // It cannot fail: the counter is far from its end.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    }
+
+    fn run(&self, on_fault: &OnFault) {
+        let fault = match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+            Ok(Ok(())) => return,
+            Ok(Err(fault)) => fault,
+            Err(panic) => Fault::Panic(message(&*panic)),
+        };
+        self.end();
+        on_fault(self.index, fault);
+    }
+
+    fn serve(&self) -> Result<(), Fault> {
+        self.device.prepare_thread().map_err(Fault::Prepare)?;
+        while !self.queue.stopped() {
+            let mut turn = Turn::take(&self.turn);
+            // Requests may be waiting whose kick was taken by the one who had the turn before.
+            while turn.held() && !self.queue.stopped() {
+                self.queue.mute()?;
+                self.device.process(self.index, &self.queue, &mut turn)?;
+                if turn.held() && !self.queue.listen()? {
+                    self.wait().map_err(Fault::Wait)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        let readable = |fd: BorrowedFd<'_>| -> bool {
+            let mut count = [0; 8];
+            rustix::io::read(fd, &mut count).is_ok()
+        };
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {
+                readable(self.kick.as_fd());
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// What a panic said.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}

@@ -1,0 +1,199 @@
+//! The protocol, with this process as the monitor.
+#![allow(clippy::unwrap_used, reason = "clippy takes the helpers of tests for other code")]
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmlab_devices::rng::Rng;
+use vmlab_devices::transport::vhost_user::{Error, Served, serve};
+use vmlab_devices::{Device, Fault, QueueError, QueueKind, Turn, VirtQueue};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+#[path = "common/driver.rs"]
+#[allow(dead_code, reason = "not every test uses all of it")]
+mod driver;
+
+use driver::{AVAILABLE, BUFFERS, Driver, SIZE, TABLE, USED, WRITE};
+
+/// Far longer than anything here takes.
+const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
+
+struct Monitor {
+    driver: Driver,
+    frontend: Frontend,
+    kick: EventFd,
+    call: EventFd,
+    served: Served,
+}
+
+fn monitor() -> Monitor {
+    monitor_of(Arc::new(Rng))
+}
+
+fn monitor_of(device: Arc<dyn Device>) -> Monitor {
+    let (here, there) = UnixStream::pair().unwrap();
+    let served = serve(device, there).unwrap();
+    let driver = Driver::new();
+    let mut frontend = Frontend::from_stream(here, 1);
+    frontend.set_owner().unwrap();
+    let features = frontend.get_features().unwrap();
+    frontend.set_features(features).unwrap();
+    let protocol = frontend.get_protocol_features().unwrap();
+    assert!(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
+    frontend.set_protocol_features(protocol).unwrap();
+    let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    let call = EventFd::new(EFD_NONBLOCK).unwrap();
+    Monitor { driver, frontend, kick, call, served }
+}
+
+impl Monitor {
+    fn start(&mut self) {
+        let region = self.driver.memory.find_region(GuestAddress(0)).unwrap();
+        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).unwrap() as u64;
+        let info = VhostUserMemoryRegionInfo::from_guest_region(region).unwrap();
+        self.frontend.set_mem_table(&[info]).unwrap();
+        self.frontend.set_vring_num(0, SIZE).unwrap();
+        let config = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: host + TABLE,
+            used_ring_addr: host + USED,
+            avail_ring_addr: host + AVAILABLE,
+            log_addr: None,
+        };
+        self.frontend.set_vring_addr(0, &config).unwrap();
+        self.frontend.set_vring_base(0, 0).unwrap();
+        self.frontend.set_vring_call(0, &self.call).unwrap();
+        self.frontend.set_vring_kick(0, &self.kick).unwrap();
+        self.frontend.set_vring_enable(0, true).unwrap();
+    }
+
+    /// Waits for an interrupt.
+    fn interrupted(&self) {
+        // SAFETY: the descriptor is open for as long as `self` is borrowed.
+        let call = unsafe { std::os::fd::BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
+        let mut fds = [PollFd::from_borrowed_fd(call, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&PATIENCE)).unwrap(), 1, "no interrupt");
+        self.call.read().unwrap();
+    }
+
+    fn ask(&self, interrupts: u64) {
+        self.driver.describe(0, (BUFFERS, 32, WRITE, 0));
+        // The event index asks for an interrupt with every request.
+        self.driver.set(AVAILABLE + 4 + 2 * u64::from(SIZE), interrupts as u16);
+        self.driver.offer(0);
+        self.kick.write(1).unwrap();
+        self.interrupted();
+        assert_eq!(self.driver.used().last(), Some(&(0, 32)));
+    }
+}
+
+#[test]
+fn a_device_serves_until_the_monitor_goes() {
+    let mut monitor = monitor();
+    monitor.start();
+    monitor.ask(0);
+    monitor.ask(1);
+    // A ring that is stopped says where it was, and starts again from there.
+    assert_eq!(monitor.frontend.get_vring_base(0).unwrap(), 2);
+    drop(monitor.frontend);
+    monitor.served.wait().unwrap();
+}
+
+#[test]
+fn a_broken_ring_ends_the_connection_with_a_reason() {
+    let mut monitor = monitor();
+    monitor.start();
+    monitor.driver.set(AVAILABLE + 2, SIZE + 1);
+    monitor.kick.write(1).unwrap();
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Queue { device: 4, queue: 0, .. }), "{error:?}");
+    // The monitor sees it as well.
+    assert!(monitor.frontend.get_features().is_err());
+}
+
+#[test]
+fn the_monitor_sees_that_a_device_was_dropped() {
+    let mut monitor = monitor();
+    monitor.start();
+    monitor.ask(0);
+    drop(monitor.served);
+    assert!(monitor.frontend.get_vring_base(0).is_err());
+}
+
+#[test]
+fn rings_outside_of_memory_are_refused() {
+    let monitor = monitor();
+    let region = monitor.driver.memory.find_region(GuestAddress(0)).unwrap();
+    assert_eq!(region.len(), driver::MEMORY);
+    let config = VringConfigData {
+        queue_max_size: SIZE,
+        queue_size: SIZE,
+        flags: 0,
+        desc_table_addr: 0x1000,
+        used_ring_addr: 0x2000,
+        avail_ring_addr: 0x3000,
+        log_addr: None,
+    };
+    let _ = monitor.frontend.set_vring_addr(0, &config);
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Protocol { device: 4, .. }), "{error:?}");
+}
+
+/// A device with a mistake.
+struct Faulty;
+
+impl Device for Faulty {
+    fn id(&self) -> u32 {
+        99
+    }
+
+    fn queues(&self) -> Vec<QueueKind> {
+        vec![QueueKind { max_size: SIZE, workers: 3 }]
+    }
+
+    fn process(&self, _: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {
+        let memory = queue.memory();
+        match queue.pop(&memory)? {
+            Some(_) => panic!("not written yet"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn a_panic_of_a_device_is_told_and_ends_its_threads() {
+    let mut monitor = monitor_of(Arc::new(Faulty));
+    monitor.start();
+    monitor.driver.describe(0, (BUFFERS, 32, WRITE, 0));
+    monitor.driver.offer(0);
+    monitor.kick.write(1).unwrap();
+    match monitor.served.wait().unwrap_err() {
+        Error::Queue { device: 99, queue: 0, source: Fault::Panic(message) } => {
+            assert_eq!(message, "not written yet");
+        }
+        error => panic!("{error:?}"),
+    }
+}
+
+#[test]
+fn a_ring_goes_on_where_it_was_stopped() {
+    let mut monitor = monitor();
+    monitor.start();
+    monitor.ask(0);
+    let base = monitor.frontend.get_vring_base(0).unwrap();
+    // What comes while it is stopped waits, and needs no other kick.
+    monitor.driver.set(AVAILABLE + 4 + 2 * u64::from(SIZE), 1);
+    monitor.driver.offer(0);
+    monitor.frontend.set_vring_base(0, base as u16).unwrap();
+    monitor.frontend.set_vring_call(0, &monitor.call).unwrap();
+    monitor.frontend.set_vring_kick(0, &monitor.kick).unwrap();
+    monitor.interrupted();
+    assert_eq!(monitor.driver.used(), [(0, 32), (0, 32)]);
+}

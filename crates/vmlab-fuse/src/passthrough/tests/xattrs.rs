@@ -1,0 +1,89 @@
+//! Extended attributes.
+
+use std::os::unix::fs::symlink;
+
+use rustix::fs::XattrFlags;
+
+use super::*;
+use crate::filesystem::XattrReply;
+
+fn value(bytes: &[u8]) -> Result<XattrReply> {
+    Ok(XattrReply::Value(bytes.to_vec()))
+}
+
+#[test]
+fn an_attribute_is_set_read_listed_and_removed() {
+    let share = Share::new();
+    share.put("file", "");
+    share.mkdir(ROOT, "dir").unwrap();
+    for node in [share.node("file"), share.node("dir"), ROOT] {
+        let fs = &share.fs;
+        assert_eq!(fs.getxattr(node, c"user.a", 10), Err(Errno::NODATA));
+        fs.setxattr(node, c"user.a", b"\0value\xff", 0).unwrap();
+        assert_eq!(fs.getxattr(node, c"user.a", 7), value(b"\0value\xff"));
+        assert_eq!(fs.getxattr(node, c"user.a", u32::MAX), value(b"\0value\xff"));
+        assert_eq!(fs.getxattr(node, c"user.a", 0), Ok(XattrReply::Size(7)));
+        assert_eq!(fs.getxattr(node, c"user.a", 6), Err(Errno::RANGE));
+        assert_eq!(fs.listxattr(node, 100), value(b"user.a\0"));
+        assert_eq!(fs.listxattr(node, 0), Ok(XattrReply::Size(7)));
+        assert_eq!(fs.listxattr(node, 6), Err(Errno::RANGE));
+        fs.removexattr(node, c"user.a").unwrap();
+        assert_eq!(fs.removexattr(node, c"user.a"), Err(Errno::NODATA));
+        assert_eq!(fs.listxattr(node, 100), value(b""));
+    }
+}
+
+#[test]
+fn flags_and_limits_are_those_of_the_host() {
+    let share = Share::new();
+    share.put("file", "");
+    let node = share.node("file");
+    let set = |name: &CStr, value: &[u8], flags: u32| share.fs.setxattr(node, name, value, flags);
+    let (create, replace) = (XattrFlags::CREATE.bits(), XattrFlags::REPLACE.bits());
+    assert_eq!(set(c"user.a", b"1", replace), Err(Errno::NODATA));
+    assert_eq!(set(c"user.a", b"1", create), Ok(()));
+    assert_eq!(set(c"user.a", b"2", create), Err(Errno::EXIST));
+    assert_eq!(set(c"user.a", b"", replace), Ok(()));
+    assert_eq!(share.fs.getxattr(node, c"user.a", 10), value(b""));
+    assert_eq!(set(c"user.a", b"", 4), Err(Errno::INVAL));
+    assert_eq!(set(c"user.a", &[0; 65537], 0), Err(Errno::TOOBIG));
+    let long = text(&format!("user.{}", "x".repeat(251)));
+    assert_eq!(set(&long, b"", 0), Err(Errno::RANGE));
+    assert_eq!(set(c"nonsense", b"", 0), Err(Errno::OPNOTSUPP));
+    assert_eq!(set(c"", b"", 0), Err(Errno::RANGE));
+}
+
+#[test]
+fn acls_are_not_passed_on() {
+    let share = Share::new();
+    let name = c"system.posix_acl_access";
+    let fs = &share.fs;
+    assert_eq!(fs.getxattr(ROOT, name, 0), Err(Errno::OPNOTSUPP));
+    assert_eq!(fs.setxattr(ROOT, name, b"\x02\0\0\0", 0), Err(Errno::OPNOTSUPP));
+    assert_eq!(fs.removexattr(ROOT, name), Err(Errno::OPNOTSUPP));
+}
+
+#[test]
+fn a_link_is_not_followed() {
+    let share = Share::new();
+    share.put("file", "");
+    symlink("file", share.path("link")).unwrap();
+    let link = share.node("link");
+    // The host has no attributes of this kind on links.
+    assert_eq!(share.fs.setxattr(link, c"user.a", b"1", 0), Err(Errno::PERM));
+    assert_eq!(share.fs.listxattr(share.node("file"), 100), value(b""));
+    if is_root() {
+        share.fs.setxattr(link, c"trusted.a", b"1", 0).unwrap();
+        assert_eq!(share.fs.getxattr(link, c"trusted.a", 10), value(b"1"));
+        assert_eq!(share.fs.listxattr(share.node("file"), 100), value(b""));
+    }
+}
+
+#[test]
+fn an_open_file_without_a_name_has_them() {
+    let share = Share::new();
+    let (node, _) = share.create(ROOT, "file", 0o644, RDWR).unwrap();
+    share.unlink(ROOT, "file").unwrap();
+    share.fs.setxattr(node, c"user.a", b"1", 0).unwrap();
+    assert_eq!(share.fs.getxattr(node, c"user.a", 10), value(b"1"));
+}
