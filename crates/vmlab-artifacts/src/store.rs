@@ -447,9 +447,14 @@ impl KernelStore {
     }
 }
 
-/// By version of the kernel, and by key where that is the same.
+/// By version of the kernel; where that is the same, the flavour that has the most in it comes last, as the
+/// one to prefer.
 fn order(a: &StoredKernel, b: &StoredKernel) -> Ordering {
-    version::compare(&a.release, &b.release).then_with(|| a.key.cmp(&b.key))
+    let without_cloud = |kernel: &StoredKernel| kernel.release.replace("-cloud-", "-");
+    let (plain_a, plain_b) = (without_cloud(a), without_cloud(b));
+    version::compare(&plain_a, &plain_b)
+        .then_with(|| (a.release == plain_a).cmp(&(b.release == plain_b)))
+        .then_with(|| a.key.cmp(&b.key))
 }
 
 fn same_kind(kernel: &StoredKernel, spec: &DistroSpec) -> bool {

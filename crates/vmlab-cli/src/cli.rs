@@ -118,6 +118,9 @@ pub(crate) struct VmArgs {
     /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
     #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
     pub(crate) share: Vec<String>,
+    /// How the root and all shares reach the guest; auto takes 9p where the kernel has it
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) share_via: ShareViaArg,
     /// Do not share the working directory; where the guest's root has none, `/` takes its place
     #[arg(long)]
     pub(crate) no_cwd: bool,
@@ -192,6 +195,14 @@ pub(crate) enum RootModeArg {
     Ro,
     Overlay,
     Rw,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ShareViaArg {
+    Auto,
+    Virtiofs,
+    #[value(name = "9p")]
+    NineP,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use vmlab::config::{Machine, NetworkMode, Topology};
+use vmlab::config::{Machine, NetworkMode, ShareTransport, Topology};
 use vmlab::units::Bytes;
-use vmlab::{AccelChoice, Environment, GuestUser, RootMode, Share, Vm, VmBuilder};
+use vmlab::{AccelChoice, Environment, GuestUser, RootMode, Share, ShareVia, Vm, VmBuilder};
 
-use crate::cli::{AccelArg, MachineArg, NetArg, RootModeArg, RunArgs, ShellArgs, VmArgs};
+use crate::cli::{
+    AccelArg, MachineArg, NetArg, RootModeArg, RunArgs, ShareViaArg, ShellArgs, VmArgs,
+};
 
 /// A command to be run under one or more kernels.
 #[derive(Debug)]
@@ -89,6 +91,11 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         .network(match args.net {
             NetArg::None => NetworkMode::None,
             NetArg::User => NetworkMode::User,
+        })
+        .share_via(match args.share_via {
+            ShareViaArg::Auto => ShareVia::Auto,
+            ShareViaArg::Virtiofs => ShareVia::Only(ShareTransport::VirtioFs),
+            ShareViaArg::NineP => ShareVia::Only(ShareTransport::NineP),
         })
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)

@@ -189,7 +189,7 @@ fn any_working_directory_serves() {
     std::fs::create_dir(&bytes).unwrap();
     let mut run = site.sh(&[], "true");
     run.command.current_dir(&bytes);
-    refused(&run.output(), &["cannot be shared: its name is not UTF-8"]);
+    refused(&run.output(), &["cannot be shared over 9p: its name is not UTF-8"]);
 
     let mut run = site.host_sh(
         "mkdir gone && cd gone && rmdir ../gone && exec \"$VMLAB\" run -q -k debian:6.12 -- true",

@@ -146,7 +146,8 @@ fn kernels_are_taken_by_path() {
 fn a_kernel_that_cannot_reach_the_root_is_refused_before_it_boots() {
     let site = Site::new();
     let release = release(&site, DEBIAN_CLOUD);
-    let outcome = site.vmlab(["run", "-k", DEBIAN_CLOUD, "--", "true"]).output();
+    let over_9p = ["run", "--share-via", "9p", "-k", DEBIAN_CLOUD, "--", "true"];
+    let outcome = site.vmlab(over_9p).output();
     outcome.expect_code(125).expect_stderr(&[&release, "lacks CONFIG_9P_FS", "generic flavours"]);
     // No run was begun.
     assert!(!site.state().join("vmlab/runs").exists());
@@ -353,7 +354,7 @@ fn a_build_tree_is_run_with_what_was_last_built_in_it() {
     for spec in ["./linux", "./linux/arch/x86/boot/bzImage"] {
         let outcome = run(spec, "true");
         outcome.expect_code(125).expect_stderr(&[
-            "CONFIG_9P_FS",
+            "CONFIG_OVERLAY_FS",
             "no modules.order",
             "`make modules`",
         ]);

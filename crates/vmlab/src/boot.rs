@@ -15,7 +15,8 @@ use vmlab_artifacts::{
 };
 
 use crate::Error;
-use crate::config::{AgentChannel, Boot, ConfigError};
+use crate::config::{AgentChannel, Boot, ConfigError, ShareTransport};
+use crate::share::ShareVia;
 
 /// The agent for guests of this architecture, built with this library.
 static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
@@ -40,6 +41,8 @@ pub(crate) struct Needs {
     pub(crate) overlay: bool,
     /// There is a network interface.
     pub(crate) network: bool,
+    /// How host directories are carried.
+    pub(crate) share_via: ShareVia,
     /// The root cannot be written to and has no place for modules; an overlay can make one.
     pub(crate) modules_place: bool,
 }
@@ -49,6 +52,7 @@ pub(crate) struct Needs {
 pub(crate) struct PreparedKernel {
     pub(crate) boot: Boot,
     pub(crate) channel: AgentChannel,
+    pub(crate) transport: ShareTransport,
     /// It sees devices that are described by ACPI alone, and whose configuration is in memory alone.
     pub(crate) sees_ecam: bool,
 }
@@ -69,7 +73,8 @@ pub(crate) fn prepare(
         );
     }
     let known = Known::of(kernel)?;
-    let (wanted, channel) = way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
+    let Way { modules: wanted, channel, transport } =
+        way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
     if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
         progress.note(why);
     }
@@ -86,7 +91,7 @@ pub(crate) fn prepare(
         initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
-    Ok(PreparedKernel { boot, channel, sees_ecam: known.sees_ecam() })
+    Ok(PreparedKernel { boot, channel, transport, sees_ecam: known.sees_ecam() })
 }
 
 /// What to say of modules that a build has made for another release than the boot image's. Those of
@@ -176,17 +181,32 @@ pub(crate) fn check(kernel: &Kernel, needs: Needs) -> Result<(), Error> {
     way_to_root(&Known::of(kernel)?, needs).map(drop).map_err(|lacking| lacking.of(kernel))
 }
 
+/// How a guest comes to its root.
+#[derive(Debug)]
+struct Way {
+    /// Modules to load, by name.
+    modules: Vec<&'static str>,
+    channel: AgentChannel,
+    transport: ShareTransport,
+}
+
 /// Which modules reach the agent's channel and the root, and over which channel the agent talks.
 /// What nothing is known of is taken to be built in; the guest tells if it is not.
-fn way_to_root(
-    known: &Known<'_>,
-    needs: Needs,
-) -> Result<(Vec<&'static str>, AgentChannel), Lacking> {
+fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     let features = Features::of(known.config, known.modules.as_ref());
-    let mut required = vec![
-        (Feature::VirtioPci, "reach the host's files"),
-        (Feature::NineP, "mount the host's files"),
-    ];
+    let transport = match needs.share_via {
+        ShareVia::Only(transport) => transport,
+        ShareVia::Auto => match features.get(Feature::NineP) {
+            Availability::Absent => ShareTransport::VirtioFs,
+            _ => ShareTransport::NineP,
+        },
+    };
+    let carrier = match transport {
+        ShareTransport::VirtioFs => Feature::Virtiofs,
+        ShareTransport::NineP => Feature::NineP,
+    };
+    let mut required =
+        vec![(Feature::VirtioPci, "reach the host's files"), (carrier, "mount the host's files")];
     if needs.overlay {
         required.push((Feature::Overlay, "lay a writable layer over its root"));
     }
@@ -233,6 +253,9 @@ fn way_to_root(
                         )
                     }
                     Feature::NineP => "the generic flavours of distributions have it as a module",
+                    Feature::Virtiofs if needs.share_via == ShareVia::Auto => {
+                        "or CONFIG_9P_FS and CONFIG_NET_9P_VIRTIO"
+                    }
                     Feature::Overlay => "--root-mode ro does without",
                     _ => "",
                 });
@@ -251,7 +274,7 @@ fn way_to_root(
     if needs.modules_place && features.get(Feature::Overlay) == Availability::Module {
         modules.extend(Feature::Overlay.needs().iter().filter_map(|(_, module)| *module));
     }
-    Ok((modules, channel))
+    Ok(Way { modules, channel, transport })
 }
 
 fn command_line(channel: AgentChannel, arguments: &[String]) -> String {

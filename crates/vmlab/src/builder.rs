@@ -12,13 +12,14 @@ use crate::Error;
 use crate::accel::{self, AccelChoice, Chosen};
 use crate::boot::{self, Needs, PreparedKernel};
 use crate::config::{
-    Accel, AgentChannel, Machine, NetworkMode, Topology, VmConfig, VmConfigBuilder,
+    Accel, AgentChannel, Caching, Machine, NetworkMode, ShareDevice, ShareTransport, Topology,
+    VmConfig, VmConfigBuilder,
 };
 use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
-use crate::share::{Caching, KERNELS_OWN, NineP, Share, Transport};
+use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
@@ -82,6 +83,7 @@ pub struct VmBuilder {
     root_mode: RootMode,
     share_cwd: bool,
     shares: Vec<Share>,
+    share_via: ShareVia,
     network: NetworkMode,
     hostname: String,
     append: Vec<String>,
@@ -114,6 +116,7 @@ impl Default for VmBuilder {
             root_mode: RootMode::Overlay,
             share_cwd: true,
             shares: Vec::new(),
+            share_via: ShareVia::Auto,
             network: NetworkMode::None,
             hostname: HOSTNAME.to_owned(),
             append: Vec::new(),
@@ -194,6 +197,13 @@ impl VmBuilder {
     /// Adds a host directory.
     pub fn share(mut self, share: Share) -> Self {
         self.shares.push(share);
+        self
+    }
+
+    /// How the root and all shares are carried; over 9p where the kernel has it, else over virtio-fs,
+    /// unless set.
+    pub fn share_via(mut self, via: ShareVia) -> Self {
+        self.share_via = via;
         self
     }
 
@@ -318,7 +328,7 @@ impl VmBuilder {
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
         let machine =
             self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
-        let mut plan = MountPlan::new();
+        let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
         let setup = self.setup(&mut plan, &environment, &kernel)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
             .memory(self.memory)
@@ -360,6 +370,7 @@ impl VmBuilder {
         Needs {
             overlay: self.root_mode == RootMode::Overlay,
             network: self.network != NetworkMode::None,
+            share_via: self.share_via,
             modules_place: self.root_mode == RootMode::ReadOnly
                 && kernel.modules.is_some()
                 && !self.root.join("lib/modules").is_dir(),
@@ -463,18 +474,16 @@ fn is_of_the_kernel(path: &Path) -> bool {
 
 /// Which devices carry which directories, and what the guest mounts of them.
 struct MountPlan {
-    transport: Box<dyn Transport>,
-    devices: Vec<crate::config::ShareDevice>,
+    transport: ShareTransport,
+    devices: Vec<ShareDevice>,
 }
 
 impl MountPlan {
-    fn new() -> Self {
-        Self { transport: Box::new(NineP), devices: Vec::new() }
-    }
-
     fn add(&mut self, tag: &str, path: &Path, read_only: bool, caching: Caching) -> Filesystem {
-        self.devices.push(self.transport.device(tag.to_owned(), path.to_owned(), read_only));
-        self.transport.filesystem(tag, caching)
+        let transport = self.transport;
+        let path = path.to_owned();
+        self.devices.push(ShareDevice { tag: tag.to_owned(), path, read_only, transport, caching });
+        share::filesystem(tag, transport, caching)
     }
 
     fn mount(&mut self, share: &Share) -> Mount {

@@ -115,10 +115,23 @@ impl Machine {
 
 /// How a share reaches the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
 pub enum ShareTransport {
-    /// QEMU's own 9p server over virtio.
+    /// vmlab's own server, over virtio-fs.
+    #[serde(rename = "virtiofs")]
+    VirtioFs,
+    /// QEMU's own 9p server, over virtio.
+    #[serde(rename = "9p")]
     NineP,
+}
+
+/// How the content of a share may change under the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Caching {
+    /// The host does not change it while the guest runs: what was once read stays valid.
+    Fixed,
+    /// Host and guest both see what the other writes.
+    Coherent,
 }
 
 /// What the guest is connected to.
@@ -153,6 +166,8 @@ pub struct ShareDevice {
     pub read_only: bool,
     /// How it is carried.
     pub transport: ShareTransport,
+    /// How it may change under the guest.
+    pub caching: Caching,
 }
 
 /// The files that a VM boots from.
@@ -280,7 +295,10 @@ pub enum ConfigError {
         tag: String,
     },
     /// A path that cannot be given to QEMU.
-    #[error("{} cannot be shared: its name is not UTF-8, which QEMU's options need", path.display())]
+    #[error(
+        "{} cannot be shared over 9p: its name is not UTF-8, which QEMU's options need",
+        path.display()
+    )]
     PathEncoding {
         /// The path.
         path: PathBuf,
@@ -444,7 +462,7 @@ fn check_shares(shares: &[ShareDevice]) -> Result<(), ConfigError> {
         if !tags.insert(&share.tag) {
             return Err(ConfigError::DuplicateTag { tag: share.tag.clone() });
         }
-        if share.path.to_str().is_none() {
+        if share.transport == ShareTransport::NineP && share.path.to_str().is_none() {
             return Err(ConfigError::PathEncoding { path: share.path.clone() });
         }
         match std::fs::metadata(&share.path) {
@@ -481,7 +499,14 @@ mod tests {
 
     fn share(tag: &str, path: &Path) -> ShareDevice {
         let transport = ShareTransport::NineP;
-        ShareDevice { tag: tag.to_owned(), path: path.to_owned(), read_only: true, transport }
+        let caching = Caching::Fixed;
+        ShareDevice {
+            tag: tag.to_owned(),
+            path: path.to_owned(),
+            read_only: true,
+            transport,
+            caching,
+        }
     }
 
     #[test]

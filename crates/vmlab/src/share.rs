@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::Error;
-use crate::config::{ShareDevice, ShareTransport};
+use crate::config::{Caching, ShareTransport};
 use vmlab_wire::message::Filesystem;
 
 /// Bytes of one 9p message, the most that the guest's virtio transport takes: larger messages cost
@@ -107,45 +107,31 @@ impl Share {
     }
 }
 
-/// How the content of a share may change under the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Caching {
-    /// The host does not change it while the guest runs: what was once read stays valid.
-    Fixed,
-    /// Host and guest both see what the other writes.
-    Coherent,
+/// How shares are to be carried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ShareVia {
+    /// Over 9p where the kernel has it, else over virtio-fs.
+    #[default]
+    Auto,
+    /// Over this, and nothing else.
+    Only(ShareTransport),
 }
 
-/// The carrier of shares: what the hypervisor is given, and how the guest mounts it.
-pub(crate) trait Transport {
-    /// The device for a directory.
-    fn device(&self, tag: String, path: PathBuf, read_only: bool) -> ShareDevice;
-
-    /// What the guest mounts.
-    fn filesystem(&self, tag: &str, caching: Caching) -> Filesystem;
-}
-
-/// QEMU's 9p server.
-#[derive(Debug)]
-pub(crate) struct NineP;
-
-impl Transport for NineP {
-    fn device(&self, tag: String, path: PathBuf, read_only: bool) -> ShareDevice {
-        ShareDevice { tag, path, read_only, transport: ShareTransport::NineP }
-    }
-
-    fn filesystem(&self, tag: &str, caching: Caching) -> Filesystem {
-        // `mmap` keeps only what is mapped, which compilers and linkers need of a writable directory.
-        let cache = match caching {
-            Caching::Fixed => "loose",
-            Caching::Coherent => "mmap",
-        };
-        Filesystem {
-            kind: "9p".to_owned(),
-            source: tag.to_owned(),
-            options: format!("trans=virtio,version=9p2000.L,msize={MSIZE_9P},cache={cache}"),
+/// What the guest mounts to have a share.
+pub(crate) fn filesystem(tag: &str, transport: ShareTransport, caching: Caching) -> Filesystem {
+    let (kind, options) = match transport {
+        ShareTransport::VirtioFs => ("virtiofs", String::new()),
+        ShareTransport::NineP => {
+            // `mmap` keeps only what is mapped, which compilers and linkers need of a writable
+            // directory.
+            let cache = match caching {
+                Caching::Fixed => "loose",
+                Caching::Coherent => "mmap",
+            };
+            ("9p", format!("trans=virtio,version=9p2000.L,msize={MSIZE_9P},cache={cache}"))
         }
-    }
+    };
+    Filesystem { kind: kind.to_owned(), source: tag.to_owned(), options }
 }
 
 #[cfg(test)]

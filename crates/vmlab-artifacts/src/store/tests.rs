@@ -20,6 +20,27 @@ fn path_spec(path: &Path) -> KernelSpec {
 }
 
 #[test]
+fn the_generic_flavour_of_a_version_is_preferred() {
+    let kernel = |release: &str| StoredKernel {
+        key: release.to_owned(),
+        release: release.to_owned(),
+        distro: None,
+        flavour: None,
+        arch: Arch::HOST,
+        package: String::new(),
+        version: String::new(),
+        suites: Vec::new(),
+        bytes: 0,
+        valid: true,
+    };
+    let wanted = ["6.12.9-cloud-amd64", "6.12.9-amd64", "7.2.1-cloud-amd64", "7.2.1-amd64"];
+    let mut kernels: Vec<_> = wanted.iter().rev().map(|release| kernel(release)).collect();
+    kernels.sort_by(order);
+    let releases: Vec<_> = kernels.iter().map(|kernel| kernel.release.as_str()).collect();
+    assert_eq!(releases, wanted);
+}
+
+#[test]
 fn a_deb_is_imported_once_and_repaired() {
     let dir = tempfile::tempdir().unwrap();
     let deb = image_deb(dir.path());

@@ -17,12 +17,9 @@ use crate::filesystem::{DataIn, DataOut, Opened, Result};
 use crate::types::{Handle, NodeId};
 
 /// The flags of open(2) that have a meaning here. The others are about how a name is followed, which is done
-/// already, or about the guest's own side, as `O_DIRECT` is.
-const KEPT: OFlags = OFlags::RWMODE
-    .union(OFlags::APPEND)
-    .union(OFlags::TRUNC)
-    .union(OFlags::SYNC)
-    .union(OFlags::NOATIME);
+/// already, or about the guest's own side, as `O_DIRECT` is. An overlay opens all that lies under it with
+/// `O_NOATIME`, which the host refuses to all but a file's owner: see [`Passthrough::without_atime`].
+const KEPT: OFlags = OFlags::RWMODE.union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::SYNC);
 
 pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)

@@ -1,5 +1,10 @@
 use super::*;
-const NEEDS: Needs = Needs { overlay: true, network: false, modules_place: false };
+const NEEDS: Needs = Needs {
+    overlay: true,
+    network: false,
+    share_via: ShareVia::Only(ShareTransport::NineP),
+    modules_place: false,
+};
 
 /// What is wanted of any kernel.
 const BASE_BUILT_IN: &str = "CONFIG_BLK_DEV_INITRD=y\nCONFIG_BINFMT_ELF=y\nCONFIG_DEVTMPFS=y\n\
@@ -16,6 +21,7 @@ fn way(
     let config = KernelConfig::parse(config);
     let modules = dep.map(|dep| ModuleNames::parse(dep, ""));
     way_to_root(&Known { config: Some(&config), modules, no_modules: None }, needs)
+        .map(|Way { modules, channel, .. }| (modules, channel))
 }
 
 fn all_built_in() -> String {
@@ -291,4 +297,26 @@ fn the_extracted_kernels_that_are_kept_are_counted() {
     }
     // The first two are in use and stay beside the newest.
     assert_eq!(cache.entries(IMAGES).unwrap().len(), IMAGES_KEPT + 2);
+}
+
+#[test]
+fn the_root_comes_over_what_the_kernel_has() {
+    let auto = Needs { share_via: ShareVia::Auto, ..NEEDS };
+    let transport = |config: &str| {
+        let config = KernelConfig::parse(config);
+        let known = Known { config: Some(&config), modules: None, no_modules: None };
+        way_to_root(&known, auto).map(|way| way.transport)
+    };
+    let nine_p = all_built_in();
+    let both = format!("{nine_p}CONFIG_VIRTIO_FS=y\n");
+    let virtio_fs = both.replace("CONFIG_9P_FS=y", "");
+    let neither = nine_p.replace("CONFIG_9P_FS=y", "");
+    assert_eq!(transport(&nine_p).unwrap(), ShareTransport::NineP);
+    assert_eq!(transport(&both).unwrap(), ShareTransport::NineP);
+    assert_eq!(transport(&virtio_fs).unwrap(), ShareTransport::VirtioFs);
+    let lacking = transport(&neither).unwrap_err();
+    assert_eq!(lacking.missing, ["CONFIG_VIRTIO_FS"]);
+    assert!(lacking.hint.contains("CONFIG_9P_FS"), "{}", lacking.hint);
+    let unknown = Known { config: None, modules: None, no_modules: None };
+    assert_eq!(way_to_root(&unknown, auto).unwrap().transport, ShareTransport::NineP);
 }

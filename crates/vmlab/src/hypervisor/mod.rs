@@ -230,6 +230,15 @@ pub enum HypervisorError {
         #[source]
         source: std::io::Error,
     },
+    /// A share's directory cannot be served.
+    #[error("{} cannot be shared", path.display())]
+    Share {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// It ended or refused before the VM ran.
     #[error("the VM was not started: {said}")]
     Refused {

@@ -12,16 +12,21 @@ use crate::units::MIB;
 /// Name of the virtio port that the agent looks for.
 const AGENT_PORT: &str = "vmlab";
 
+/// Requests that a guest may have under way on one share.
+const FS_QUEUE_SIZE: u16 = 1024;
+
 /// The descriptors that QEMU inherits.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Descriptors {
     pub(super) console: RawFd,
     pub(super) agent: RawFd,
     pub(super) qmp: RawFd,
+    /// Connections to the file servers, one for each share over virtio-fs, in their order.
+    pub(super) shares: Vec<RawFd>,
 }
 
 /// QEMU's arguments, without the program. `cpu_log` gets what QEMU says about CPU resets.
-pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> Vec<OsString> {
+pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) -> Vec<OsString> {
     let mut args = Arguments::default();
     args.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
     args.option("-display", "none");
@@ -46,8 +51,16 @@ pub(super) fn arguments(config: &VmConfig, fds: Descriptors, cpu_log: &Path) -> 
         }
         AgentChannel::Serial => args.option("-serial", "chardev:agent"),
     }
+    let mut servers = fds.shares.iter();
     for (index, share) in config.shares.iter().enumerate() {
-        share_device(&mut args, index, share);
+        match share.transport {
+            ShareTransport::NineP => nine_p(&mut args, index, share),
+            ShareTransport::VirtioFs => {
+                if let Some(fd) = servers.next() {
+                    virtio_fs(&mut args, index, share, *fd);
+                }
+            }
+        }
     }
     match config.network {
         NetworkMode::None => {}
@@ -77,11 +90,21 @@ impl Arguments {
     }
 }
 
-fn machine(config: &VmConfig) -> &'static str {
-    match config.machine {
+fn machine(config: &VmConfig) -> String {
+    let board = match config.machine {
         Machine::Microvm => "microvm,pcie=on,acpi=on",
         Machine::Q35 => "q35,smbus=off,sata=off,vmport=off",
+    };
+    // Nodes have memory of their own.
+    match has_servers(config) && config.topology.nodes <= 1 {
+        true => format!("{board},memory-backend=ram"),
+        false => board.to_owned(),
     }
+}
+
+/// Whether servers outside of QEMU read and write the guest's memory, which they then have to share.
+fn has_servers(config: &VmConfig) -> bool {
+    config.shares.iter().any(|share| share.transport == ShareTransport::VirtioFs)
 }
 
 fn accel(accel: Accel) -> &'static str {
@@ -107,10 +130,13 @@ fn cpus(args: &mut Arguments, config: &VmConfig) {
     let dies = if llcs > 1 { format!(",dies={llcs}") } else { String::new() };
     let shape = format!("{total},sockets={nodes}{dies},cores={cores},threads={threads}");
     args.option("-smp", shape);
+    if nodes <= 1 && has_servers(config) {
+        args.option("-object", memory_backend(config, "ram", config.memory.0 / MIB));
+    }
     if nodes > 1 {
         let memory = config.memory.0 / u64::from(nodes) / MIB;
         for node in 0..nodes {
-            args.option("-object", format!("memory-backend-ram,id=node{node},size={memory}M"));
+            args.option("-object", memory_backend(config, &format!("node{node}"), memory));
             args.option("-numa", format!("node,nodeid={node},memdev=node{node}"));
         }
         for node in 0..nodes {
@@ -119,33 +145,44 @@ fn cpus(args: &mut Arguments, config: &VmConfig) {
     }
 }
 
-fn share_device(args: &mut Arguments, index: usize, share: &ShareDevice) {
-    match share.transport {
-        ShareTransport::NineP => {
-            // Only root can give files to others. For everybody else, what the guest's users own
-            // belongs to the caller.
-            let model = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
-            let read_only = if share.read_only { ",readonly=on" } else { "" };
-            // It was checked to be UTF-8 when the configuration was built.
-            let path = share.path.to_string_lossy().replace(',', ",,");
-            args.option(
-                "-fsdev",
-                format!(
-                    "local,id=share{index},path={path},security_model={model},multidevs=remap{read_only}"
-                ),
-            );
-            args.option(
-                "-device",
-                format!("virtio-9p-pci,fsdev=share{index},mount_tag={}", share.tag),
-            );
-        }
+fn memory_backend(config: &VmConfig, id: &str, mebibytes: u64) -> String {
+    match has_servers(config) {
+        true => format!("memory-backend-memfd,id={id},size={mebibytes}M,share=on"),
+        false => format!("memory-backend-ram,id={id},size={mebibytes}M"),
     }
+}
+
+fn nine_p(args: &mut Arguments, index: usize, share: &ShareDevice) {
+    // Only root can give files to others. For everybody else, what the guest's users own belongs to the
+    // caller.
+    let model = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
+    let read_only = if share.read_only { ",readonly=on" } else { "" };
+    // It was checked to be UTF-8 when the configuration was built.
+    let path = share.path.to_string_lossy().replace(',', ",,");
+    args.option(
+        "-fsdev",
+        format!(
+            "local,id=share{index},path={path},security_model={model},multidevs=remap{read_only}"
+        ),
+    );
+    args.option("-device", format!("virtio-9p-pci,fsdev=share{index},mount_tag={}", share.tag));
+}
+
+fn virtio_fs(args: &mut Arguments, index: usize, share: &ShareDevice, fd: RawFd) {
+    args.option("-chardev", format!("socket,id=share{index},fd={fd}"));
+    args.option(
+        "-device",
+        format!(
+            "vhost-user-fs-pci,chardev=share{index},tag={},queue-size={FS_QUEUE_SIZE}",
+            share.tag
+        ),
+    );
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Boot, VmConfigBuilder};
+    use crate::config::{Boot, Caching, VmConfigBuilder};
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
 
@@ -159,8 +196,8 @@ mod tests {
             command_line: "console=ttyS0 a=\"b c\"".to_owned(),
         };
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
-        let fds = Descriptors { console: 7, agent: 8, qmp: 9 };
-        let words = arguments(&config, fds, Path::new("/logs/cpu.log"));
+        let fds = Descriptors { console: 7, agent: 8, qmp: 9, shares: vec![10, 11] };
+        let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
@@ -203,6 +240,7 @@ mod tests {
             path: dir.clone(),
             read_only,
             transport: ShareTransport::NineP,
+            caching: Caching::Fixed,
         };
         let line = line(|config| config.share(share(true)).share(share(false)));
         let fsdevs = values(&line, "-fsdev");
@@ -210,6 +248,41 @@ mod tests {
         assert!(!fsdevs[1].contains("readonly"));
         let devices = values(&line, "-device");
         assert!(devices.contains(&"virtio-9p-pci,fsdev=share1,mount_tag=rw"), "{devices:?}");
+    }
+
+    #[test]
+    fn file_servers_share_the_guests_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = |tag: &str, transport| ShareDevice {
+            tag: tag.to_owned(),
+            path: dir.path().to_owned(),
+            read_only: false,
+            transport,
+            caching: Caching::Coherent,
+        };
+        let shares = |config: VmConfigBuilder| {
+            config
+                .share(share("one", ShareTransport::VirtioFs))
+                .share(share("two", ShareTransport::NineP))
+                .share(share("three", ShareTransport::VirtioFs))
+                .memory(Bytes(512 * MIB))
+        };
+        let one_node = line(shares);
+        assert!(values(&one_node, "-machine")[0].ends_with(",memory-backend=ram"));
+        let memory = "memory-backend-memfd,id=ram,size=512M,share=on";
+        assert_eq!(values(&one_node, "-object"), [memory]);
+        let devices = values(&one_node, "-device");
+        assert!(
+            devices
+                .iter()
+                .any(|device| device.starts_with("vhost-user-fs-pci,chardev=share2,tag=three"))
+        );
+        assert!(values(&one_node, "-chardev").contains(&"socket,id=share2,fd=11"));
+        let topology = Topology { nodes: 2, llcs: 1, cores: 1, threads: 1 };
+        let nodes = line(|config| shares(config).machine(Machine::Q35).topology(topology));
+        assert!(!values(&nodes, "-machine")[0].contains("memory-backend"));
+        let objects = values(&nodes, "-object");
+        assert_eq!(objects[1], "memory-backend-memfd,id=node1,size=256M,share=on");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! VMs run by QEMU.
 
 mod command;
+mod files;
 mod process;
 mod qmp;
 
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use vmlab_artifacts::{Arch, find_program};
 
 use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
-use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
+use crate::config::{Machine, NetworkMode, ShareDevice, ShareTransport, VmConfig};
 use command::{Descriptors, arguments};
 use process::QemuVm;
 
@@ -79,7 +80,7 @@ impl Hypervisor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             machines: vec![Machine::Microvm, Machine::Q35],
-            shares: vec![ShareTransport::NineP],
+            shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
             networks: vec![NetworkMode::None, NetworkMode::User],
             qemu_args: true,
             pause: true,
@@ -97,9 +98,12 @@ impl Hypervisor for Qemu {
 
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
-        let fds = Descriptors { console: 3, agent: 4, qmp: 5 };
+        let over_virtio_fs = |share: &&ShareDevice| share.transport == ShareTransport::VirtioFs;
+        let servers = config.shares.iter().filter(over_virtio_fs).count();
+        let shares = (6..).take(servers).collect();
+        let fds = Descriptors { console: 3, agent: 4, qmp: 5, shares };
         let mut line = vec![program.into_os_string()];
-        line.extend(arguments(config, fds, Path::new("cpu.log")));
+        line.extend(arguments(config, &fds, Path::new("cpu.log")));
         line
     }
 }

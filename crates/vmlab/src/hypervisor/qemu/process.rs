@@ -19,6 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, p
 
 use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmHandle, VmState};
 use super::command::{Descriptors, arguments};
+use super::files::FileServers;
 use super::qmp::{Qmp, ShutdownCause};
 use crate::config::VmConfig;
 use crate::runs::private_file;
@@ -73,16 +74,25 @@ struct Sockets {
     console: UnixStream,
     agent: UnixStream,
     qmp: UnixStream,
+    /// One for each file server.
+    shares: Vec<UnixStream>,
 }
 
 impl Sockets {
-    fn pairs() -> io::Result<(Self, Self)> {
+    fn pairs(servers: usize) -> io::Result<(Self, Self)> {
         let (console, their_console) = UnixStream::pair()?;
         let (agent, their_agent) = UnixStream::pair()?;
         let (qmp, their_qmp) = UnixStream::pair()?;
+        let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
+        let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
         Ok((
-            Self { console, agent, qmp },
-            Self { console: their_console, agent: their_agent, qmp: their_qmp },
+            Self { console, agent, qmp, shares },
+            Self {
+                console: their_console,
+                agent: their_agent,
+                qmp: their_qmp,
+                shares: their_shares,
+            },
         ))
     }
 
@@ -91,6 +101,7 @@ impl Sockets {
             console: self.console.as_raw_fd(),
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
+            shares: self.shares.iter().map(AsRawFd::as_raw_fd).collect(),
         }
     }
 }
@@ -105,7 +116,8 @@ impl QemuVm {
         config: &VmConfig,
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
-        let (ours, theirs) = Sockets::pairs().map_err(resource("sockets"))?;
+        let servers = FileServers::of(config)?;
+        let (mut ours, theirs) = Sockets::pairs(servers.count()).map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
         let log_file = |path: &Path| private_file(path).map_err(resource("a log file"));
@@ -114,8 +126,10 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        command.args(arguments(config, theirs.descriptors(), &cpu_log));
+        command.args(arguments(config, &theirs.descriptors(), &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let shares = std::mem::take(&mut ours.shares);
+        let servers = servers.serve(shares).map_err(resource("file servers"))?;
         inherit(&mut command, theirs);
 
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
@@ -165,6 +179,14 @@ impl QemuVm {
                     stderr,
                     stderr_log,
                 };
+                for server in servers {
+                    let shared = Arc::clone(&shared);
+                    std::thread::spawn(move || {
+                        if let Some(said) = server.wait() {
+                            shared.end(ExitReason::MonitorFailed(said));
+                        }
+                    });
+                }
                 if sender.send(Ok(Arc::clone(&shared))).is_ok() {
                     shared.supervise(child, outputs, deadline);
                 }
@@ -198,8 +220,9 @@ fn inherit(command: &mut Command, sockets: Sockets) {
         if rustix::process::getppid() != Some(parent) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        for fd in [sockets.console.as_fd(), sockets.agent.as_fd(), sockets.qmp.as_fd()] {
-            fcntl_setfd(fd, FdFlags::empty())?;
+        let shares = sockets.shares.iter();
+        for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(shares) {
+            fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
         }
         Ok(())
     };

@@ -1,0 +1,89 @@
+//! The file servers of a VM: one for each share over virtio-fs, in this process.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vmlab_devices::Device;
+use vmlab_devices::fs::{CachePolicy, Fs, Passthrough, PassthroughConfig, Server};
+use vmlab_devices::transport::vhost_user::{self, Served};
+
+use super::super::HypervisorError;
+use crate::config::{Caching, ShareDevice, ShareTransport, VmConfig};
+
+/// Queues for requests of one share.
+const REQUEST_QUEUES: u32 = 1;
+
+/// File servers that wait for their connections.
+pub(super) struct FileServers(Vec<(PathBuf, Arc<dyn Device>)>);
+
+/// A file server that is connected.
+pub(super) struct FileServer {
+    path: PathBuf,
+    served: Served,
+}
+
+impl FileServers {
+    /// Opens the directories of all shares over virtio-fs.
+    ///
+    /// # Errors
+    /// One cannot be opened.
+    pub(super) fn of(config: &VmConfig) -> Result<Self, HypervisorError> {
+        let over_virtio_fs = |share: &&ShareDevice| share.transport == ShareTransport::VirtioFs;
+        let shares = config.shares.iter().filter(over_virtio_fs);
+        shares
+            .map(|share| {
+                let source = |source| HypervisorError::Share { path: share.path.clone(), source };
+                Ok((share.path.clone(), device(share).map_err(source)?))
+            })
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Starts them on their ends of the connections.
+    ///
+    /// # Errors
+    /// No more threads or descriptors.
+    pub(super) fn serve(self, connections: Vec<UnixStream>) -> io::Result<Vec<FileServer>> {
+        let pairs = self.0.into_iter().zip(connections);
+        pairs
+            .map(|((path, device), connection)| {
+                vhost_user::serve(device, connection).map(|served| FileServer { path, served })
+            })
+            .collect()
+    }
+}
+
+impl FileServer {
+    /// Waits until it has nobody to serve any more. Says what happened if that was its own doing.
+    pub(super) fn wait(self) -> Option<String> {
+        let Self { path, served } = self;
+        let error = served.wait().err()?;
+        let mut text = format!("the file server of {} ended: {error}", path.display());
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        Some(text)
+    }
+}
+
+fn device(share: &ShareDevice) -> io::Result<Arc<dyn Device>> {
+    let cache = match share.caching {
+        Caching::Fixed => CachePolicy::Fixed,
+        Caching::Coherent => CachePolicy::Coherent,
+    };
+    // What does not change may lie under an overlay.
+    let submounts = share.caching == Caching::Coherent;
+    let read_only = share.read_only;
+    let config = PassthroughConfig { read_only, cache, submounts, ..Default::default() };
+    let server = Server::new(Passthrough::new(&share.path, config)?);
+    Ok(Arc::new(Fs::new(server, &share.tag, REQUEST_QUEUES)))
+}
