@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rustix::fs::{Access, access};
 
 /// Where system programs are on distributions whose ordinary users do not have them in `PATH`.
-const SYSTEM_DIRS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+pub const SYSTEM_DIRS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// Looks for a program in the absolute directories of `PATH`, then where system programs are.
 pub fn find_program(name: &str) -> Option<PathBuf> {

@@ -24,7 +24,7 @@ pub use arch::Arch;
 pub use cache::{Cache, CacheEntry, CacheError, ContentKey, Manifest};
 pub use error::KernelError;
 pub use features::{Availability, Feature, Features};
-pub use host::find_program;
+pub use host::{SYSTEM_DIRS, find_program};
 pub use kernel::{ConfigSource, Kernel, Origin};
 pub use progress::{Progress, Silent};
 pub use spec::{Distro, DistroSpec, KernelSpec, Select, SpecError};

@@ -4,6 +4,7 @@ use serde::Serialize;
 use vmlab_artifacts::{Cache, KernelStore, find_program};
 use vmlab_vmm::probe;
 
+use crate::error::chain;
 use crate::hypervisor::{Hypervisor, qemu::Qemu};
 use crate::runs;
 use crate::units::Bytes;
@@ -53,18 +54,6 @@ fn wrong(
     remedy: impl Into<String>,
 ) -> Check {
     Check { name, status, detail: detail.into(), remedy: Some(remedy.into()) }
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 fn qemu() -> Check {

@@ -263,6 +263,18 @@ impl Error {
     }
 }
 
+/// An error with all its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
 /// What the kernel says when PID 1, which is the agent, is gone.
 const INIT_DIED: &str = "Attempted to kill init";
 

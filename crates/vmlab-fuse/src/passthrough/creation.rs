@@ -1,7 +1,7 @@
 //! Making files.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{
@@ -14,7 +14,7 @@ use super::Passthrough;
 use super::attributes::PERMISSIONS;
 use super::handles::Open;
 use super::inode::{Inode, Key};
-use super::resolve::{BENEATH, open_path, stat_at, stat_of};
+use super::resolve::{BENEATH, open_path, proc_path, stat_at, stat_of};
 use crate::filesystem::{Creation, Entry, Opened, Result};
 use crate::types::{Caller, Name, NodeId};
 
@@ -307,8 +307,7 @@ impl Passthrough {
 
 /// Whether the host limits the permissions of new files in a directory.
 fn has_default_acl(directory: &OwnedFd) -> bool {
-    let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
-    getxattr_query(path, c"system.posix_acl_default").is_ok()
+    getxattr_query(proc_path(directory), c"system.posix_acl_default").is_ok()
 }
 
 /// The group that new entries of a directory get from it, if they do.

@@ -199,6 +199,13 @@ impl Place {
     fn is(&self, parent: &Arc<Inode>, name: &CStr) -> bool {
         Arc::ptr_eq(&self.parent, parent) && self.name.as_c_str() == name
     }
+
+    /// The inode that was there is there no longer. Gives the parent if nobody wants it any more.
+    fn leave(self) -> Option<Arc<Inode>> {
+        let parent = self.parent;
+        let last = parent.children.fetch_sub(1, Ordering::AcqRel) == 1;
+        (last && !parent.wanted()).then_some(parent)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -317,16 +324,8 @@ impl Inodes {
         if pinned {
             inode.no_longer(|kept| kept.pinned = None);
         }
-        if let Some(old) = old {
-            self.orphaned(old);
-        }
-    }
-
-    /// The inode that was there is there no longer.
-    fn orphaned(&self, place: Place) {
-        let parent = place.parent;
-        if parent.children.fetch_sub(1, Ordering::AcqRel) == 1 && !parent.wanted() {
-            self.release(parent);
+        if let Some(unwanted) = old.and_then(Place::leave) {
+            self.release(unwanted);
         }
     }
 
@@ -346,11 +345,7 @@ impl Inodes {
             drop(maps);
             drop((in_maps, by_key));
             let place = inode.state().place.take();
-            next = place.and_then(|place| {
-                let parent = place.parent;
-                let last = parent.children.fetch_sub(1, Ordering::AcqRel) == 1;
-                (last && !parent.wanted()).then_some(parent)
-            });
+            next = place.and_then(Place::leave);
         }
     }
 

@@ -63,6 +63,7 @@ impl Passthrough {
         sink: &mut DirSink,
     ) -> Result<()> {
         let open = self.handles.directory(node, handle)?;
+        let fd = open.shared_fd();
         let mut stream = open.entries()?;
         stream.seek(offset)?;
         let mut added = false;
@@ -82,7 +83,7 @@ impl Passthrough {
             }
             let leads_to = match Name::new(name) {
                 // An entry that has gone since or cannot be looked at is listed all the same.
-                Ok(name) if sink.plus() => self.find(&open.inode, &open.shared_fd(), name).ok(),
+                Ok(name) if sink.plus() => self.find(&open.inode, &fd, name).ok(),
                 _ => None,
             };
             let next = entry.offset().cast_unsigned();

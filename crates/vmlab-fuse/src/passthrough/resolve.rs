@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{
@@ -79,6 +79,11 @@ pub(super) fn stat_at(directory: impl AsFd, name: &CStr) -> Result<Statx> {
 pub(super) fn open_path(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat2(directory, name, flags, Mode::empty(), BENEATH)
+}
+
+/// A path of what is open, for calls that take no descriptor that was opened with `O_PATH`.
+pub(super) fn proc_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 /// What was remembered and is not there is stale: the kernel then looks the name up again.

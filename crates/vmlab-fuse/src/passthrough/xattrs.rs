@@ -6,7 +6,6 @@
 //! not check the ones that it sets.
 
 use std::ffi::CStr;
-use std::os::fd::AsRawFd;
 
 use rustix::fs::{
     XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query, removexattr, setxattr,
@@ -14,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Passthrough;
+use super::resolve::proc_path;
 use crate::filesystem::{Result, XattrReply};
 use crate::types::NodeId;
 
@@ -32,11 +32,10 @@ fn buffer(size: u32) -> Vec<u8> {
 }
 
 impl Passthrough {
-    /// Does something with the path of an inode that was checked. There are no such calls for a descriptor
-    /// that was opened with `O_PATH`.
+    /// Does something with the path of an inode that was checked.
     fn at_path<T>(&self, node: NodeId, call: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         let fd = self.descriptor(&self.inodes.get(node)?)?;
-        call(&format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        call(&proc_path(&fd))
     }
 
     pub(super) fn get_xattr(&self, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {

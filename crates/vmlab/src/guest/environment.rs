@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Gid, Resource, getegid, geteuid, getgid, getgroups, getrlimit, getuid};
+use vmlab_artifacts::SYSTEM_DIRS;
 
 /// Who runs a command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -58,9 +59,6 @@ impl Environment {
     }
 }
 
-/// Where programs are that only root has a use for.
-const SYSTEM_DIRS: [&[u8]; 3] = [b"/usr/local/sbin", b"/usr/sbin", b"/sbin"];
-
 impl Environment {
     /// The variables as the guest is given them.
     pub(crate) fn variables(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -68,7 +66,7 @@ impl Environment {
         let given = |(name, value): &(OsString, OsString)| {
             let mut value = value.as_bytes().to_vec();
             if root && name == "PATH" {
-                for dir in SYSTEM_DIRS {
+                for dir in SYSTEM_DIRS.map(str::as_bytes) {
                     if !value.split(|byte| *byte == b':').any(|listed| listed == dir) {
                         value.push(b':');
                         value.extend_from_slice(dir);

@@ -103,8 +103,7 @@ impl SerialConsole {
 
     /// The last lines of the output, at most `lines`, without terminal control sequences.
     pub fn tail(&self, lines: usize) -> String {
-        let clean = self.lock().lines_since(0);
-        clean[clean.len().saturating_sub(lines)..].join("\n")
+        self.lock().tail_since(0, lines)
     }
 
     /// What explains a failure, in at most `lines` lines, of what came after `position`: the beginning
@@ -112,8 +111,7 @@ impl SerialConsole {
     pub(crate) fn excerpt(&self, position: u64, lines: usize) -> String {
         let state = self.lock();
         let Some(damage) = state.damage.filter(|damage| *damage >= position) else {
-            let clean = state.lines_since(position);
-            return clean[clean.len().saturating_sub(lines)..].join("\n");
+            return state.tail_since(position, lines);
         };
         let mut clean = state.lines_since(damage);
         if clean.len() > lines {
@@ -238,6 +236,12 @@ impl State {
         let bytes: Vec<u8> = self.kept.iter().skip(old).copied().collect();
         let text = String::from_utf8_lossy(&bytes);
         text.lines().map(printable).filter(|line| !line.is_empty()).collect()
+    }
+
+    /// The last of these lines.
+    fn tail_since(&self, position: u64, lines: usize) -> String {
+        let clean = self.lines_since(position);
+        clean[clean.len().saturating_sub(lines)..].join("\n")
     }
 
     fn scan(&mut self, line: &str) {

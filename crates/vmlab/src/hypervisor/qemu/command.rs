@@ -104,7 +104,7 @@ fn machine(config: &VmConfig) -> String {
 
 /// Whether servers outside of QEMU read and write the guest's memory, which they then have to share.
 fn has_servers(config: &VmConfig) -> bool {
-    config.shares.iter().any(|share| share.transport == ShareTransport::VirtioFs)
+    config.served_shares().next().is_some()
 }
 
 fn accel(accel: Accel) -> &'static str {

@@ -10,7 +10,8 @@ use vmlab_devices::fs::{CachePolicy, Fs, Passthrough, PassthroughConfig, Server}
 use vmlab_devices::transport::vhost_user::{self, Served};
 
 use super::super::HypervisorError;
-use crate::config::{Caching, ShareDevice, ShareTransport, VmConfig};
+use crate::config::{Caching, ShareDevice, VmConfig};
+use crate::error::chain;
 
 /// Queues for requests of one share.
 const REQUEST_QUEUES: u32 = 1;
@@ -30,9 +31,8 @@ impl FileServers {
     /// # Errors
     /// One cannot be opened.
     pub(super) fn of(config: &VmConfig) -> Result<Self, HypervisorError> {
-        let over_virtio_fs = |share: &&ShareDevice| share.transport == ShareTransport::VirtioFs;
-        let shares = config.shares.iter().filter(over_virtio_fs);
-        shares
+        config
+            .served_shares()
             .map(|share| {
                 let source = |source| HypervisorError::Share { path: share.path.clone(), source };
                 Ok((share.path.clone(), device(share).map_err(source)?))
@@ -64,14 +64,7 @@ impl FileServer {
     pub(super) fn wait(self) -> Option<String> {
         let Self { path, served } = self;
         let error = served.wait().err()?;
-        let mut text = format!("the file server of {} ended: {error}", path.display());
-        let mut cause = std::error::Error::source(&error);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        Some(text)
+        Some(format!("the file server of {} ended: {}", path.display(), chain(&error)))
     }
 }
 

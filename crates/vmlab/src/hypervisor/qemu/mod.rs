@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vmlab_artifacts::{Arch, find_program};
 
 use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
-use crate::config::{Machine, NetworkMode, ShareDevice, ShareTransport, VmConfig};
+use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
 use command::{Descriptors, arguments};
 use process::QemuVm;
 
@@ -98,9 +98,7 @@ impl Hypervisor for Qemu {
 
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
-        let over_virtio_fs = |share: &&ShareDevice| share.transport == ShareTransport::VirtioFs;
-        let servers = config.shares.iter().filter(over_virtio_fs).count();
-        let shares = (6..).take(servers).collect();
+        let shares = (6..).take(config.served_shares().count()).collect();
         let fds = Descriptors { console: 3, agent: 4, qmp: 5, shares };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));

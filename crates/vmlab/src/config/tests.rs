@@ -1,0 +1,114 @@
+use super::*;
+
+fn dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("kernel"), "k").unwrap();
+    std::fs::write(dir.path().join("initrd"), "i").unwrap();
+    dir
+}
+
+fn builder(dir: &Path) -> VmConfigBuilder {
+    VmConfigBuilder::new(Boot {
+        image: dir.join("kernel"),
+        arch: Arch::HOST,
+        initramfs: dir.join("initrd"),
+        command_line: "panic=-1".to_owned(),
+    })
+}
+
+fn share(tag: &str, path: &Path) -> ShareDevice {
+    let transport = ShareTransport::NineP;
+    let caching = Caching::Fixed;
+    ShareDevice { tag: tag.to_owned(), path: path.to_owned(), read_only: true, transport, caching }
+}
+
+#[test]
+fn a_sound_request_passes() {
+    let dir = dir();
+    let config = builder(dir.path()).share(share("root", dir.path())).build().unwrap();
+    assert_eq!(config.topology.cpus(), Some(1));
+}
+
+#[test]
+fn another_architecture_is_refused() {
+    let dir = dir();
+    let mut builder = builder(dir.path());
+    builder.config.boot.arch = match Arch::HOST {
+        Arch::X86_64 => Arch::Aarch64,
+        Arch::Aarch64 => Arch::X86_64,
+    };
+    assert!(matches!(builder.build(), Err(ConfigError::ArchMismatch { .. })));
+}
+
+#[test]
+fn bounds_are_checked() {
+    let dir = dir();
+    let build = |f: fn(VmConfigBuilder) -> VmConfigBuilder| f(builder(dir.path())).build();
+    assert!(matches!(build(|b| b.memory(Bytes(MIB))), Err(ConfigError::Memory { .. })));
+    assert!(matches!(build(|b| b.memory(Bytes(u64::MAX))), Err(ConfigError::Memory { .. })));
+    assert!(matches!(build(|b| b.topology(Topology::flat(0))), Err(ConfigError::Cpus { .. })));
+    assert!(matches!(
+        build(|b| b.topology(Topology { nodes: 65536, llcs: 65536, cores: 1, threads: 1 })),
+        Err(ConfigError::Cpus { .. })
+    ));
+    let three = Topology { nodes: 3, llcs: 1, cores: 1, threads: 1 };
+    let build_three = |machine, mib| {
+        builder(dir.path()).machine(machine).topology(three).memory(Bytes(mib * MIB)).build()
+    };
+    assert!(matches!(build_three(Machine::Q35, 512), Err(ConfigError::NodeMemory { .. })));
+    assert!(matches!(build_three(Machine::Microvm, 513), Err(ConfigError::Machine { .. })));
+    assert!(build_three(Machine::Q35, 513).is_ok());
+    let dies = Topology { nodes: 1, llcs: 2, cores: 1, threads: 1 };
+    let on_microvm = builder(dir.path()).topology(dies).build();
+    assert!(matches!(on_microvm, Err(ConfigError::Machine { .. })));
+    let serial = builder(dir.path()).channel(AgentChannel::Serial).build();
+    assert!(matches!(serial, Err(ConfigError::Machine { .. })));
+    assert!(build(|b| b.memory(Bytes(300 * MIB + 5))).is_ok());
+}
+
+#[test]
+fn missing_files_are_named() {
+    let dir = dir();
+    std::fs::remove_file(dir.path().join("initrd")).unwrap();
+    let error = builder(dir.path()).build().unwrap_err().to_string();
+    assert!(error.contains("initramfs") && error.contains("initrd"), "{error}");
+}
+
+#[test]
+fn shares_are_checked() {
+    let dir = dir();
+    let build = |shares: &[ShareDevice]| {
+        shares.iter().fold(builder(dir.path()), |b, s| b.share(s.clone())).build()
+    };
+    let path = dir.path();
+    let twice = [share("a", path), share("a", path)];
+    assert!(matches!(build(&twice), Err(ConfigError::DuplicateTag { .. })));
+    let long = "x".repeat(MAX_TAG + 1);
+    assert!(matches!(build(&[share(&long, path)]), Err(ConfigError::Tag { .. })));
+    assert!(matches!(build(&[share("", path)]), Err(ConfigError::Tag { .. })));
+    assert!(matches!(build(&[share("a,b", path)]), Err(ConfigError::Tag { .. })));
+    let file = path.join("kernel");
+    assert!(matches!(build(&[share("a", &file)]), Err(ConfigError::NotADirectory { .. })));
+    let gone = path.join("gone");
+    assert!(matches!(build(&[share("a", &gone)]), Err(ConfigError::File { .. })));
+}
+
+#[test]
+fn command_lines_are_checked() {
+    assert!(check_command_line(&"x".repeat(MAX_COMMAND_LINE)).is_ok());
+    let long = "x".repeat(MAX_COMMAND_LINE + 1);
+    assert!(matches!(check_command_line(&long), Err(ConfigError::CommandLineLength { .. })));
+    assert!(matches!(
+        check_command_line("a\nb"),
+        Err(ConfigError::CommandLineCharacter { found: '\n' })
+    ));
+}
+
+#[test]
+fn topologies_are_read() {
+    let topology: Topology = "2,1,4,2".parse().unwrap();
+    assert_eq!(topology.cpus(), Some(16));
+    assert_eq!(topology.to_string().parse::<Topology>().unwrap(), topology);
+    assert!("2,1,4".parse::<Topology>().is_err());
+    assert!("2,1,4,x".parse::<Topology>().is_err());
+}
