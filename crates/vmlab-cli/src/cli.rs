@@ -118,7 +118,7 @@ pub(crate) struct VmArgs {
     /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
     #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
     pub(crate) share: Vec<String>,
-    /// How the root and all shares reach the guest; auto takes 9p where the kernel has it
+    /// How the root and all shares reach the guest; auto takes virtiofs where the kernel has it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) share_via: ShareViaArg,
     /// Do not share the working directory; where the guest's root has none, `/` takes its place

@@ -74,6 +74,15 @@ fn host_and_guest_see_each_others_writes_at_once() {
 
 #[test]
 fn shares_are_where_and_how_they_were_asked_for() {
+    shares_are_as_asked_for("auto", "-t virtiofs");
+}
+
+#[test]
+fn shares_over_9p_are_where_and_how_they_were_asked_for() {
+    shares_are_as_asked_for("9p", "-t 9p -o trans=virtio,version=9p2000.L");
+}
+
+fn shares_are_as_asked_for(via: &str, mount: &str) {
     let site = Site::new();
     let at = |name: &str| site.path().join(name);
     for dir in ["plain", "ro", "inner", "outer", "outer/sub", "other", "odd, näme"] {
@@ -90,7 +99,8 @@ fn shares_are_where_and_how_they_were_asked_for() {
         "../other:/usr/share/other".to_owned(),
         format!("{}:/mnt/odd", text("odd, näme")),
     ];
-    let options: Vec<&str> = share.iter().flat_map(|share| ["--share", share]).collect();
+    let mut options = vec!["--share-via", via];
+    options.extend(share.iter().flat_map(|share| ["--share", share]));
     let words = script(&format!(
         r#"
         for dir in {plain} /mnt/ro /mnt/outer /mnt/outer/sub /usr/share/other /mnt/odd; do
@@ -104,7 +114,7 @@ fn shares_are_where_and_how_they_were_asked_for() {
         fact 'remount' mount -o remount,rw /mnt/ro
         fact 'write after remount' touch /mnt/ro/new
         fact 'tag' bash -c 'findmnt -n -o SOURCE /mnt/ro > /tmp/tag && umount /mnt/ro'
-        fact 'mount' bash -c 'mount -t 9p -o trans=virtio,version=9p2000.L,rw $(cat /tmp/tag) /mnt/ro'
+        fact 'mount' bash -c 'mount {mount} -o rw $(cat /tmp/tag) /mnt/ro'
         fact 'options' bash -c 'findmnt -n -o OPTIONS /mnt/ro | cut -d, -f1'
         fact 'read after mount' cat /mnt/ro/name
         fact 'write after mount' touch /mnt/ro/new
@@ -187,7 +197,12 @@ fn any_working_directory_serves() {
 
     let bytes = site.cwd().join(OsStr::from_bytes(b"not-\xff-text"));
     std::fs::create_dir(&bytes).unwrap();
-    let mut run = site.sh(&[], "true");
+    let mut run = site.sh(&[], "pwd > name");
+    run.command.current_dir(&bytes);
+    run.output().expect_code(0);
+    let name = [bytes.as_os_str().as_bytes(), b"\n"].concat();
+    assert_eq!(std::fs::read(bytes.join("name")).unwrap(), name);
+    let mut run = site.sh(&["--share-via", "9p"], "true");
     run.command.current_dir(&bytes);
     refused(&run.output(), &["cannot be shared over 9p: its name is not UTF-8"]);
 
@@ -203,7 +218,7 @@ fn the_working_directory_can_stay_out() {
     let site = Site::new();
     // Somewhere that is in the host's root and in no tmpfs of the guest's.
     let mut run =
-        site.sh(&["--no-cwd"], "pwd; touch new && ls new; findmnt -n -t 9p /usr/share; true");
+        site.sh(&["--no-cwd"], "pwd; touch new && ls new; findmnt -n -t 9p,virtiofs /usr/share; true");
     run.command.current_dir("/usr/share");
     run.output().expect_stdout("/usr/share\nnew\n");
     assert!(!Path::new("/usr/share/new").exists());

@@ -131,8 +131,8 @@ fn kernels_are_taken_by_path() {
     for path in ["./bzImage", "./vmlinux"] {
         let outcome = site.vmlab(["run", "-q", "-k", path, "--", "true"]).output();
         outcome.expect_code(125).expect_stderr(&[
-            "could not mount 9p root",
-            "CONFIG_9P_FS",
+            "could not mount virtiofs root",
+            "CONFIG_VIRTIO_FS",
             "the directory that it was unpacked to",
             "the whole console: ",
         ]);
@@ -247,7 +247,7 @@ fn a_package_is_taken_in_and_run() {
     std::fs::write(tree.join("DEBIAN/control"), control).unwrap();
     // The drivers that the root needs, one more, and no list of what depends on what.
     let modules = format!("lib/modules/{release}");
-    let kept = ["net/9p", "fs/9p", "fs/netfs", "fs/overlayfs", "drivers/block/loop.ko.xz"];
+    let kept = ["fs/overlayfs", "drivers/block/loop.ko.xz"];
     let kept = kept.iter().map(|path| format!("{modules}/kernel/{path}"));
     let lists =
         ["builtin", "builtin.modinfo", "order"].map(|name| format!("{modules}/modules.{name}"));
@@ -287,7 +287,7 @@ fn lay_out_as_built(site: &Site, top: &Path) {
     let mut order = String::new();
     for line in String::from_utf8(get(format!("{from}/modules.order"))).unwrap().lines() {
         let place = line.strip_prefix("kernel/").unwrap().strip_suffix(".ko").unwrap();
-        let kept = ["fs/9p/", "fs/netfs/", "fs/overlayfs/", "net/9p/", "drivers/block/loop"];
+        let kept = ["fs/overlayfs/", "drivers/block/loop"];
         if kept.iter().any(|kept| place.starts_with(kept)) {
             let packed = entry.join(&from).join(format!("kernel/{place}.ko.xz"));
             let module = vmlab::artifacts::modules::read_module(&packed).unwrap();
@@ -325,7 +325,7 @@ fn a_build_tree_is_run_with_what_was_last_built_in_it() {
     rebuild("drivers/block/loop.ko");
     let order = std::fs::read_to_string(top.join("modules.order")).unwrap();
     std::fs::remove_file(top.join("modules.order")).unwrap();
-    for dir in ["fs", "net", "drivers"] {
+    for dir in ["fs", "drivers"] {
         let lines = order.lines().filter(|line| line.starts_with(&format!("{dir}/")));
         let part: String = lines.map(|line| format!("{line}\n")).collect();
         std::fs::write(top.join(dir).join("modules.order"), part).unwrap();
@@ -342,13 +342,13 @@ fn a_build_tree_is_run_with_what_was_last_built_in_it() {
         text(&values.next().unwrap().unwrap(), "/boot/initramfs").to_owned()
     };
     let before = initramfs();
-    rebuild("fs/9p/9p.ko");
+    rebuild("fs/overlayfs/overlay.ko");
     assert_ne!(initramfs(), before);
 
     // What is missing is named, with what to do.
-    std::fs::remove_file(top.join("fs/9p/9p.ko")).unwrap();
-    run("./linux", "true").expect_code(125).expect_stderr(&["no fs/9p/9p.ko", "`make modules`"]);
-    for dir in ["fs", "net", "drivers"] {
+    std::fs::remove_file(top.join("fs/overlayfs/overlay.ko")).unwrap();
+    run("./linux", "true").expect_code(125).expect_stderr(&["no fs/overlayfs/overlay.ko", "`make modules`"]);
+    for dir in ["fs", "drivers"] {
         std::fs::remove_file(top.join(dir).join("modules.order")).unwrap();
     }
     for spec in ["./linux", "./linux/arch/x86/boot/bzImage"] {

@@ -86,8 +86,10 @@ fn a_dry_run_says_what_would_be_done() {
         assert!(std::path::Path::new(path).is_file() && line.contains(path), "{path}: {line}");
     }
     assert!(line.contains("qemu-system-x86_64 ") && line.contains("some.thing=1"), "{line}");
-    let path = format!("path={},", other.display());
-    assert!(line.contains(&path) && line.contains(" 300M "), "{line}");
+    assert!(line.contains("vhost-user-fs-pci,") && line.contains(" 300M "), "{line}");
+    let over_9p = [&["--share-via", "9p"][..], &options].concat();
+    let line = site.run(&over_9p, ["true"]).output().expect_code(0).stdout_text();
+    assert!(line.contains(&format!("path={},", other.display())), "{line}");
 }
 
 #[test]

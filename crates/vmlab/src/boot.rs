@@ -72,7 +72,9 @@ pub(crate) fn prepare(
             ConfigError::ArchMismatch { path, kernel: image.arch(), host: Arch::HOST }.into()
         );
     }
-    let known = Known::of(kernel)?;
+    let direct = direct_image(cache, &image, &kernel.leases)?;
+    let mut known = Known::of(kernel)?;
+    known.find_drivers(&direct)?;
     let Way { modules: wanted, channel, transport } =
         way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
     if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
@@ -86,7 +88,7 @@ pub(crate) fn prepare(
         _ => None,
     };
     let boot = Boot {
-        image: direct_image(cache, &image, &kernel.leases)?,
+        image: direct,
         arch: image.arch(),
         initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
@@ -127,7 +129,13 @@ struct Known<'a> {
     modules: Option<ModuleNames>,
     /// Why nothing is known of its modules.
     no_modules: Option<&'a str>,
+    /// Its image has the driver of 9p and not the one of virtio-fs.
+    only_9p_in_image: bool,
 }
+
+/// What is in the image of a kernel that has these built in: the drivers' names.
+const VIRTIO_FS_NAME: &[u8] = b"virtiofs\0";
+const NINE_P_NAME: &[u8] = b"9pnet_virtio\0";
 
 impl<'a> Known<'a> {
     fn of(kernel: &'a Kernel) -> Result<Self, Error> {
@@ -135,7 +143,25 @@ impl<'a> Known<'a> {
             config: kernel.config.as_ref(),
             modules: kernel.module_names()?,
             no_modules: kernel.no_modules.as_deref(),
+            only_9p_in_image: false,
         })
+    }
+
+    /// Looks into the image, where nothing else tells what the kernel can mount.
+    fn find_drivers(&mut self, image: &Path) -> Result<(), Error> {
+        if self.config.is_some() || self.modules.is_some() {
+            return Ok(());
+        }
+        let path = image.to_owned();
+        let content = std::fs::read(image).map_err(|source| Error::Io {
+            what: "read the kernel",
+            path,
+            source,
+            hint: "",
+        })?;
+        let has = |name: &[u8]| memchr::memmem::find(&content, name).is_some();
+        self.only_9p_in_image = has(NINE_P_NAME) && !has(VIRTIO_FS_NAME);
+        Ok(())
     }
 
     /// Whether it finds a PCI Express bus that has no I/O ports, as the one of a microvm.
@@ -196,10 +222,14 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     let features = Features::of(known.config, known.modules.as_ref());
     let transport = match needs.share_via {
         ShareVia::Only(transport) => transport,
-        ShareVia::Auto => match features.get(Feature::NineP) {
-            Availability::Absent => ShareTransport::VirtioFs,
-            _ => ShareTransport::NineP,
-        },
+        ShareVia::Auto => {
+            let nine_p = match features.get(Feature::Virtiofs) {
+                Availability::Absent => features.get(Feature::NineP) != Availability::Absent,
+                Availability::Unknown => known.only_9p_in_image,
+                _ => false,
+            };
+            if nine_p { ShareTransport::NineP } else { ShareTransport::VirtioFs }
+        }
     };
     let carrier = match transport {
         ShareTransport::VirtioFs => Feature::Virtiofs,

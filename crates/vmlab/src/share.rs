@@ -110,7 +110,7 @@ impl Share {
 /// How shares are to be carried.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ShareVia {
-    /// Over 9p where the kernel has it, else over virtio-fs.
+    /// Over virtio-fs where the kernel has it, else over 9p.
     #[default]
     Auto,
     /// Over this, and nothing else.

@@ -1,10 +1,16 @@
 use super::*;
+
 const NEEDS: Needs = Needs {
     overlay: true,
     network: false,
     share_via: ShareVia::Only(ShareTransport::NineP),
     modules_place: false,
 };
+
+/// A kernel of which at most its configuration is known.
+fn known(config: Option<&KernelConfig>) -> Known<'_> {
+    Known { config, modules: None, no_modules: None, only_9p_in_image: false }
+}
 
 /// What is wanted of any kernel.
 const BASE_BUILT_IN: &str = "CONFIG_BLK_DEV_INITRD=y\nCONFIG_BINFMT_ELF=y\nCONFIG_DEVTMPFS=y\n\
@@ -20,7 +26,7 @@ fn way(
 ) -> Result<(Vec<&'static str>, AgentChannel), Lacking> {
     let config = KernelConfig::parse(config);
     let modules = dep.map(|dep| ModuleNames::parse(dep, ""));
-    way_to_root(&Known { config: Some(&config), modules, no_modules: None }, needs)
+    way_to_root(&Known { modules, ..known(Some(&config)) }, needs)
         .map(|Way { modules, channel, .. }| (modules, channel))
 }
 
@@ -92,7 +98,7 @@ fn a_module_without_a_tree_is_told_from_an_option_that_is_not_set() {
     // What is known of the reason is more of a help.
     let parsed = KernelConfig::parse(&config);
     let why = "the modules are not built";
-    let known = Known { config: Some(&parsed), modules: None, no_modules: Some(why) };
+    let known = Known { no_modules: Some(why), ..known(Some(&parsed)) };
     assert_eq!(way_to_root(&known, NEEDS).unwrap_err().hint, why);
     let lacking = way(&config, Some("kernel/net/9p/9pnet.ko:\n"), NEEDS).unwrap_err();
     assert_eq!(lacking.missing, ["CONFIG_9P_FS (a module that the module tree does not have)"]);
@@ -104,7 +110,7 @@ fn a_module_without_a_tree_is_told_from_an_option_that_is_not_set() {
 #[test]
 fn a_kernel_that_will_be_silent_is_noted() {
     let config = KernelConfig::parse(all_built_in());
-    let silence = |config| Known { config, modules: None, no_modules: None }.silence();
+    let silence = |config| known(config).silence();
     assert!(silence(Some(&config)).unwrap().contains("CONFIG_SERIAL_8250_CONSOLE"));
     let config = KernelConfig::parse("CONFIG_SERIAL_8250_CONSOLE=y\n");
     assert_eq!(silence(Some(&config)), None);
@@ -115,7 +121,7 @@ fn a_kernel_that_will_be_silent_is_noted() {
 fn a_kernel_that_cannot_see_a_microvms_devices_is_known() {
     let sees = |config: Option<&str>| {
         let config = config.map(KernelConfig::parse);
-        Known { config: config.as_ref(), modules: None, no_modules: None }.sees_ecam()
+        known(config.as_ref()).sees_ecam()
     };
     assert!(sees(Some("CONFIG_ACPI=y\nCONFIG_PCI_MMCONFIG=y\n")) && sees(None));
     assert!(!sees(Some("CONFIG_ACPI=y\n# CONFIG_PCI_MMCONFIG is not set\n")));
@@ -159,7 +165,7 @@ fn a_place_for_modules_needs_the_overlay_where_there_is_one() {
 
 #[test]
 fn a_kernel_that_says_nothing_is_tried() {
-    assert!(way_to_root(&Known { config: None, modules: None, no_modules: None }, NEEDS).is_ok());
+    assert!(way_to_root(&known(None), NEEDS).is_ok());
 }
 
 #[test]
@@ -304,19 +310,33 @@ fn the_root_comes_over_what_the_kernel_has() {
     let auto = Needs { share_via: ShareVia::Auto, ..NEEDS };
     let transport = |config: &str| {
         let config = KernelConfig::parse(config);
-        let known = Known { config: Some(&config), modules: None, no_modules: None };
-        way_to_root(&known, auto).map(|way| way.transport)
+        way_to_root(&known(Some(&config)), auto).map(|way| way.transport)
     };
     let nine_p = all_built_in();
     let both = format!("{nine_p}CONFIG_VIRTIO_FS=y\n");
     let virtio_fs = both.replace("CONFIG_9P_FS=y", "");
     let neither = nine_p.replace("CONFIG_9P_FS=y", "");
     assert_eq!(transport(&nine_p).unwrap(), ShareTransport::NineP);
-    assert_eq!(transport(&both).unwrap(), ShareTransport::NineP);
+    assert_eq!(transport(&both).unwrap(), ShareTransport::VirtioFs);
     assert_eq!(transport(&virtio_fs).unwrap(), ShareTransport::VirtioFs);
     let lacking = transport(&neither).unwrap_err();
     assert_eq!(lacking.missing, ["CONFIG_VIRTIO_FS"]);
     assert!(lacking.hint.contains("CONFIG_9P_FS"), "{}", lacking.hint);
-    let unknown = Known { config: None, modules: None, no_modules: None };
-    assert_eq!(way_to_root(&unknown, auto).unwrap().transport, ShareTransport::NineP);
+}
+
+#[test]
+fn an_image_alone_tells_what_it_can_mount() {
+    let auto = Needs { share_via: ShareVia::Auto, ..NEEDS };
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("vmlinux");
+    let transport = |content: &[u8]| {
+        std::fs::write(&image, content).unwrap();
+        let mut known = known(None);
+        known.find_drivers(&image).unwrap();
+        way_to_root(&known, auto).unwrap().transport
+    };
+    assert_eq!(transport(b"..9pnet_virtio\0.."), ShareTransport::NineP);
+    assert_eq!(transport(b"..9pnet_virtio\0..fs-virtiofs\0"), ShareTransport::VirtioFs);
+    assert_eq!(transport(b"..virtiofs\0"), ShareTransport::VirtioFs);
+    assert_eq!(transport(b"compressed, perhaps"), ShareTransport::VirtioFs);
 }
