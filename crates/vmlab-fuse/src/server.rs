@@ -23,8 +23,12 @@ mod negotiation;
 /// The most bytes of one READ, WRITE or READDIR.
 pub const MAX_WRITE: u32 = 1 << 20;
 
-/// The same in pages of 4 KiB, as INIT tells it.
-pub const MAX_PAGES: u16 = 256;
+/// The bytes of a guest's page: guests are of x86-64.
+const PAGE: u32 = 4096;
+
+/// The same in pages, as INIT tells it. It is all that bounds a READ, so a kernel with larger pages might ask
+/// for more than [`MAX_WRITE`], and is refused then.
+pub const MAX_PAGES: u16 = (MAX_WRITE / PAGE) as u16;
 
 /// The most bytes of a request's arguments, without the data of a WRITE. The longest that a kernel sends are
 /// an extended attribute of 64 KiB with its name, and a BATCH_FORGET.
@@ -158,6 +162,16 @@ impl<F: FileSystem> Server<F> {
             return Err(Errno::INVAL);
         }
         let opcode = opcode.ok_or(Errno::NOSYS)?;
+        self.with_opcode(header, opcode, request, answer).map_err(|error| lasting(opcode, error))
+    }
+
+    fn with_opcode(
+        &self,
+        header: abi::InHeader,
+        opcode: Opcode,
+        request: &dyn RequestBytes,
+        answer: &mut Answer<'_>,
+    ) -> Result<usize> {
         // The data of a WRITE stays where it is.
         let length = match opcode {
             Opcode::Write => size_of::<abi::WriteIn>(),
@@ -299,8 +313,11 @@ impl<F: FileSystem> Server<F> {
             }
             Opcode::Read => {
                 let asked: abi::ReadIn = args.take()?;
-                let count = asked.size.min(MAX_WRITE) as usize;
-                let count = count.min(answer.room());
+                let count = asked.size as usize;
+                // Less than was asked for is the end of the file to the kernel.
+                if asked.size > MAX_WRITE || count > answer.room() {
+                    return Err(Errno::INVAL);
+                }
                 let mut room = ReadRoom { reply: answer.0, count };
                 let read = fs.read(node, Handle(asked.fh), offset(asked.offset)?, &mut room)?;
                 Ok(read.min(count))
@@ -460,6 +477,31 @@ fn changes_something(opcode: Opcode) -> bool {
             | Opcode::Fallocate
             | Opcode::CopyFileRange
     )
+}
+
+/// To the kernel `ENOSYS` says that there is no such operation on this mount at all: it never asks again, and
+/// takes FSYNC, ACCESS and FLUSH for done. So only what is meant so is said; that a call is missing on the
+/// host, or for one of its filesystems, is another error.
+fn lasting(opcode: Opcode, error: Errno) -> Errno {
+    use Opcode::*;
+    let meant = matches!(
+        opcode,
+        Flush
+            | GetLk
+            | SetLk
+            | SetLkW
+            | Interrupt
+            | NotifyReply
+            | Bmap
+            | Poll
+            | SetupMapping
+            | RemoveMapping
+    );
+    match error {
+        Errno::NOSYS if opcode == Rename2 => Errno::INVAL,
+        Errno::NOSYS if !meant => Errno::OPNOTSUPP,
+        other => other,
+    }
 }
 
 /// Refuses to open for writing what cannot be written.

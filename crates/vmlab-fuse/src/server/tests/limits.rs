@@ -13,6 +13,7 @@ fn least_room(opcode: Opcode) -> usize {
         Opcode::StatFs => 80,
         Opcode::Write | Opcode::CopyFileRange | Opcode::Lseek => 8,
         Opcode::ReadLink => 6,
+        Opcode::Read => 512,
         Opcode::GetXattr | Opcode::ListXattr => 5,
         _ => 0,
     }
@@ -117,22 +118,30 @@ fn reading_is_bounded_by_size_room_and_limit() {
     init_request(u64::MAX).serve(&server, ROOM).unwrap();
     let limit = MAX_WRITE as usize;
     for (size, room, offset, wanted) in [
-        (10, 100, 0, 10),
-        (100, 10, 0, 10),
-        (100, 0, 0, 0),
-        (0, 100, 0, 0),
-        (u32::MAX, limit + 100, 0, limit),
-        (u32::MAX, 1000, 0, 1000),
+        (10, 100, 0, Ok(10)),
+        (0, 100, 0, Ok(0)),
+        (MAX_WRITE, limit, 0, Ok(limit)),
+        (MAX_WRITE, 2 * limit, 0, Ok(limit)),
         // At the end of the file and behind it.
-        (100, 100, content.len() as u64 - 7, 7),
-        (100, 100, content.len() as u64, 0),
-        (100, 100, 1 << 40, 0),
+        (100, 100, content.len() as u64 - 7, Ok(7)),
+        (100, 100, content.len() as u64, Ok(0)),
+        (100, 100, 1 << 40, Ok(0)),
+        // A kernel takes a reply that is shorter than what it has asked for as the file's end.
+        (100, 99, 0, Err(Errno::INVAL)),
+        (100, 0, 0, Err(Errno::INVAL)),
+        (u32::MAX, limit, 0, Err(Errno::INVAL)),
+        (MAX_WRITE + 1, 2 * limit, 0, Err(Errno::INVAL)),
+        // 256 pages of 64 KiB.
+        (16 * MAX_WRITE, 16 * limit, 0, Err(Errno::INVAL)),
+        (u32::MAX, 2 * limit, 0, Err(Errno::INVAL)),
     ] {
         let asked = abi::ReadIn { size, offset, ..Default::default() };
         let request = RawRequest::new(Opcode::Read).with(&asked);
         for piece in [0, 4096, 4099] {
             let reply = serve(&server, &request.to_vec(), 16 + room, piece).unwrap();
-            assert_eq!((reply.error, reply.body.len()), (0, wanted), "{size} {room} {offset}");
+            let (error, length) =
+                wanted.map_or_else(|error| (-error.raw_os_error(), 0), |n| (0, n));
+            assert_eq!((reply.error, reply.body.len()), (error, length), "{size} {room} {offset}");
             assert!(reply.body.iter().all(|byte| *byte == b'x'));
         }
     }
