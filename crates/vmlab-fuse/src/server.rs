@@ -121,34 +121,26 @@ impl<F: FileSystem> Server<F> {
 
     /// Does what a request asks and writes the reply. Returns the reply's length, 0 for none.
     pub fn serve(&self, request: &dyn RequestBytes, reply: &mut dyn ReplyBytes) -> usize {
-        let mut header = [0; IN_HEADER];
-        if request.read(0, &mut header) < IN_HEADER {
-            // Without a header there is nobody to reply to.
-            return 0;
-        }
-        let Ok(header) = abi::InHeader::read_from_bytes(&header) else { return 0 };
-        let opcode = Opcode::of(header.opcode);
+        let Some((header, opcode)) = header_of(request) else { return 0 };
         if let Some(Opcode::Forget | Opcode::BatchForget) = opcode {
-            // These have no reply, not even for an error.
             let _ = self.with_arguments(header, opcode, request, &mut Answer(reply));
             return 0;
         }
-        // A request is done when it is done; nothing waits for one that could be interrupted.
-        if let Some(Opcode::Interrupt | Opcode::NotifyReply) = opcode {
-            return 0;
-        }
-        if reply.capacity() < OUT_HEADER {
+        if !has_reply(opcode) || reply.capacity() < OUT_HEADER {
             return 0;
         }
         let result = self.with_arguments(header, opcode, request, &mut Answer(reply));
-        let (length, error) = match result {
-            Ok(length) => (length, 0),
-            Err(error) => (0, -error.raw_os_error()),
-        };
-        let len = OUT_HEADER + length;
-        let out = abi::OutHeader { len: len as u32, error, unique: header.unique };
-        reply.write(0, out.as_bytes());
-        len
+        finish(header, reply, result)
+    }
+
+    /// Replies to a request that the transport cannot hand over whole. Returns the reply's length, 0 for none.
+    pub fn refuse(&self, request: &dyn RequestBytes, reply: &mut dyn ReplyBytes) -> usize {
+        match header_of(request) {
+            Some((header, opcode)) if has_reply(opcode) && reply.capacity() >= OUT_HEADER => {
+                finish(header, reply, Err(Errno::INVAL))
+            }
+            _ => 0,
+        }
     }
 
     fn with_arguments(
@@ -454,6 +446,35 @@ impl<F: FileSystem> Server<F> {
         let value = args.bytes(size as usize)?;
         self.fs.setxattr(call.node, name, value, flags)
     }
+}
+
+/// The header of a request. Without one there is nobody to reply to.
+fn header_of(request: &dyn RequestBytes) -> Option<(abi::InHeader, Option<Opcode>)> {
+    let mut header = [0; IN_HEADER];
+    if request.read(0, &mut header) < IN_HEADER {
+        return None;
+    }
+    let header = abi::InHeader::read_from_bytes(&header).ok()?;
+    Some((header, Opcode::of(header.opcode)))
+}
+
+/// Whether there is a reply, if only of an error.
+fn has_reply(opcode: Option<Opcode>) -> bool {
+    use Opcode::*;
+    // A request is done when it is done; nothing waits for one that could be interrupted.
+    !matches!(opcode, Some(Forget | BatchForget | Interrupt | NotifyReply))
+}
+
+/// Writes the header of a reply whose body is there.
+fn finish(header: abi::InHeader, reply: &mut dyn ReplyBytes, result: Result<usize>) -> usize {
+    let (length, error) = match result {
+        Ok(length) => (length, 0),
+        Err(error) => (0, -error.raw_os_error()),
+    };
+    let len = OUT_HEADER + length;
+    let out = abi::OutHeader { len: len as u32, error, unique: header.unique };
+    reply.write(0, out.as_bytes());
+    len
 }
 
 /// Whether a request changes something on the filesystem by itself. OPEN depends on its flags.

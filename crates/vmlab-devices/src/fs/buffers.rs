@@ -33,10 +33,11 @@ impl RequestBytes for Request<'_, '_> {
         offset: u64,
         count: usize,
     ) -> io::Result<usize> {
-        let (done, end) = transfer(self.0.range(at, count), offset, |iov, count, offset| {
+        let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
+            let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed; the kernel
             // only reads from them, and copes with a guest that writes to them at the same time.
-            unsafe { libc::pwritev(file.as_raw_fd(), iov, count, offset) }
+            moved(unsafe { libc::pwritev(fd, iov.as_ptr(), count, offset) })
         });
         // What was written is written: the guest meets the error when it goes on.
         if done == 0 { end.map(|()| 0) } else { Ok(done) }
@@ -59,10 +60,11 @@ impl ReplyBytes for Reply<'_, '_> {
         offset: u64,
         count: usize,
     ) -> io::Result<usize> {
-        let (done, end) = transfer(self.0.range(at, count), offset, |iov, count, offset| {
+        let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
+            let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed and of which
             // this process makes no Rust references; the kernel writes inside of them only.
-            unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) }
+            moved(unsafe { libc::preadv(fd, iov.as_ptr(), count, offset) })
         });
         end.map(|()| done)
     }
@@ -75,7 +77,7 @@ impl ReplyBytes for Reply<'_, '_> {
 fn transfer<'m>(
     slices: impl Iterator<Item = VolatileSlice<'m>>,
     offset: u64,
-    mut call: impl FnMut(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
+    mut call: impl FnMut(&[libc::iovec], libc::off_t) -> io::Result<usize>,
 ) -> (usize, io::Result<()>) {
     let mut done = 0;
     let mut left = slices.map(iovec).peekable();
@@ -85,23 +87,23 @@ fn transfer<'m>(
         while first < iov.len() {
             let place = offset.checked_add(done as u64).and_then(|place| i64::try_from(place).ok());
             let Some(place) = place else { return (done, Err(io::ErrorKind::InvalidInput.into())) };
-            let buffers = &iov[first..];
-            match usize::try_from(call(buffers.as_ptr(), buffers.len() as libc::c_int, place)) {
+            match call(&iov[first..], place) {
                 Ok(0) => return (done, Ok(())),
                 Ok(moved) => {
                     done += moved;
                     first += advance(&mut iov[first..], moved);
                 }
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return (done, Err(error));
-                    }
-                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (done, Err(error)),
             }
         }
     }
     (done, Ok(()))
+}
+
+/// What a system call says that it has moved.
+fn moved(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 /// Takes `count` bytes from the beginning of buffers. Returns how many of them are used up.
@@ -141,28 +143,19 @@ mod tests {
             rest = more;
         }
         let mut steps = steps.iter();
-        let (done, end) = transfer(slices.into_iter(), 100, |iov, count, offset| {
-            let mut value = (offset - 100) as u8;
-            let most = match steps.next().unwrap() {
-                Ok(most) => *most,
-                Err(error) => {
-                    // SAFETY: this thread's own error number.
-                    unsafe { *libc::__errno_location() = *error };
-                    return -1;
-                }
-            };
+        let (done, end) = transfer(slices.into_iter(), 100, |iov, offset| {
+            let most = steps.next().unwrap().map_err(io::Error::from_raw_os_error)?;
             let mut moved = 0;
-            for place in 0..count as usize {
-                // SAFETY: `count` buffers are at `iov`.
-                let buffer = unsafe { *iov.add(place) };
-                for at in 0..buffer.iov_len.min(most - moved) {
-                    // SAFETY: it is inside of the buffer, which is a part of `bytes`.
-                    unsafe { *buffer.iov_base.cast::<u8>().add(at) = value };
-                    value += 1;
+            for buffer in iov {
+                let count = buffer.iov_len.min(most - moved);
+                // SAFETY: it is a part of `bytes`, which nothing else uses until `transfer` returns.
+                let room = unsafe { std::slice::from_raw_parts_mut(buffer.iov_base.cast(), count) };
+                for byte in room {
+                    *byte = (offset - 100) as u8 + moved as u8;
                     moved += 1;
                 }
             }
-            moved as isize
+            Ok(moved)
         });
         assert!(steps.next().is_none(), "fewer calls than that");
         (done, end.err().and_then(|error| error.raw_os_error()), bytes.to_vec())
