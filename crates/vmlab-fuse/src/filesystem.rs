@@ -226,14 +226,14 @@ pub trait FileSystem: Send + Sync {
         out: &mut dyn DataOut,
     ) -> Result<usize>;
 
-    /// Writes to an open file.
+    /// Writes to an open file, with flags of [`abi::write`].
     fn write(
         &self,
         node: NodeId,
         handle: Handle,
         offset: u64,
         data: &dyn DataIn,
-        kill_suidgid: bool,
+        flags: u32,
     ) -> Result<usize>;
 
     /// A file descriptor of the guest was closed.

@@ -177,7 +177,7 @@ impl Share {
     }
 
     fn write(&self, node: NodeId, handle: Handle, offset: u64, data: &str) -> Result<usize> {
-        self.fs.write(node, handle, offset, &Data(data.as_bytes()), false)
+        self.fs.write(node, handle, offset, &Data(data.as_bytes()), 0)
     }
 
     fn opendir(&self, node: NodeId) -> Result<Handle> {

@@ -101,6 +101,28 @@ fn data_is_as_long_as_it_says() {
 }
 
 #[test]
+fn a_page_that_is_written_back_is_written_whole_or_not() {
+    let server = server(Answers { written: 2, ..Default::default() });
+    let write = |write_flags| {
+        let head = abi::WriteIn { fh: 3, offset: 7, size: 5, write_flags, ..Default::default() };
+        let request = RawRequest::new(Opcode::Write).with(&head).bytes(b"hello");
+        let reply = request.serve(&server, ROOM).unwrap();
+        (reply, server.filesystem().take_calls())
+    };
+    let (reply, calls) = write(0);
+    assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 2));
+    assert_eq!(calls, ["write 1 3 7 0"]);
+    let (reply, calls) = write(abi::write::CACHE);
+    assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 5));
+    assert_eq!(calls, ["write 1 3 7 1", "write 1 3 9 1", "write 1 3 11 1"]);
+    // The last part, at the beginning of the fake's file.
+    assert!(server.filesystem().content().unwrap().starts_with(b"o"));
+    server.filesystem().answer(|answers| answers.written = 0);
+    assert_eq!(write(abi::write::CACHE).0.error, -Errno::IO.raw_os_error());
+    assert_eq!(write(0).0.error, 0);
+}
+
+#[test]
 fn data_is_bounded() {
     let server = server(Answers::default());
     let data = vec![b'x'; MAX_WRITE as usize + 1];
