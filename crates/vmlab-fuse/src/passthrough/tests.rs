@@ -20,6 +20,7 @@ mod adversarial;
 mod directories;
 mod files;
 mod metadata;
+mod raw;
 mod read_only;
 mod table;
 mod together;
