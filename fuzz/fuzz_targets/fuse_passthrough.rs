@@ -136,8 +136,14 @@ fuzz_target!(|data: &[u8]| {
         .map(|path| fs::symlink_metadata(scratch.base.path().join(path)).expect("it").ino())
         .collect();
     let open = descriptors();
-    let config =
-        PassthroughConfig { read_only, cache, max_handles: 16, max_descriptors: 4, max_inodes: 64 };
+    let config = PassthroughConfig {
+        read_only,
+        cache,
+        submounts: how & 32 == 0,
+        max_handles: 16,
+        max_descriptors: 4,
+        max_inodes: 64,
+    };
     let server = Server::new(Passthrough::new(&scratch.share(), config).expect("a share"));
     if how & 2 == 0 {
         let known = if how & 4 == 0 { u64::MAX } else { !flags::SETXATTR_EXT };

@@ -45,3 +45,70 @@ pub fn input(requests: &[Request]) -> Vec<u8> {
     }
     out
 }
+
+/// Where things are in the memory of the `virtqueue` target's guest.
+pub mod ring {
+    /// The descriptors of a ring, a power of two.
+    pub const SIZE: u16 = 16;
+    /// The table of descriptors.
+    pub const TABLE: u16 = 0;
+    /// The ring of the driver.
+    pub const AVAILABLE: u16 = 0x400;
+    /// The ring of the device.
+    pub const USED: u16 = 0x800;
+    /// Free from here on.
+    pub const BUFFERS: u16 = 0x1000;
+    /// The bytes of the two regions of memory, one behind the other.
+    pub const REGIONS: [usize; 2] = [0x8000, 0x4000];
+
+    /// What the guest does.
+    #[derive(Debug)]
+    pub enum Act<'a> {
+        /// Writes bytes to an address.
+        Write(u16, &'a [u8]),
+        /// Kicks the device.
+        Kick,
+    }
+
+    /// More acts than this show nothing new.
+    const MAX_ACTS: usize = 256;
+
+    const KICK: u8 = 0x80;
+
+    /// Takes the input apart: a byte with the highest bit is a kick; else follow two bytes of an address, one of
+    /// a length, and so many bytes.
+    pub fn acts(mut data: &[u8]) -> impl Iterator<Item = Act<'_>> {
+        let next = move || {
+            let (&what, rest) = data.split_first()?;
+            data = rest;
+            if what & KICK != 0 {
+                return Some(Act::Kick);
+            }
+            let (&[a, b, length], rest) = data.split_first_chunk()?;
+            let (bytes, rest) = rest.split_at(rest.len().min(length.into()));
+            data = rest;
+            Some(Act::Write(u16::from_le_bytes([a, b]), bytes))
+        };
+        std::iter::from_fn(next).take(MAX_ACTS)
+    }
+
+    /// The other way round.
+    pub fn input<'a>(acts: impl IntoIterator<Item = Act<'a>>) -> Vec<u8> {
+        let mut out = Vec::new();
+        for act in acts {
+            match act {
+                Act::Kick => out.push(KICK),
+                Act::Write(mut address, bytes) => {
+                    for piece in bytes.chunks(usize::from(u8::MAX)) {
+                        out.push(0);
+                        out.extend(address.to_le_bytes());
+                        out.push(piece.len() as u8);
+                        out.extend(piece);
+                        address += piece.len() as u16;
+                    }
+                }
+            }
+        }
+        out
+    }
+}

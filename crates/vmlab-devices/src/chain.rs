@@ -44,38 +44,47 @@ pub(crate) struct Part<'m> {
 }
 
 impl<'m> Chain<'m> {
-    /// Follows a chain to its end. `limit` is the most descriptors that it may have.
+    /// Follows a chain to its end. `limit` is the most descriptors that it may have. Of one that is nothing but
+    /// too long, the error has the beginning.
     pub(crate) fn gather(
         descriptors: DescriptorChain<&'m GuestMemoryMmap>,
         memory: &'m GuestMemoryMmap,
         limit: u16,
-    ) -> Result<Self, ChainError> {
+    ) -> Result<Self, (ChainError, Option<Self>)> {
         let head = descriptors.head_index();
         let mut chain = Self { head, readable: Part::default(), writable: Part::default() };
         // The iterator just stops where a chain is broken, so the end has to be seen. An indirect table can
         // be longer than the ring; no guest's driver makes use of that.
-        let mut ended = false;
+        let (mut ended, mut writes, mut too_long) = (false, false, false);
         for descriptor in descriptors.take(usize::from(limit)) {
-            let len = descriptor.len();
+            let (at, len) = (descriptor.addr(), descriptor.len());
             if len == 0 {
-                return Err(ChainError::Empty);
+                return Err((ChainError::Empty, None));
             }
+            if writes && !descriptor.is_write_only() {
+                return Err((ChainError::Order, None));
+            }
+            writes = descriptor.is_write_only();
             let gathered = chain.readable.len as u64 + chain.writable.len as u64;
-            if gathered + u64::from(len) > MAX_GATHERED {
-                return Err(ChainError::TooLong);
+            too_long |= gathered + u64::from(len) > MAX_GATHERED;
+            if too_long {
+                if !memory.check_range(at, len as usize) {
+                    return Err((ChainError::Outside, None));
+                }
+            } else {
+                let part = if writes { &mut chain.writable } else { &mut chain.readable };
+                for slice in memory.get_slices(at, len as usize) {
+                    part.slices.push(slice.map_err(|_| (ChainError::Outside, None))?);
+                }
+                part.len += len as usize;
             }
-            let part = match descriptor.is_write_only() {
-                true => &mut chain.writable,
-                false if chain.writable.len > 0 => return Err(ChainError::Order),
-                false => &mut chain.readable,
-            };
-            for slice in memory.get_slices(descriptor.addr(), len as usize) {
-                part.slices.push(slice.map_err(|_| ChainError::Outside)?);
-            }
-            part.len += len as usize;
             ended = !descriptor.has_next();
         }
-        if ended { Ok(chain) } else { Err(ChainError::Endless) }
+        match (ended, too_long) {
+            (false, _) => Err((ChainError::Endless, None)),
+            (true, true) => Err((ChainError::TooLong, Some(chain))),
+            (true, false) => Ok(chain),
+        }
     }
 
     /// The number of its first descriptor, which is the chain's name.

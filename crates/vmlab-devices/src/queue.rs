@@ -54,6 +54,19 @@ impl VirtQueue {
     /// # Errors
     /// The ring is broken.
     pub fn pop<'m>(&self, memory: &'m Guest) -> Result<Option<Chain<'m>>, QueueError> {
+        self.pop_or(memory, |_| 0)
+    }
+
+    /// The next request. The beginning of one that is well-formed but too long goes to `refuse`, which can
+    /// write an error to it and gives back how many bytes it wrote.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn pop_or<'m>(
+        &self,
+        memory: &'m Guest,
+        refuse: impl Fn(&mut Chain<'m>) -> u32,
+    ) -> Result<Option<Chain<'m>>, QueueError> {
         while !self.stopped() {
             let (next, limit) = {
                 let mut ring = self.ring();
@@ -64,12 +77,13 @@ impl VirtQueue {
             let head = descriptors.head_index();
             match Chain::gather(descriptors, memory, limit) {
                 Ok(chain) => return Ok(Some(chain)),
-                Err(error) => {
+                Err((error, beginning)) => {
                     {
                         let mut seen = lock(&self.malformed);
                         *seen = (seen.0 + 1, Some(error));
                     }
-                    self.complete(memory, head, 0)?;
+                    let written = beginning.map_or(0, |mut chain| refuse(&mut chain));
+                    self.complete(memory, head, written)?;
                 }
             }
         }

@@ -165,10 +165,20 @@ fn a_chain_has_a_longest_length() {
     serve(&driver).unwrap();
     assert_eq!(driver.queue.malformed().0, 0);
 
-    let driver = Driver::new();
-    driver.describe(0, (BUFFERS, u32::MAX, WRITE | NEXT, 1));
-    driver.describe(1, (BUFFERS, u32::MAX, WRITE, 0));
-    assert_eq!(refused(&driver), ChainError::TooLong);
+    // Whatever else is wrong is seen as well.
+    for (second, error) in [
+        ((BUFFERS, MEMORY as u32, WRITE, 0), ChainError::Outside),
+        ((MEMORY - 1, 2, WRITE, 0), ChainError::Outside),
+        ((BUFFERS, 1, 0, 0), ChainError::Order),
+        ((BUFFERS, 0, WRITE, 0), ChainError::Empty),
+        ((BUFFERS, 1, WRITE | NEXT, 0), ChainError::Endless),
+        ((BUFFERS, 1, WRITE, 0), ChainError::TooLong),
+    ] {
+        let driver = Driver::new();
+        driver.describe(0, (BUFFERS, MAX_GATHERED as u32 + 1, WRITE | NEXT, 1));
+        driver.describe(1, second);
+        assert_eq!(refused(&driver), error, "{second:?}");
+    }
 }
 
 #[test]

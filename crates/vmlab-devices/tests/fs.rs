@@ -8,7 +8,7 @@ use std::time::Instant;
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 use vmlab_devices::fs::Fs;
-use vmlab_devices::{Device, OnFault, Turn, Workers};
+use vmlab_devices::{ChainError, Device, MAX_GATHERED, OnFault, Turn, Workers};
 use vmlab_fuse::Server;
 use vmlab_fuse::abi::Opcode;
 
@@ -126,6 +126,34 @@ fn data_goes_through_scattered_buffers_unchanged() {
     assert_eq!(after[..5], content[..5]);
     assert!(after[5..3005].iter().all(|byte| *byte == b'x'));
     assert_eq!(after[3005..], content[3005..]);
+}
+
+#[test]
+fn a_read_with_more_room_than_can_be_gathered_gets_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), vec![b'x'; 3 << 20]).unwrap();
+    let guest = Guest::new(dir.path());
+    let entry = guest.ask(Opcode::Lookup, 1, b"file\0", 200);
+    let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+    // As a kernel with pages of 16 KiB may ask.
+    for size in [(1 << 20) + 1, MAX_GATHERED as u32, 4 << 20] {
+        let mut read = [0; 40];
+        read[16..20].copy_from_slice(&size.to_le_bytes());
+        let driver = &guest.driver;
+        guest.prepare(0, BUFFERS, Opcode::Read, node, &read, 3);
+        driver.describe(3, (REPLY + 0x11000, size / 2, WRITE | NEXT, 4));
+        driver.describe(4, (REPLY + 0x11000 + u64::from(size / 2), size - size / 2, WRITE, 0));
+        let before = driver.used().len();
+        driver.offer(0);
+        let mutex = Mutex::new(());
+        guest.device.process(1, &driver.queue, &mut Turn::take(&mutex)).unwrap();
+        assert_eq!(driver.used()[before], (0, OUT_HEADER as u32), "{size}");
+        let (header, _) = guest.reply(BUFFERS, 0);
+        let error = i32::from_le_bytes(header[4..8].try_into().unwrap());
+        assert_eq!((error, header[0]), (-libc::EINVAL, OUT_HEADER as u8), "{size}");
+        assert!(!driver.bytes(REPLY + 0x11000, 64).contains(&b'x'), "{size}");
+    }
+    assert_eq!(guest.driver.queue.malformed(), (2, Some(ChainError::TooLong)));
 }
 
 #[test]

@@ -96,19 +96,19 @@ pub enum XattrReply {
 
 /// Data of a WRITE.
 pub trait DataIn {
-    /// Writes the data to a place in a file, as pwrite(2) does.
+    /// Writes the data to a place in a file, as pwrite(2) does; all of it unless there is an error.
     ///
     /// # Errors
-    /// Those of pwrite(2).
+    /// Those of pwrite(2), before anything was written.
     fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize>;
 }
 
 /// Room for the data of a READ.
 pub trait DataOut {
-    /// Fills the room from a place in a file, as pread(2) does.
+    /// Fills the room from a place in a file, as pread(2) does, up to the file's end.
     ///
     /// # Errors
-    /// Those of pread(2).
+    /// Those of pread(2), also after something was read.
     fn read_from(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize>;
 }
 
@@ -226,14 +226,14 @@ pub trait FileSystem: Send + Sync {
         out: &mut dyn DataOut,
     ) -> Result<usize>;
 
-    /// Writes to an open file.
+    /// Writes to an open file, with flags of [`abi::write`].
     fn write(
         &self,
         node: NodeId,
         handle: Handle,
         offset: u64,
         data: &dyn DataIn,
-        kill_suidgid: bool,
+        flags: u32,
     ) -> Result<usize>;
 
     /// A file descriptor of the guest was closed.

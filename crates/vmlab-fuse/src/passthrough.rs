@@ -83,6 +83,9 @@ pub struct PassthroughConfig {
     pub read_only: bool,
     /// What the guest's kernel may remember.
     pub cache: CachePolicy,
+    /// Whether the guest's kernel keeps what was written until it writes it back. It is the one then that knows
+    /// sizes and times, so nobody else may change the files as long as it does.
+    pub writeback: bool,
     /// Whether the guest sees where another filesystem is mounted below the directory, as mounts of its
     /// own. An overlay refuses to look into those (`EREMOTE`), so what lies under one must not have them.
     pub submounts: bool,
@@ -102,6 +105,7 @@ impl Default for PassthroughConfig {
         Self {
             read_only: false,
             cache: CachePolicy::default(),
+            writeback: false,
             submounts: true,
             max_handles: MAX_HANDLES,
             max_descriptors: quarter.clamp(DESCRIPTORS.0, DESCRIPTORS.1),
@@ -170,9 +174,10 @@ impl Passthrough {
     }
 
     fn wants(&self) -> u64 {
+        let writeback = if self.config.writeback { init::WRITEBACK_CACHE } else { 0 };
         match self.config.cache {
-            CachePolicy::Fixed => init::CACHE_SYMLINKS,
-            CachePolicy::Auto | CachePolicy::Coherent => init::AUTO_INVAL_DATA,
+            CachePolicy::Fixed => writeback | init::CACHE_SYMLINKS,
+            CachePolicy::Auto | CachePolicy::Coherent => writeback | init::AUTO_INVAL_DATA,
         }
     }
 

@@ -23,7 +23,8 @@ pub trait RequestBytes {
     /// Copies the bytes from `at` on. Returns how many there were, at most `buffer.len()`.
     fn read(&self, at: usize, buffer: &mut [u8]) -> usize;
 
-    /// Writes `count` bytes from `at` on to a place in a file, as pwrite(2) does.
+    /// Writes `count` bytes from `at` on to a place in a file, as pwrite(2) does, but all of them unless there
+    /// is an error.
     ///
     /// # Errors
     /// Those of pwrite(2), before anything was written.
@@ -44,10 +45,11 @@ pub trait ReplyBytes {
     /// Copies bytes to `at`; what has no room is left out.
     fn write(&mut self, at: usize, bytes: &[u8]);
 
-    /// Fills the room from `at` on, `count` bytes at most, from a place in a file, as pread(2) does.
+    /// Fills the room from `at` on, `count` bytes at most, from a place in a file, as pread(2) does. There are
+    /// fewer only where the file ends: a kernel believes that it ends where a reply does.
     ///
     /// # Errors
-    /// Those of pread(2), before anything was read.
+    /// Those of pread(2), also after something was read.
     fn read_from(
         &mut self,
         at: usize,

@@ -7,24 +7,28 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{FileType, RenameFlags};
 use rustix::io::Errno;
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::FromBytes;
 
 use crate::abi::{self, Opcode, fattr, init};
-use crate::directory::{DirSink, entry_out};
-use crate::filesystem::{
-    Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, SetTime,
-    XattrReply,
-};
+use crate::directory::DirSink;
+use crate::filesystem::{Changes, Creation, DataIn, DataOut, FileSystem, Result, SetTime};
 use crate::request::{Arguments, ReplyBytes, RequestBytes};
 use crate::types::{Caller, Handle, NodeId};
 
+mod answer;
 mod negotiation;
+
+use answer::{Answer, OUT_HEADER, attributes, created, entry, finish, opened, reply_size, xattr};
 
 /// The most bytes of one READ, WRITE or READDIR.
 pub const MAX_WRITE: u32 = 1 << 20;
 
-/// The same in pages of 4 KiB, as INIT tells it.
-pub const MAX_PAGES: u16 = 256;
+/// The bytes of a guest's page: guests are of x86-64.
+const PAGE: u32 = 4096;
+
+/// The same in pages, as INIT tells it. It is all that bounds a READ, so a kernel with larger pages might ask
+/// for more than [`MAX_WRITE`], and is refused then.
+pub const MAX_PAGES: u16 = (MAX_WRITE / PAGE) as u16;
 
 /// The most bytes of a request's arguments, without the data of a WRITE. The longest that a kernel sends are
 /// an extended attribute of 64 KiB with its name, and a BATCH_FORGET.
@@ -42,7 +46,6 @@ const RENAME_FLAGS: RenameFlags =
 const SHORT_ARGUMENTS: usize = 512;
 
 const IN_HEADER: usize = size_of::<abi::InHeader>();
-const OUT_HEADER: usize = size_of::<abi::OutHeader>();
 
 /// Serves one filesystem. Any number of threads may call [`serve`](Self::serve) at once.
 #[derive(Debug)]
@@ -53,35 +56,17 @@ pub struct Server<F> {
     initialised: AtomicBool,
 }
 
-/// The room behind the header of a reply.
-struct Answer<'a>(&'a mut dyn ReplyBytes);
-
-impl Answer<'_> {
-    fn room(&self) -> usize {
-        self.0.capacity().saturating_sub(OUT_HEADER)
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) -> Result<usize> {
-        if bytes.len() > self.room() {
-            return Err(Errno::INVAL);
-        }
-        self.0.write(OUT_HEADER, bytes);
-        Ok(bytes.len())
-    }
-
-    fn put(&mut self, value: &(impl IntoBytes + Immutable)) -> Result<usize> {
-        self.bytes(value.as_bytes())
-    }
-}
-
 struct WriteData<'a> {
     request: &'a dyn RequestBytes,
+    /// Where in the data it begins.
+    at: usize,
     count: usize,
 }
 
 impl DataIn for WriteData<'_> {
     fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        self.request.write_to(IN_HEADER + size_of::<abi::WriteIn>(), file, offset, self.count)
+        let at = IN_HEADER + size_of::<abi::WriteIn>() + self.at;
+        self.request.write_to(at, file, offset, self.count)
     }
 }
 
@@ -117,34 +102,26 @@ impl<F: FileSystem> Server<F> {
 
     /// Does what a request asks and writes the reply. Returns the reply's length, 0 for none.
     pub fn serve(&self, request: &dyn RequestBytes, reply: &mut dyn ReplyBytes) -> usize {
-        let mut header = [0; IN_HEADER];
-        if request.read(0, &mut header) < IN_HEADER {
-            // Without a header there is nobody to reply to.
-            return 0;
-        }
-        let Ok(header) = abi::InHeader::read_from_bytes(&header) else { return 0 };
-        let opcode = Opcode::of(header.opcode);
+        let Some((header, opcode)) = header_of(request) else { return 0 };
         if let Some(Opcode::Forget | Opcode::BatchForget) = opcode {
-            // These have no reply, not even for an error.
             let _ = self.with_arguments(header, opcode, request, &mut Answer(reply));
             return 0;
         }
-        // A request is done when it is done; nothing waits for one that could be interrupted.
-        if let Some(Opcode::Interrupt | Opcode::NotifyReply) = opcode {
-            return 0;
-        }
-        if reply.capacity() < OUT_HEADER {
+        if !has_reply(opcode) || reply.capacity() < OUT_HEADER {
             return 0;
         }
         let result = self.with_arguments(header, opcode, request, &mut Answer(reply));
-        let (length, error) = match result {
-            Ok(length) => (length, 0),
-            Err(error) => (0, -error.raw_os_error()),
-        };
-        let len = OUT_HEADER + length;
-        let out = abi::OutHeader { len: len as u32, error, unique: header.unique };
-        reply.write(0, out.as_bytes());
-        len
+        finish(header, reply, result)
+    }
+
+    /// Replies to a request that the transport cannot hand over whole. Returns the reply's length, 0 for none.
+    pub fn refuse(&self, request: &dyn RequestBytes, reply: &mut dyn ReplyBytes) -> usize {
+        match header_of(request) {
+            Some((header, opcode)) if has_reply(opcode) && reply.capacity() >= OUT_HEADER => {
+                finish(header, reply, Err(Errno::INVAL))
+            }
+            _ => 0,
+        }
     }
 
     fn with_arguments(
@@ -158,6 +135,16 @@ impl<F: FileSystem> Server<F> {
             return Err(Errno::INVAL);
         }
         let opcode = opcode.ok_or(Errno::NOSYS)?;
+        self.with_opcode(header, opcode, request, answer).map_err(|error| lasting(opcode, error))
+    }
+
+    fn with_opcode(
+        &self,
+        header: abi::InHeader,
+        opcode: Opcode,
+        request: &dyn RequestBytes,
+        answer: &mut Answer<'_>,
+    ) -> Result<usize> {
         // The data of a WRITE stays where it is.
         let length = match opcode {
             Opcode::Write => size_of::<abi::WriteIn>(),
@@ -299,8 +286,11 @@ impl<F: FileSystem> Server<F> {
             }
             Opcode::Read => {
                 let asked: abi::ReadIn = args.take()?;
-                let count = asked.size.min(MAX_WRITE) as usize;
-                let count = count.min(answer.room());
+                let count = asked.size as usize;
+                // Less than was asked for is the end of the file to the kernel.
+                if asked.size > MAX_WRITE || count > answer.room() {
+                    return Err(Errno::INVAL);
+                }
                 let mut room = ReadRoom { reply: answer.0, count };
                 let read = fs.read(node, Handle(asked.fh), offset(asked.offset)?, &mut room)?;
                 Ok(read.min(count))
@@ -311,11 +301,8 @@ impl<F: FileSystem> Server<F> {
                 if asked.size as usize != count || asked.size > MAX_WRITE {
                     return Err(Errno::INVAL);
                 }
-                let data = WriteData { request: call.request, count };
-                let kill = asked.write_flags & abi::write::KILL_SUIDGID != 0;
-                let handle = Handle(asked.fh);
-                let written = fs.write(node, handle, offset(asked.offset)?, &data, kill)?;
-                answer.put(&abi::WriteOut { size: written.min(count) as u32, padding: 0 })
+                let size = write(fs, node, &asked, call.request, count)? as u32;
+                answer.put(&abi::WriteOut { size, padding: 0 })
             }
             Opcode::Flush => {
                 let asked: abi::FlushIn = args.take()?;
@@ -439,6 +426,50 @@ impl<F: FileSystem> Server<F> {
     }
 }
 
+/// Writes the data of a WRITE.
+fn write(
+    fs: &impl FileSystem,
+    node: NodeId,
+    asked: &abi::WriteIn,
+    request: &dyn RequestBytes,
+    count: usize,
+) -> Result<usize> {
+    let at = offset(asked.offset)?;
+    let part = |done: usize| {
+        let data = WriteData { request, at: done, count: count - done };
+        let written =
+            fs.write(node, Handle(asked.fh), at + done as u64, &data, asked.write_flags)?;
+        Ok(done + written.min(count - done))
+    };
+    let mut done = part(0)?;
+    // Nobody waits for a page that is written back: its kernel takes what is short for whole, so that it has
+    // to hear of the error that ended it.
+    while asked.write_flags & abi::write::CACHE != 0 && done < count {
+        match part(done)? {
+            more if more > done => done = more,
+            _ => return Err(Errno::IO),
+        }
+    }
+    Ok(done)
+}
+
+/// The header of a request. Without one there is nobody to reply to.
+fn header_of(request: &dyn RequestBytes) -> Option<(abi::InHeader, Option<Opcode>)> {
+    let mut header = [0; IN_HEADER];
+    if request.read(0, &mut header) < IN_HEADER {
+        return None;
+    }
+    let header = abi::InHeader::read_from_bytes(&header).ok()?;
+    Some((header, Opcode::of(header.opcode)))
+}
+
+/// Whether there is a reply, if only of an error.
+fn has_reply(opcode: Option<Opcode>) -> bool {
+    use Opcode::*;
+    // A request is done when it is done; nothing waits for one that could be interrupted.
+    !matches!(opcode, Some(Forget | BatchForget | Interrupt | NotifyReply))
+}
+
 /// Whether a request changes something on the filesystem by itself. OPEN depends on its flags.
 fn changes_something(opcode: Opcode) -> bool {
     matches!(
@@ -462,27 +493,37 @@ fn changes_something(opcode: Opcode) -> bool {
     )
 }
 
+/// To the kernel `ENOSYS` says that there is no such operation on this mount at all: it never asks again, and
+/// takes FSYNC, ACCESS and FLUSH for done. So only what is meant so is said; that a call is missing on the
+/// host, or for one of its filesystems, is another error.
+fn lasting(opcode: Opcode, error: Errno) -> Errno {
+    use Opcode::*;
+    let meant = matches!(
+        opcode,
+        Flush
+            | GetLk
+            | SetLk
+            | SetLkW
+            | Interrupt
+            | NotifyReply
+            | Bmap
+            | Poll
+            | SetupMapping
+            | RemoveMapping
+    );
+    match error {
+        Errno::NOSYS if opcode == Rename2 => Errno::INVAL,
+        Errno::NOSYS if !meant => Errno::OPNOTSUPP,
+        other => other,
+    }
+}
+
 /// Refuses to open for writing what cannot be written.
 fn refuse_writing(fs: &impl FileSystem, flags: u32) -> Result<()> {
     use rustix::fs::OFlags;
     let flags = OFlags::from_bits_retain(flags);
     let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC | OFlags::CREATE);
     if fs.read_only() && writes { Err(Errno::ROFS) } else { Ok(()) }
-}
-
-/// The least room that a reply needs. A request without it is refused before anything is done, so that no
-/// node or handle is made of which the guest never hears.
-fn reply_size(opcode: Opcode) -> usize {
-    match opcode {
-        Opcode::Lookup | Opcode::Symlink | Opcode::MkNod | Opcode::MkDir | Opcode::Link => {
-            size_of::<abi::EntryOut>()
-        }
-        Opcode::Create | Opcode::TmpFile => size_of::<(abi::EntryOut, abi::OpenOut)>(),
-        Opcode::Open | Opcode::OpenDir => size_of::<abi::OpenOut>(),
-        Opcode::Write | Opcode::CopyFileRange => size_of::<abi::WriteOut>(),
-        Opcode::SetAttr => size_of::<abi::AttrOut>(),
-        _ => 0,
-    }
 }
 
 fn changes(asked: &abi::SetattrIn) -> Result<Changes> {
@@ -513,42 +554,6 @@ fn offset(offset: u64) -> Result<u64> {
 
 fn creation(asked: &abi::CreateIn) -> Creation {
     Creation { mode: asked.mode, flags: asked.flags, open_flags: asked.open_flags }
-}
-
-fn open_out(opened: &Opened) -> abi::OpenOut {
-    abi::OpenOut { fh: opened.handle.0, open_flags: opened.flags, backing_id: 0 }
-}
-
-fn entry(answer: &mut Answer<'_>, entry: Result<Entry>) -> Result<usize> {
-    answer.put(&entry_out(&entry?))
-}
-
-fn opened(answer: &mut Answer<'_>, opened: Result<Opened>) -> Result<usize> {
-    answer.put(&open_out(&opened?))
-}
-
-fn created(answer: &mut Answer<'_>, created: Result<(Entry, Opened)>) -> Result<usize> {
-    let (entry, opened) = created?;
-    let bytes = [entry_out(&entry).as_bytes(), open_out(&opened).as_bytes()].concat();
-    answer.bytes(&bytes)
-}
-
-fn attributes(answer: &mut Answer<'_>, attributes: Result<Attributes>) -> Result<usize> {
-    let Attributes { attr, valid } = attributes?;
-    answer.put(&abi::AttrOut {
-        attr_valid: valid.as_secs(),
-        attr_valid_nsec: valid.subsec_nanos(),
-        dummy: 0,
-        attr,
-    })
-}
-
-fn xattr(answer: &mut Answer<'_>, size: u32, reply: Result<XattrReply>) -> Result<usize> {
-    match reply? {
-        XattrReply::Value(value) if value.len() > size as usize => Err(Errno::RANGE),
-        XattrReply::Value(value) => answer.bytes(&value),
-        XattrReply::Size(size) => answer.put(&abi::GetxattrOut { size, padding: 0 }),
-    }
 }
 
 #[cfg(test)]

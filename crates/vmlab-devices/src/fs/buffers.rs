@@ -33,11 +33,14 @@ impl RequestBytes for Request<'_, '_> {
         offset: u64,
         count: usize,
     ) -> io::Result<usize> {
-        transfer(self.0.range(at, count), offset, |iov, count, offset| {
+        let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
+            let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed; the kernel
             // only reads from them, and copes with a guest that writes to them at the same time.
-            unsafe { libc::pwritev(file.as_raw_fd(), iov, count, offset) }
-        })
+            moved(unsafe { libc::pwritev(fd, iov.as_ptr(), count, offset) })
+        });
+        // What was written is written: the guest meets the error when it goes on.
+        if done == 0 { end.map(|()| 0) } else { Ok(done) }
     }
 }
 
@@ -57,47 +60,128 @@ impl ReplyBytes for Reply<'_, '_> {
         offset: u64,
         count: usize,
     ) -> io::Result<usize> {
-        transfer(self.0.range(at, count), offset, |iov, count, offset| {
+        let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
+            let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed and of which
             // this process makes no Rust references; the kernel writes inside of them only.
-            unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) }
-        })
+            moved(unsafe { libc::preadv(fd, iov.as_ptr(), count, offset) })
+        });
+        end.map(|()| done)
     }
 }
 
-/// Moves bytes between buffers and a place in a file, until one of them ends.
+/// Moves bytes between buffers and a place in a file, until one of them ends. A call may move less than that:
+/// the next one tells whether it was the end or an error.
+///
+/// Returns how many were moved, and with what it ended.
 fn transfer<'m>(
-    mut slices: impl Iterator<Item = VolatileSlice<'m>>,
+    slices: impl Iterator<Item = VolatileSlice<'m>>,
     offset: u64,
-    mut call: impl FnMut(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
-) -> io::Result<usize> {
+    mut call: impl FnMut(&[libc::iovec], libc::off_t) -> io::Result<usize>,
+) -> (usize, io::Result<()>) {
     let mut done = 0;
-    loop {
-        let iov: Vec<libc::iovec> = slices.by_ref().take(MAX_BUFFERS).map(iovec).collect();
-        let wanted: usize = iov.iter().map(|buffer| buffer.iov_len).sum();
-        if wanted == 0 {
-            return Ok(done);
-        }
-        let place = offset.checked_add(done as u64).and_then(|place| i64::try_from(place).ok());
-        let place = place.ok_or(io::ErrorKind::InvalidInput)?;
-        let moved = loop {
-            match usize::try_from(call(iov.as_ptr(), iov.len() as libc::c_int, place)) {
-                Ok(moved) => break moved,
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return if done == 0 { Err(error) } else { Ok(done) };
-                    }
+    let mut left = slices.map(iovec).peekable();
+    while left.peek().is_some() {
+        let mut iov: Vec<libc::iovec> = left.by_ref().take(MAX_BUFFERS).collect();
+        let mut first = 0;
+        while first < iov.len() {
+            let place = offset.checked_add(done as u64).and_then(|place| i64::try_from(place).ok());
+            let Some(place) = place else { return (done, Err(io::ErrorKind::InvalidInput.into())) };
+            match call(&iov[first..], place) {
+                Ok(0) => return (done, Ok(())),
+                Ok(moved) => {
+                    done += moved;
+                    first += advance(&mut iov[first..], moved);
                 }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (done, Err(error)),
             }
-        };
-        done += moved;
-        if moved < wanted {
-            return Ok(done);
         }
     }
+    (done, Ok(()))
+}
+
+/// What a system call says that it has moved.
+fn moved(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Takes `count` bytes from the beginning of buffers. Returns how many of them are used up.
+fn advance(buffers: &mut [libc::iovec], mut count: usize) -> usize {
+    for (used, buffer) in buffers.iter_mut().enumerate() {
+        if count < buffer.iov_len {
+            buffer.iov_base = buffer.iov_base.wrapping_byte_add(count);
+            buffer.iov_len -= count;
+            return used;
+        }
+        count -= buffer.iov_len;
+    }
+    buffers.len()
 }
 
 fn iovec(slice: VolatileSlice<'_>) -> libc::iovec {
     libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a call does: moves at most so many bytes, or fails with this error.
+    type Step = Result<usize, i32>;
+
+    const SIZES: [usize; 4] = [3, 1, 5, 1];
+
+    /// Fills buffers of some sizes from `0, 1, 2, …` step by step, as a file's offset is at 100.
+    fn fill(steps: &[Step]) -> (usize, Option<i32>, Vec<u8>) {
+        let mut bytes = [0xee; 10];
+        let mut rest = &mut bytes[..];
+        let mut slices = Vec::new();
+        for size in SIZES {
+            let (one, more) = rest.split_at_mut(size);
+            slices.push(VolatileSlice::from(one));
+            rest = more;
+        }
+        let mut steps = steps.iter();
+        let (done, end) = transfer(slices.into_iter(), 100, |iov, offset| {
+            let most = steps.next().unwrap().map_err(io::Error::from_raw_os_error)?;
+            let mut moved = 0;
+            for buffer in iov {
+                let count = buffer.iov_len.min(most - moved);
+                // SAFETY: it is a part of `bytes`, which nothing else uses until `transfer` returns.
+                let room = unsafe { std::slice::from_raw_parts_mut(buffer.iov_base.cast(), count) };
+                for byte in room {
+                    *byte = (offset - 100) as u8 + moved as u8;
+                    moved += 1;
+                }
+            }
+            Ok(moved)
+        });
+        assert!(steps.next().is_none(), "fewer calls than that");
+        (done, end.err().and_then(|error| error.raw_os_error()), bytes.to_vec())
+    }
+
+    #[test]
+    fn what_comes_in_parts_is_put_together() {
+        let whole: Vec<u8> = (0..10).collect();
+        assert_eq!(fill(&[Ok(10)]), (10, None, whole.clone()));
+        for parts in [vec![3, 7], vec![1; 10], vec![4, 5, 1], vec![2, 2, 2, 2, 2], vec![9, 1]] {
+            let steps: Vec<Step> = parts.into_iter().map(Ok).collect();
+            assert_eq!(fill(&steps), (10, None, whole.clone()), "{steps:?}");
+        }
+        let interrupted = [Err(libc::EINTR), Ok(4), Err(libc::EINTR), Ok(6)];
+        assert_eq!(fill(&interrupted), (10, None, whole));
+    }
+
+    #[test]
+    fn only_nothing_is_the_end() {
+        let (done, error, bytes) = fill(&[Ok(4), Ok(2), Ok(0)]);
+        assert_eq!(
+            (done, error, &bytes[..]),
+            (6, None, &[0, 1, 2, 3, 4, 5, 238, 238, 238, 238][..])
+        );
+        assert_eq!(fill(&[Ok(0)]).0, 0);
+        let (done, error, _) = fill(&[Ok(4), Err(libc::EIO)]);
+        assert_eq!((done, error), (4, Some(libc::EIO)));
+    }
 }

@@ -62,10 +62,15 @@ impl<F: FileSystem> Device for Fs<F> {
     }
 
     fn process(&self, _: usize, queue: &VirtQueue, turn: &mut Turn<'_>) -> Result<(), QueueError> {
+        // A kernel takes a reply without a header for success.
+        let refuse = |chain: &mut Chain<'_>| {
+            let (request, reply) = chain.parts();
+            self.server.refuse(&Request(request), &mut Reply(reply)) as u32
+        };
         loop {
             // Taken anew each time, for it may get other regions while requests keep coming.
             let memory = queue.memory();
-            let Some(mut chain) = queue.pop(&memory)? else { return Ok(()) };
+            let Some(mut chain) = queue.pop_or(&memory, refuse)? else { return Ok(()) };
             if may_take_long(&chain) {
                 turn.hand_over();
             }

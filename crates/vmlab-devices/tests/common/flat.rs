@@ -114,7 +114,7 @@ impl FileSystem for Flat {
     fn read(&self, node: NodeId, _: Handle, offset: u64, out: &mut dyn DataOut) -> Result<usize> {
         out.read_from(self.file(node)?.as_fd(), offset).map_err(errno)
     }
-    fn write(&self, node: NodeId, _: Handle, offset: u64, data: &dyn DataIn, _: bool) -> Result<usize> {
+    fn write(&self, node: NodeId, _: Handle, offset: u64, data: &dyn DataIn, _: u32) -> Result<usize> {
         data.write_to(self.file(node)?.as_fd(), offset).map_err(errno)
     }
     fn flush(&self, _: NodeId, _: Handle) -> Result<()> { Ok(()) }

@@ -15,7 +15,7 @@ use crate::types::{Handle, NodeId};
 
 #[derive(Debug)]
 enum Kind {
-    File { writable: bool },
+    File { writable: bool, appends: bool },
     Directory(Mutex<Stream>),
 }
 
@@ -31,7 +31,8 @@ impl Open {
     /// A regular file, opened with these flags.
     pub(super) fn file(inode: Arc<Inode>, fd: OwnedFd, flags: OFlags) -> Self {
         let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
-        Self::new(inode, Arc::new(fd), Kind::File { writable })
+        let appends = flags.contains(OFlags::APPEND);
+        Self::new(inode, Arc::new(fd), Kind::File { writable, appends })
     }
 
     /// A directory: a descriptor of it, and its entries.
@@ -53,7 +54,11 @@ impl Open {
     }
 
     pub(super) fn writable(&self) -> bool {
-        matches!(self.kind, Kind::File { writable: true })
+        matches!(self.kind, Kind::File { writable: true, .. })
+    }
+
+    pub(super) fn appends(&self) -> bool {
+        matches!(self.kind, Kind::File { appends: true, .. })
     }
 
     pub(super) fn entries(&self) -> Result<MutexGuard<'_, Stream>> {

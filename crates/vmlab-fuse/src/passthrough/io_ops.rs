@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::handles::Open;
 use super::resolve::stat_of;
 use super::{CachePolicy, Passthrough};
-use crate::abi;
+use crate::abi::{self, init};
 use crate::filesystem::{DataIn, DataOut, Opened, Result};
 use crate::types::{Handle, NodeId};
 
@@ -51,7 +51,13 @@ impl Passthrough {
         if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
             self.writable()?;
         }
-        Ok(flags)
+        if !self.negotiated(init::WRITEBACK_CACHE) {
+            return Ok(flags);
+        }
+        // The kernel knows where the file ends, and reads the rest of a page that it writes a part of.
+        let flags = flags - OFlags::APPEND;
+        let write_only = flags & OFlags::RWMODE == OFlags::WRONLY;
+        Ok(if write_only { (flags - OFlags::WRONLY) | OFlags::RDWR } else { flags })
     }
 
     /// Opens with `O_NOATIME` what is read-only, where the process may.
@@ -68,8 +74,26 @@ impl Passthrough {
         open(OFlags::empty())
     }
 
+    /// Opens a file that the process may perhaps only write to. Gives what it was opened with.
+    fn open_to_write(&self, path: BorrowedFd<'_>, flags: OFlags) -> Result<(OwnedFd, OFlags)> {
+        let open = |flags| {
+            let fd = self.without_atime(|more| self.reopen(path, flags | more))?;
+            Ok((fd, flags))
+        };
+        match open(flags) {
+            Err(Errno::ACCESS) if self.negotiated(init::WRITEBACK_CACHE) => {
+                open((flags - OFlags::RDWR) | OFlags::WRONLY)
+            }
+            other => other,
+        }
+    }
+
     /// What the reply to OPEN allows.
     pub(super) fn file_flags(&self, flags: OFlags) -> u32 {
+        // What cannot be read cannot be in pages that are written back.
+        if flags.contains(OFlags::WRONLY) && self.negotiated(init::WRITEBACK_CACHE) {
+            return abi::fopen::DIRECT_IO;
+        }
         // What is not written needs nothing at close(2).
         let flush =
             if flags.intersects(OFlags::WRONLY | OFlags::RDWR) { 0 } else { abi::fopen::NOFLUSH };
@@ -93,7 +117,7 @@ impl Passthrough {
         let flags = self.open_flags(flags)?;
         self.handles.room()?;
         let path = self.descriptor(&inode)?;
-        let fd = self.without_atime(|more| self.reopen(path.as_fd(), flags | more))?;
+        let (fd, flags) = self.open_to_write(path.as_fd(), flags)?;
         if open_flags & abi::open::KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
             self.kill_suidgid(fd.as_fd())?;
         }
@@ -118,18 +142,23 @@ impl Passthrough {
         handle: Handle,
         offset: u64,
         data: &dyn DataIn,
-        kill_suidgid: bool,
+        flags: u32,
     ) -> Result<usize> {
         self.writable()?;
         let open = self.handles.file(node, handle)?;
         if !open.writable() {
             return Err(Errno::BADF);
         }
-        if kill_suidgid {
+        if flags & abi::write::KILL_SUIDGID != 0 {
             // Before the data, as the kernel does: nothing new ever runs with the old bits.
             self.kill_suidgid(open.fd())?;
         }
-        data.write_to(open.fd(), offset).map_err(|error| errno(&error))
+        let write = |file| data.write_to(file, offset).map_err(|error| errno(&error));
+        // For a page that it writes back, a kernel takes any handle, but the page has its place.
+        if flags & abi::write::CACHE != 0 && open.appends() {
+            return write(self.reopen(open.fd(), OFlags::WRONLY)?.as_fd());
+        }
+        write(open.fd())
     }
 
     pub(super) fn sync_file(&self, node: NodeId, handle: Handle, data_only: bool) -> Result<()> {

@@ -87,8 +87,10 @@ impl Passthrough {
                 _ => None,
             };
             let next = entry.offset().cast_unsigned();
+            // What is above the root is none of the guest's business.
+            let above = node == NodeId::ROOT && name.to_bytes() == b"..";
             sink.add(
-                entry.ino(),
+                if above { open.inode.key.ino } else { entry.ino() },
                 next,
                 kind_of(entry.file_type()),
                 name.to_bytes(),

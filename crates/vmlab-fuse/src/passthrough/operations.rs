@@ -150,9 +150,9 @@ impl FileSystem for Passthrough {
         handle: Handle,
         offset: u64,
         data: &dyn DataIn,
-        kill_suidgid: bool,
+        flags: u32,
     ) -> Result<usize> {
-        self.write_file(node, handle, offset, data, kill_suidgid)
+        self.write_file(node, handle, offset, data, flags)
     }
 
     fn flush(&self, node: NodeId, handle: Handle) -> Result<()> {

@@ -20,6 +20,7 @@ mod adversarial;
 mod directories;
 mod files;
 mod metadata;
+mod raw;
 mod read_only;
 mod table;
 mod together;
@@ -177,7 +178,7 @@ impl Share {
     }
 
     fn write(&self, node: NodeId, handle: Handle, offset: u64, data: &str) -> Result<usize> {
-        self.fs.write(node, handle, offset, &Data(data.as_bytes()), false)
+        self.fs.write(node, handle, offset, &Data(data.as_bytes()), 0)
     }
 
     fn opendir(&self, node: NodeId) -> Result<Handle> {

@@ -1,9 +1,11 @@
 //! Extended attributes.
 //!
-//! Names go to the host as they are. `security.*` and `trusted.*` too, which the host lets only root write:
-//! a guest's root that writes to a share of the host's root can make a set-user-ID program there as well as
-//! one with capabilities. `system.*` is not passed on: ACLs are not negotiated, so the guest's kernel would
-//! not check the ones that it sets.
+//! - `user.*` and `trusted.*` go to the host as they are; the latter has a meaning to the host's root alone.
+//! - `security.*` is what the host's own kernel acts on: the capabilities that a program gets there, labels,
+//!   signatures. It can be read, for the guest's kernel acts on it as well, but not set, not even by a guest of
+//!   the host's root. A program's capabilities can be taken away, as kernels do when it is written to.
+//! - `system.*` is not passed on: ACLs are not negotiated, so the guest's kernel would not check the ones that
+//!   it sets.
 
 use std::ffi::CStr;
 
@@ -22,8 +24,17 @@ const MAX_XATTR: usize = 64 * 1024;
 
 const NOT_PASSED: &[u8] = b"system.";
 
+const NOT_SET: &[u8] = b"security.";
+
+const CAPABILITIES: &CStr = c"security.capability";
+
 fn passed(name: &CStr) -> Result<()> {
     if name.to_bytes().starts_with(NOT_PASSED) { Err(Errno::OPNOTSUPP) } else { Ok(()) }
+}
+
+fn changeable(name: &CStr) -> Result<()> {
+    passed(name)?;
+    if name.to_bytes().starts_with(NOT_SET) { Err(Errno::OPNOTSUPP) } else { Ok(()) }
 }
 
 /// A buffer for what was asked for.
@@ -77,7 +88,7 @@ impl Passthrough {
         flags: u32,
     ) -> Result<()> {
         self.writable()?;
-        passed(name)?;
+        changeable(name)?;
         let flags = XattrFlags::from_bits_retain(flags);
         if !(XattrFlags::CREATE | XattrFlags::REPLACE).contains(flags) {
             return Err(Errno::INVAL);
@@ -87,7 +98,9 @@ impl Passthrough {
 
     pub(super) fn remove_xattr(&self, node: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
-        passed(name)?;
+        if name != CAPABILITIES {
+            changeable(name)?;
+        }
         self.at_path(node, |path| removexattr(path, name))
     }
 }

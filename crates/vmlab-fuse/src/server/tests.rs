@@ -1,6 +1,7 @@
 //! Raw requests to a server over a filesystem that records what it is asked.
 
 use super::*;
+use crate::filesystem::{Entry, XattrReply};
 use crate::testing::{Answers, Fake, RawRequest, Reply, init as init_request, samples, serve};
 
 mod decoding;

@@ -54,6 +54,8 @@ pub struct Answers {
     pub listed: Vec<Listed>,
     /// What listing fails with once there are no more entries.
     pub listing_error: Option<Errno>,
+    /// The most bytes that one write says it has written.
+    pub written: usize,
     /// What LSEEK and COPY_FILE_RANGE give.
     pub number: u64,
 }
@@ -74,6 +76,7 @@ impl Default for Answers {
             xattr: XattrReply::Value(b"value".to_vec()),
             listed: Vec::new(),
             listing_error: None,
+            written: usize::MAX,
             number: 60,
         }
     }
@@ -292,11 +295,13 @@ impl FileSystem for Fake {
         handle: Handle,
         offset: u64,
         data: &dyn DataIn,
-        kill_suidgid: bool,
+        flags: u32,
     ) -> Result<usize> {
-        self.call(format_args!("write {} {} {offset} {kill_suidgid}", node.0, handle.0))?;
+        let call = format_args!("write {} {} {offset} {flags}", node.0, handle.0);
+        let most = self.call(call)?.written;
         // Where it is written says the call; here it is at the beginning, so that no file is large.
-        data.write_to(self.file.as_fd(), 0).map_err(|error| errno(&error))
+        let written = data.write_to(self.file.as_fd(), 0).map_err(|error| errno(&error))?;
+        Ok(written.min(most))
     }
 
     fn flush(&self, node: NodeId, handle: Handle) -> Result<()> {

@@ -103,18 +103,16 @@ impl ReplyBytes for Pieces {
         count: usize,
     ) -> io::Result<usize> {
         let mut done = 0;
-        for part in self.parts_mut(at, count).filter(|part| !part.is_empty()) {
-            let wanted = part.len();
-            match rustix::io::pread(file, part, offset + done as u64) {
-                Ok(read) => {
-                    done += read;
-                    if read < wanted {
-                        break;
-                    }
+        for part in self.parts_mut(at, count) {
+            let mut filled = 0;
+            while filled < part.len() {
+                match rustix::io::pread(file, &mut part[filled..], offset + (done + filled) as u64)?
+                {
+                    0 => return Ok(done + filled),
+                    read => filled += read,
                 }
-                Err(error) if done == 0 => return Err(error.into()),
-                Err(_) => break,
             }
+            done += filled;
         }
         Ok(done)
     }

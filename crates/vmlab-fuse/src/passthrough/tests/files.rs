@@ -49,6 +49,55 @@ fn open_truncates_and_appends() {
 }
 
 #[test]
+fn a_page_that_is_written_back_has_its_place() {
+    let share = Share::new();
+    share.put("file", "content");
+    let node = share.node("file");
+    // The kernel writes it back by any handle that can write.
+    let append = share.open(node, OFlags::WRONLY | OFlags::APPEND).unwrap();
+    let write = |flags| share.fs.write(node, append, 0, &Data(b"C"), flags);
+    assert_eq!(write(abi::write::CACHE), Ok(1));
+    assert_eq!(share.get("file"), "Content");
+    assert_eq!(write(0), Ok(1));
+    assert_eq!(share.get("file"), "ContentC");
+}
+
+#[test]
+fn with_writeback_the_kernel_reads_and_appends() {
+    let config = PassthroughConfig { writeback: true, ..Default::default() };
+    let share = Share::with(config);
+    assert_ne!(share.fs.wanted() & init::WRITEBACK_CACHE, 0);
+    share.put("file", "content");
+    share.fs.init(0);
+    // One that does not know of it gets what it opens.
+    let node = share.node("file");
+    let writer = share.open(node, OFlags::WRONLY).unwrap();
+    assert_eq!(share.read(node, writer, 0), Err(Errno::BADF));
+
+    share.fs.init(init::WRITEBACK_CACHE);
+    let node = share.node("file");
+    let writer = share.open(node, OFlags::WRONLY | OFlags::APPEND).unwrap();
+    assert_eq!(share.read(node, writer, 0).unwrap(), "content");
+    assert_eq!(share.write(node, writer, 0, "C"), Ok(1));
+    assert_eq!(share.get("file"), "Content");
+    let (new, writer) = share.create(ROOT, "new", 0o644, OFlags::WRONLY).unwrap();
+    share.write(new, writer, 0, "new").unwrap();
+    assert_eq!(share.read(new, writer, 0).unwrap(), "new");
+    // It still is the one who reads or does not write.
+    let reader = share.open(node, RDONLY).unwrap();
+    assert_eq!(share.write(node, reader, 0, "x"), Err(Errno::BADF));
+    if !is_root() {
+        // What can only be written to has no pages.
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o200);
+        fs::set_permissions(share.path("file"), permissions).unwrap();
+        let opened = share.fs.open(&me(), node, OFlags::WRONLY.bits(), 0).unwrap();
+        assert_eq!(opened.flags, abi::fopen::DIRECT_IO);
+        share.write(node, opened.handle, 0, "x").unwrap();
+    }
+    assert_eq!(Share::new().fs.wanted() & init::WRITEBACK_CACHE, 0);
+}
+
+#[test]
 fn flags_that_mean_nothing_here_are_left_out() {
     let share = Share::new();
     share.put("file", "content");

@@ -54,7 +54,7 @@ fn threads_share_names_and_leave_nothing() {
 }
 
 /// Unmounts, also when the test fails and something there is still open.
-struct Mounted(PathBuf);
+pub(super) struct Mounted(pub(super) PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {

@@ -63,6 +63,38 @@ fn acls_are_not_passed_on() {
     assert_eq!(fs.removexattr(ROOT, name), Err(Errno::OPNOTSUPP));
 }
 
+/// `VFS_CAP_REVISION_2` with `CAP_NET_RAW`, permitted and effective.
+const CAPABILITIES: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+#[test]
+fn no_guest_gives_a_file_rights_on_the_host() {
+    let share = Share::new();
+    share.put("file", "");
+    let (node, fs) = (share.node("file"), &share.fs);
+    for name in [c"security.capability", c"security.selinux", c"security.ima", c"security.a"] {
+        assert_eq!(fs.setxattr(node, name, &CAPABILITIES, 0), Err(Errno::OPNOTSUPP), "{name:?}");
+    }
+    for name in [c"security.selinux", c"security.ima", c"security.a"] {
+        assert_eq!(fs.removexattr(node, name), Err(Errno::OPNOTSUPP), "{name:?}");
+    }
+    // Those that the host has given are the guest's to see and to take.
+    let name = c"security.capability";
+    if !is_root() {
+        assert_eq!(fs.getxattr(node, name, 100), Err(Errno::NODATA));
+        return;
+    }
+    rustix::fs::setxattr(share.path("file"), name, &CAPABILITIES, XattrFlags::empty()).unwrap();
+    assert_eq!(fs.getxattr(node, name, 100), value(&CAPABILITIES));
+    assert_eq!(fs.listxattr(node, 100), value(b"security.capability\0"));
+    fs.removexattr(node, name).unwrap();
+    assert_eq!(fs.getxattr(node, name, 100), Err(Errno::NODATA));
+    // The host takes them when a file is written to.
+    rustix::fs::setxattr(share.path("file"), name, &CAPABILITIES, XattrFlags::empty()).unwrap();
+    let handle = share.open(node, RDWR).unwrap();
+    share.write(node, handle, 0, "other").unwrap();
+    assert_eq!(fs.getxattr(node, name, 100), Err(Errno::NODATA));
+}
+
 #[test]
 fn a_link_is_not_followed() {
     let share = Share::new();

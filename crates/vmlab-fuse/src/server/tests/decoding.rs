@@ -34,7 +34,7 @@ fn every_request_is_the_right_call() {
         "link 5 2 name",
         "open 1000:100:42 2 0x8000 0x0",
         "read 2 3 4",
-        "write 2 3 4096 false",
+        "write 2 3 4096 0",
         "statfs 2",
         "release 2 3",
         "fsync 2 3 true",
@@ -89,7 +89,7 @@ fn handles_and_flags_are_of_those_that_have_them() {
                 write_flags: abi::write::KILL_SUIDGID,
                 ..Default::default()
             }),
-            "write 1 0 0 true",
+            "write 1 0 0 4",
         ),
         (
             RawRequest::new(Opcode::Open)

@@ -13,6 +13,7 @@ fn least_room(opcode: Opcode) -> usize {
         Opcode::StatFs => 80,
         Opcode::Write | Opcode::CopyFileRange | Opcode::Lseek => 8,
         Opcode::ReadLink => 6,
+        Opcode::Read => 512,
         Opcode::GetXattr | Opcode::ListXattr => 5,
         _ => 0,
     }
@@ -100,6 +101,28 @@ fn data_is_as_long_as_it_says() {
 }
 
 #[test]
+fn a_page_that_is_written_back_is_written_whole_or_not() {
+    let server = server(Answers { written: 2, ..Default::default() });
+    let write = |write_flags| {
+        let head = abi::WriteIn { fh: 3, offset: 7, size: 5, write_flags, ..Default::default() };
+        let request = RawRequest::new(Opcode::Write).with(&head).bytes(b"hello");
+        let reply = request.serve(&server, ROOM).unwrap();
+        (reply, server.filesystem().take_calls())
+    };
+    let (reply, calls) = write(0);
+    assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 2));
+    assert_eq!(calls, ["write 1 3 7 0"]);
+    let (reply, calls) = write(abi::write::CACHE);
+    assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 5));
+    assert_eq!(calls, ["write 1 3 7 1", "write 1 3 9 1", "write 1 3 11 1"]);
+    // The last part, at the beginning of the fake's file.
+    assert!(server.filesystem().content().unwrap().starts_with(b"o"));
+    server.filesystem().answer(|answers| answers.written = 0);
+    assert_eq!(write(abi::write::CACHE).0.error, -Errno::IO.raw_os_error());
+    assert_eq!(write(0).0.error, 0);
+}
+
+#[test]
 fn data_is_bounded() {
     let server = server(Answers::default());
     let data = vec![b'x'; MAX_WRITE as usize + 1];
@@ -117,22 +140,30 @@ fn reading_is_bounded_by_size_room_and_limit() {
     init_request(u64::MAX).serve(&server, ROOM).unwrap();
     let limit = MAX_WRITE as usize;
     for (size, room, offset, wanted) in [
-        (10, 100, 0, 10),
-        (100, 10, 0, 10),
-        (100, 0, 0, 0),
-        (0, 100, 0, 0),
-        (u32::MAX, limit + 100, 0, limit),
-        (u32::MAX, 1000, 0, 1000),
+        (10, 100, 0, Ok(10)),
+        (0, 100, 0, Ok(0)),
+        (MAX_WRITE, limit, 0, Ok(limit)),
+        (MAX_WRITE, 2 * limit, 0, Ok(limit)),
         // At the end of the file and behind it.
-        (100, 100, content.len() as u64 - 7, 7),
-        (100, 100, content.len() as u64, 0),
-        (100, 100, 1 << 40, 0),
+        (100, 100, content.len() as u64 - 7, Ok(7)),
+        (100, 100, content.len() as u64, Ok(0)),
+        (100, 100, 1 << 40, Ok(0)),
+        // A kernel takes a reply that is shorter than what it has asked for as the file's end.
+        (100, 99, 0, Err(Errno::INVAL)),
+        (100, 0, 0, Err(Errno::INVAL)),
+        (u32::MAX, limit, 0, Err(Errno::INVAL)),
+        (MAX_WRITE + 1, 2 * limit, 0, Err(Errno::INVAL)),
+        // 256 pages of 64 KiB.
+        (16 * MAX_WRITE, 16 * limit, 0, Err(Errno::INVAL)),
+        (u32::MAX, 2 * limit, 0, Err(Errno::INVAL)),
     ] {
         let asked = abi::ReadIn { size, offset, ..Default::default() };
         let request = RawRequest::new(Opcode::Read).with(&asked);
         for piece in [0, 4096, 4099] {
             let reply = serve(&server, &request.to_vec(), 16 + room, piece).unwrap();
-            assert_eq!((reply.error, reply.body.len()), (0, wanted), "{size} {room} {offset}");
+            let (error, length) =
+                wanted.map_or_else(|error| (-error.raw_os_error(), 0), |n| (0, n));
+            assert_eq!((reply.error, reply.body.len()), (error, length), "{size} {room} {offset}");
             assert!(reply.body.iter().all(|byte| *byte == b'x'));
         }
     }

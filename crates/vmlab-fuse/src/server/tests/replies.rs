@@ -128,6 +128,26 @@ fn errors_are_those_of_the_filesystem() {
     }
 }
 
+#[test]
+fn what_a_host_lacks_does_not_end_an_operation_for_good() {
+    let server = server(Answers { error: Some(Errno::NOSYS), ..Default::default() });
+    for sample in &samples()[1..] {
+        let opcode = opcode_of(sample);
+        if has_no_reply(opcode) || is_the_servers(opcode) || opcode == Opcode::Destroy {
+            continue;
+        }
+        let wanted = match opcode {
+            // The one that a filesystem may do without: the kernel has nothing to tell it at close(2).
+            Opcode::Flush => Errno::NOSYS,
+            Opcode::Rename2 => Errno::INVAL,
+            _ => Errno::OPNOTSUPP,
+        };
+        let reply = sample.serve(&server, ROOM).unwrap();
+        assert_eq!(reply.error, -wanted.raw_os_error(), "{sample:?}");
+        assert!(!server.filesystem().take_calls().is_empty(), "{sample:?}");
+    }
+}
+
 fn listed(name: &str, entry: Option<Entry>) -> Listed {
     Listed { ino: 9, name: name.into(), entry }
 }
