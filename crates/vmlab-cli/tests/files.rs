@@ -217,8 +217,8 @@ fn any_working_directory_serves() {
 fn the_working_directory_can_stay_out() {
     let site = Site::new();
     // Somewhere that is in the host's root and in no tmpfs of the guest's.
-    let mut run =
-        site.sh(&["--no-cwd"], "pwd; touch new && ls new; findmnt -n -t 9p,virtiofs /usr/share; true");
+    let mut run = site
+        .sh(&["--no-cwd"], "pwd; touch new && ls new; findmnt -n -t 9p,virtiofs /usr/share; true");
     run.command.current_dir("/usr/share");
     run.output().expect_stdout("/usr/share\nnew\n");
     assert!(!Path::new("/usr/share/new").exists());

@@ -347,7 +347,9 @@ fn a_build_tree_is_run_with_what_was_last_built_in_it() {
 
     // What is missing is named, with what to do.
     std::fs::remove_file(top.join("fs/overlayfs/overlay.ko")).unwrap();
-    run("./linux", "true").expect_code(125).expect_stderr(&["no fs/overlayfs/overlay.ko", "`make modules`"]);
+    run("./linux", "true")
+        .expect_code(125)
+        .expect_stderr(&["no fs/overlayfs/overlay.ko", "`make modules`"]);
     for dir in ["fs", "drivers"] {
         std::fs::remove_file(top.join(dir).join("modules.order")).unwrap();
     }

@@ -245,7 +245,8 @@ pub trait FileSystem: Send + Sync {
     /// Closes a file.
     fn release(&self, node: NodeId, handle: Handle) -> Result<()>;
 
-    /// Opens a directory.
+    /// Opens a directory. Where `NO_OPENDIR_SUPPORT` was agreed on, `ENOSYS` says that this is not needed for
+    /// any: READDIR and FSYNCDIR come with handle 0 then, and the kernel keeps what it was told for good.
     fn opendir(&self, node: NodeId) -> Result<Opened>;
 
     /// Puts entries into the sink, from the one after `offset` on, until there are no more or no room. An

@@ -38,6 +38,7 @@ mod tests;
 
 use handles::Handles;
 use inode::{Inode, Inodes, Key, Pins};
+use listing::Unopened;
 use resolve::{Cache, open_path, stat_at, stat_of};
 
 /// How many files and directories one guest may have open, unless it is configured. Each costs up to two
@@ -131,6 +132,7 @@ pub struct Passthrough {
     cache: Cache,
     pins: Pins,
     handles: Handles,
+    unopened: Unopened,
     /// What INIT has agreed on.
     flags: AtomicU64,
 }
@@ -151,6 +153,7 @@ impl Passthrough {
             cache: Cache::default(),
             pins: Pins::default(),
             handles: Handles::new(config.max_handles),
+            unopened: Unopened::default(),
             flags: AtomicU64::new(0),
             config,
         };
@@ -168,6 +171,7 @@ impl Passthrough {
         let stat = stat_of(&self.root)?;
         let births = births(&self.root)?;
         self.handles.clear();
+        self.unopened.clear();
         self.cache.clear();
         self.inodes.reset(&stat, births, &self.root);
         Ok(())
@@ -176,7 +180,7 @@ impl Passthrough {
     fn wants(&self) -> u64 {
         let writeback = if self.config.writeback { init::WRITEBACK_CACHE } else { 0 };
         match self.config.cache {
-            CachePolicy::Fixed => writeback | init::CACHE_SYMLINKS,
+            CachePolicy::Fixed => writeback | init::CACHE_SYMLINKS | init::NO_OPENDIR_SUPPORT,
             CachePolicy::Auto | CachePolicy::Coherent => writeback | init::AUTO_INVAL_DATA,
         }
     }

@@ -124,6 +124,11 @@ impl<F: FileSystem> Server<F> {
         }
     }
 
+    /// Whether INIT has agreed on this.
+    fn agreed(&self, flag: u64) -> bool {
+        self.flags.load(Ordering::Relaxed) & flag != 0
+    }
+
     fn with_arguments(
         &self,
         header: abi::InHeader,
@@ -135,7 +140,9 @@ impl<F: FileSystem> Server<F> {
             return Err(Errno::INVAL);
         }
         let opcode = opcode.ok_or(Errno::NOSYS)?;
-        self.with_opcode(header, opcode, request, answer).map_err(|error| lasting(opcode, error))
+        let unopened = self.agreed(init::NO_OPENDIR_SUPPORT);
+        self.with_opcode(header, opcode, request, answer)
+            .map_err(|error| lasting(opcode, error, unopened))
     }
 
     fn with_opcode(
@@ -412,7 +419,7 @@ impl<F: FileSystem> Server<F> {
 
     fn setxattr(&self, call: &mut Call<'_>) -> Result<()> {
         let args = &mut call.arguments;
-        let (size, flags) = if self.flags.load(Ordering::Relaxed) & init::SETXATTR_EXT != 0 {
+        let (size, flags) = if self.agreed(init::SETXATTR_EXT) {
             let asked: abi::SetxattrIn = args.take()?;
             (asked.size, asked.flags)
         } else {
@@ -495,8 +502,8 @@ fn changes_something(opcode: Opcode) -> bool {
 
 /// To the kernel `ENOSYS` says that there is no such operation on this mount at all: it never asks again, and
 /// takes FSYNC, ACCESS and FLUSH for done. So only what is meant so is said; that a call is missing on the
-/// host, or for one of its filesystems, is another error.
-fn lasting(opcode: Opcode, error: Errno) -> Errno {
+/// host, or for one of its filesystems, is another error. OPENDIR may be missing where that was agreed on.
+fn lasting(opcode: Opcode, error: Errno, unopened: bool) -> Errno {
     use Opcode::*;
     let meant = matches!(
         opcode,
@@ -510,7 +517,7 @@ fn lasting(opcode: Opcode, error: Errno) -> Errno {
             | Poll
             | SetupMapping
             | RemoveMapping
-    );
+    ) || opcode == OpenDir && unopened;
     match error {
         Errno::NOSYS if opcode == Rename2 => Errno::INVAL,
         Errno::NOSYS if !meant => Errno::OPNOTSUPP,

@@ -1,13 +1,22 @@
 //! Reading directories.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use rustix::fs::{Dir, DirEntry, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use super::Passthrough;
 use super::handles::Open;
+use super::inode::Inode;
+use super::{CachePolicy, Passthrough};
+use crate::abi::init;
 use crate::directory::DirSink;
 use crate::filesystem::{Opened, Result};
 use crate::types::{Handle, Name, NodeId};
+
+/// What a request has where nothing was opened for it.
+const NO_HANDLE: Handle = Handle(0);
 
 /// The entries of an open directory, as the kernel gives them.
 #[derive(Debug)]
@@ -43,14 +52,72 @@ impl Stream {
     }
 }
 
+/// A directory that is being listed: its inode, a descriptor of it, and its entries.
+#[derive(Debug)]
+struct Listing {
+    inode: Arc<Inode>,
+    fd: Arc<OwnedFd>,
+    stream: Stream,
+}
+
+/// How many directories are kept open that the guest lists without having opened them. One more that is
+/// listed at the same time costs the first to be opened again, and nothing else.
+const MAX_UNOPENED: usize = 16;
+
+/// Directories that the guest lists without having opened them, the one that was listed last at the end.
+#[derive(Debug, Default)]
+pub(super) struct Unopened(Mutex<VecDeque<Listing>>);
+
+impl Unopened {
+    fn list(&self) -> MutexGuard<'_, VecDeque<Listing>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one that has come to this place.
+    fn take(&self, node: NodeId, offset: u64) -> Option<Listing> {
+        let mut list = self.list();
+        let here = |it: &Listing| it.inode.id == node && it.stream.at == Some(offset);
+        let index = list.iter().position(here)?;
+        list.remove(index)
+    }
+
+    fn keep(&self, listing: Listing) {
+        let mut list = self.list();
+        list.push_back(listing);
+        let oldest = if list.len() > MAX_UNOPENED { list.pop_front() } else { None };
+        drop(list);
+        // Closing can take time, the list is free again.
+        drop(oldest);
+    }
+
+    pub(super) fn clear(&self) {
+        let all = std::mem::take(&mut *self.list());
+        drop(all);
+    }
+}
+
 impl Passthrough {
-    pub(super) fn open_directory(&self, node: NodeId) -> Result<Opened> {
+    /// Whether the guest's kernel is told not to open directories, which costs it two requests each. What
+    /// it then keeps of their entries it never asks for again, so nothing may change.
+    fn unopened(&self) -> bool {
+        self.config.cache == CachePolicy::Fixed && self.negotiated(init::NO_OPENDIR_SUPPORT)
+    }
+
+    fn listing(&self, node: NodeId) -> Result<Listing> {
         let (inode, fd) = self.parent(node)?;
-        self.handles.room()?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |more| openat(&fd, c".", flags | more, Mode::empty());
         let entries = self.without_atime(open)?;
         let stream = Stream { dir: Dir::new(entries)?, at: Some(0), pending: None };
+        Ok(Listing { inode, fd, stream })
+    }
+
+    pub(super) fn open_directory(&self, node: NodeId) -> Result<Opened> {
+        if self.unopened() {
+            return Err(Errno::NOSYS);
+        }
+        self.handles.room()?;
+        let Listing { inode, fd, stream } = self.listing(node)?;
         let handle = self.handles.add(Open::directory(inode, fd, stream))?;
         Ok(Opened { handle, flags: self.directory_flags() })
     }
@@ -62,35 +129,57 @@ impl Passthrough {
         offset: u64,
         sink: &mut DirSink,
     ) -> Result<()> {
+        if handle == NO_HANDLE && self.unopened() {
+            let known = self.unopened.take(node, offset);
+            let mut listing = known.map_or_else(|| self.listing(node), Ok)?;
+            let Listing { inode, fd, stream } = &mut listing;
+            // The guest's kernel asks again after the last entry, and not after that.
+            if self.fill(inode, fd, stream, offset, sink)? {
+                self.unopened.keep(listing);
+            }
+            return Ok(());
+        }
         let open = self.handles.directory(node, handle)?;
         let fd = open.shared_fd();
         let mut stream = open.entries()?;
+        self.fill(&open.inode, &fd, &mut stream, offset, sink).map(drop)
+    }
+
+    /// Puts entries into the sink. Returns whether there were any.
+    fn fill(
+        &self,
+        inode: &Arc<Inode>,
+        fd: &OwnedFd,
+        stream: &mut Stream,
+        offset: u64,
+        sink: &mut DirSink,
+    ) -> Result<bool> {
         stream.seek(offset)?;
         let mut added = false;
         loop {
             let entry = match stream.next() {
                 Ok(Some(entry)) => entry,
-                Ok(None) => return Ok(()),
+                Ok(None) => return Ok(added),
                 // What was read before comes first.
-                Err(_) if added => return Ok(()),
+                Err(_) if added => return Ok(added),
                 Err(error) => return Err(error),
             };
             let name = entry.file_name();
             if !sink.has_room(name.count_bytes()) {
                 stream.pending = Some(entry);
                 // No entries would mean that there are no more.
-                return if added { Ok(()) } else { Err(Errno::INVAL) };
+                return if added { Ok(added) } else { Err(Errno::INVAL) };
             }
             let leads_to = match Name::new(name) {
                 // An entry that has gone since or cannot be looked at is listed all the same.
-                Ok(name) if sink.plus() => self.find(&open.inode, &fd, name).ok(),
+                Ok(name) if sink.plus() => self.find(inode, fd, name).ok(),
                 _ => None,
             };
             let next = entry.offset().cast_unsigned();
             // What is above the root is none of the guest's business.
-            let above = node == NodeId::ROOT && name.to_bytes() == b"..";
+            let above = inode.id == NodeId::ROOT && name.to_bytes() == b"..";
             sink.add(
-                if above { open.inode.key.ino } else { entry.ino() },
+                if above { inode.key.ino } else { entry.ino() },
                 next,
                 kind_of(entry.file_type()),
                 name.to_bytes(),
@@ -107,6 +196,9 @@ impl Passthrough {
         handle: Handle,
         data_only: bool,
     ) -> Result<()> {
+        if handle == NO_HANDLE && self.unopened() {
+            return super::io_ops::sync(self.listing(node)?.stream.dir.fd()?, data_only);
+        }
         let open = self.handles.directory(node, handle)?;
         let stream = open.entries()?;
         super::io_ops::sync(stream.dir.fd()?, data_only)

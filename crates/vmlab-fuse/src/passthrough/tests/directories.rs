@@ -309,3 +309,71 @@ fn what_is_not_there_is_remembered_as_long_as_it_holds() {
     let entry = share.lookup(ROOT, "file").unwrap();
     assert!(entry.valid.is_zero() && entry.attributes.valid.is_zero());
 }
+
+/// A share that does not change, in which a directory holds `count` files.
+fn unopened(count: usize) -> (Share, NodeId, Vec<String>) {
+    let share = Share::with(PassthroughConfig { cache: CachePolicy::Fixed, ..Default::default() });
+    share.fs.init(init::NO_OPENDIR_SUPPORT);
+    fs::create_dir(share.path("dir")).unwrap();
+    let names: Vec<_> = (0..count).map(|i| format!("dir/file-{i}")).collect();
+    names.iter().for_each(|name| share.put(name, ""));
+    let mut wanted: Vec<_> = names.iter().map(|name| name[4..].to_owned()).collect();
+    wanted.extend([".".into(), "..".into()]);
+    wanted.sort();
+    let dir = share.node("dir");
+    (share, dir, wanted)
+}
+
+#[test]
+fn a_directory_that_does_not_change_need_not_be_opened() {
+    let (share, dir, wanted) = unopened(300);
+    assert_eq!(share.fs.opendir(dir).unwrap_err(), Errno::NOSYS);
+    let unopened = Handle(0);
+    // Two lists at once, of which each goes on where it was.
+    let mut lists = [Vec::new(), Vec::new()];
+    let mut at = [0, 0];
+    for turn in 0.. {
+        let one = turn % 2;
+        let more = share.readdir(dir, unopened, at[one], (1000, one == 1)).unwrap();
+        let Some(last) = more.last() else { break };
+        at[one] = last.next;
+        lists[one].extend(more.into_iter().map(|entry| entry.name));
+    }
+    let rest = share.readdir(dir, unopened, at[1], (1 << 20, false)).unwrap();
+    lists[1].extend(rest.into_iter().map(|entry| entry.name));
+    for mut list in lists {
+        list.sort();
+        assert_eq!(list, wanted);
+    }
+    share.fs.fsyncdir(dir, unopened, false).unwrap();
+    assert_eq!(
+        share.readdir(share.node("dir/file-0"), unopened, 0, (4096, false)),
+        Err(Errno::NOTDIR)
+    );
+    // Where the kernel does not know of this, directories are opened.
+    share.fs.init(0);
+    let dir = share.node("dir");
+    assert!(share.fs.opendir(dir).is_ok());
+    assert_eq!(share.readdir(dir, unopened, 0, (4096, false)), Err(Errno::BADF));
+    let coherent =
+        Share::with(PassthroughConfig { cache: CachePolicy::Coherent, ..Default::default() });
+    coherent.fs.init(init::NO_OPENDIR_SUPPORT);
+    assert!(coherent.fs.opendir(ROOT).is_ok());
+}
+
+#[test]
+fn few_of_many_unopened_directories_are_kept_open() {
+    let (share, dir, wanted) = unopened(40);
+    let before = fs::read_dir("/proc/self/fd").unwrap().count();
+    let first = |_| share.readdir(dir, Handle(0), 0, (100, false)).unwrap();
+    // Each is begun and never ended; the tests beside this one have descriptors of their own.
+    let begun: Vec<_> = (0..4000).map(first).collect();
+    assert!(fs::read_dir("/proc/self/fd").unwrap().count() < before + 1000);
+    // All can be gone on with, also those that were closed since.
+    let mut names: Vec<_> = begun[0].iter().map(|entry| entry.name.clone()).collect();
+    let next = begun[0].last().unwrap().next;
+    let rest = share.readdir(dir, Handle(0), next, (1 << 20, false)).unwrap();
+    names.extend(rest.into_iter().map(|entry| entry.name));
+    names.sort();
+    assert_eq!(names, wanted);
+}

@@ -148,6 +148,17 @@ fn what_a_host_lacks_does_not_end_an_operation_for_good() {
     }
 }
 
+#[test]
+fn directories_need_not_be_opened_where_that_was_agreed_on() {
+    let server =
+        |wanted| server(Answers { wanted, error: Some(Errno::NOSYS), ..Default::default() });
+    let open = RawRequest::new(Opcode::OpenDir).with(&abi::OpenIn::default());
+    for (wanted, error) in [(0, Errno::OPNOTSUPP), (init::NO_OPENDIR_SUPPORT, Errno::NOSYS)] {
+        let reply = open.serve(&server(wanted), ROOM).unwrap();
+        assert_eq!(reply.error, -error.raw_os_error());
+    }
+}
+
 fn listed(name: &str, entry: Option<Entry>) -> Listed {
     Listed { ino: 9, name: name.into(), entry }
 }
