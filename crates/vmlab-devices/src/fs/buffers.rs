@@ -174,6 +174,24 @@ mod tests {
     }
 
     #[test]
+    fn more_buffers_than_one_call_takes() {
+        let mut bytes = vec![0; 2 * MAX_BUFFERS + 7];
+        let slices = bytes.chunks_mut(1).map(VolatileSlice::from);
+        let mut calls = Vec::new();
+        let (done, end) = transfer(slices, 5, |iov, offset| {
+            calls.push((iov.len(), offset));
+            // One buffer less than there are.
+            Ok(iov.len().min(MAX_BUFFERS - 1))
+        });
+        end.unwrap();
+        assert_eq!(done, 2 * MAX_BUFFERS + 7);
+        let most = MAX_BUFFERS as i64;
+        let wanted = [(MAX_BUFFERS, 5), (1, most + 4), (MAX_BUFFERS, most + 5), (1, 2 * most + 4)];
+        assert_eq!(calls[..4], wanted);
+        assert_eq!(calls[4..], [(7, 2 * most + 5)]);
+    }
+
+    #[test]
     fn only_nothing_is_the_end() {
         let (done, error, bytes) = fill(&[Ok(4), Ok(2), Ok(0)]);
         assert_eq!(
