@@ -140,9 +140,11 @@ fuzz_target!(|data: &[u8]| {
         read_only,
         cache,
         submounts: how & 32 == 0,
+        writeback: how & 64 != 0,
         max_handles: 16,
         max_descriptors: 4,
         max_inodes: 64,
+        ..Default::default()
     };
     let server = Server::new(Passthrough::new(&scratch.share(), config).expect("a share"));
     if how & 2 == 0 {

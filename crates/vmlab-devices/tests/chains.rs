@@ -96,6 +96,23 @@ fn an_indirect_table_that_loops_or_nests_is_refused() {
 }
 
 #[test]
+fn a_chain_has_no_more_descriptors_than_the_ring() {
+    for (count, error) in [(SIZE, None), (SIZE + 1, Some(ChainError::Endless))] {
+        let driver = Driver::new();
+        let table = BUFFERS + 0x8000;
+        driver.describe(0, (table, u32::from(count) * 16, INDIRECT, 0));
+        for index in 0..count {
+            let next = if index + 1 < count { NEXT } else { 0 };
+            driver.describe_at(table, index, (BUFFERS, 8, WRITE | next, index + 1));
+        }
+        driver.offer(0);
+        serve(&driver).unwrap();
+        assert_eq!(driver.queue.malformed().1, error);
+        assert_eq!(driver.used(), [(0, if error.is_none() { 8 * u32::from(SIZE) } else { 0 })]);
+    }
+}
+
+#[test]
 fn an_indirect_table_outside_of_memory_is_refused() {
     let driver = Driver::new();
     driver.describe(0, (MEMORY - 8, 16, INDIRECT, 0));

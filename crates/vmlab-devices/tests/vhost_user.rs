@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmlab_devices::fs::{Fs, Passthrough, PassthroughConfig, Server};
 use vmlab_devices::rng::Rng;
 use vmlab_devices::transport::vhost_user::{Error, Served, serve};
 use vmlab_devices::{Device, Fault, QueueError, QueueKind, Turn, VirtQueue};
@@ -116,6 +117,20 @@ fn a_broken_ring_ends_the_connection_with_a_reason() {
     assert!(matches!(error, Error::Queue { device: 4, queue: 0, .. }), "{error:?}");
     // The monitor sees it as well.
     assert!(monitor.frontend.get_features().is_err());
+}
+
+#[test]
+fn rings_have_a_longest_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let share = Passthrough::new(dir.path(), PassthroughConfig::default()).unwrap();
+    let device: Arc<dyn Device> = Arc::new(Fs::new(Server::new(share), "tag", 1));
+    assert!(device.queues().iter().all(|queue| queue.max_size == 1024));
+    for (size, kept) in [(1, true), (1024, true), (2048, false), (1000, false), (0, false)] {
+        let monitor = monitor_of(device.clone());
+        // What is refused ends the connection.
+        let _ = monitor.frontend.set_vring_num(0, size);
+        assert_eq!(monitor.frontend.get_features().is_ok(), kept, "{size}");
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{FileType, Mode, OFlags, Statx, fstatfs, open};
+use rustix::fs::{FileType, Mode, OFlags, Statx, fstatfs, open, openat2};
 use rustix::io::Errno;
 use rustix::process::{Resource, getegid, geteuid, getrlimit};
 
@@ -39,7 +39,7 @@ mod tests;
 use handles::Handles;
 use inode::{Inode, Inodes, Key, Pins};
 use listing::Unopened;
-use resolve::{Cache, open_path, stat_at, stat_of};
+use resolve::{BENEATH, Cache, open_path, stat_at, stat_of};
 
 /// How many files and directories one guest may have open, unless it is configured. Each costs up to two
 /// descriptors, and a directory a buffer of 9 KiB.
@@ -141,7 +141,7 @@ impl Passthrough {
     /// Shares a directory.
     ///
     /// # Errors
-    /// When it cannot be opened or is none, or there is no `/proc`.
+    /// When it cannot be opened or is none, there is no `/proc`, or the host is older than Linux 5.6.
     pub fn new(root: &Path, config: PassthroughConfig) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let passthrough = Self {
@@ -158,7 +158,15 @@ impl Passthrough {
             config,
         };
         passthrough.reset()?;
-        Ok(passthrough)
+        // Without it, everything would be refused later.
+        match openat2(&passthrough.root, c".", flags, Mode::empty(), BENEATH) {
+            Err(Errno::NOSYS) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the host has no openat2(2), which came with Linux 5.6",
+            )),
+            Err(error) => Err(error.into()),
+            Ok(_) => Ok(passthrough),
+        }
     }
 
     /// How many inodes the guest's kernel knows.

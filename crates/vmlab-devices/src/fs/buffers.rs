@@ -12,7 +12,11 @@ use crate::chain::Part;
 pub(super) struct Request<'a, 'm>(pub(super) &'a Part<'m>);
 
 /// Where the reply goes.
-pub(super) struct Reply<'a, 'm>(pub(super) &'a mut Part<'m>);
+pub(super) struct Reply<'a, 'm> {
+    pub(super) room: &'a mut Part<'m>,
+    /// Called before a file's content is waited for.
+    pub(super) before_waiting: &'a mut dyn FnMut(),
+}
 
 /// The most buffers of one system call: `IOV_MAX` of `linux/uio.h`, UIO_MAXIOV.
 const MAX_BUFFERS: usize = libc::UIO_MAXIOV as usize;
@@ -46,11 +50,11 @@ impl RequestBytes for Request<'_, '_> {
 
 impl ReplyBytes for Reply<'_, '_> {
     fn capacity(&self) -> usize {
-        self.0.len
+        self.room.len
     }
 
     fn write(&mut self, at: usize, bytes: &[u8]) {
-        self.0.write(at, bytes);
+        self.room.write(at, bytes);
     }
 
     fn read_from(
@@ -60,11 +64,20 @@ impl ReplyBytes for Reply<'_, '_> {
         offset: u64,
         count: usize,
     ) -> io::Result<usize> {
-        let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
+        let mut flags = libc::RWF_NOWAIT;
+        let (done, end) = transfer(self.room.range(at, count), offset, |iov, offset| loop {
             let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed and of which
             // this process makes no Rust references; the kernel writes inside of them only.
-            moved(unsafe { libc::preadv(fd, iov.as_ptr(), count, offset) })
+            let result = unsafe { libc::preadv2(fd, iov.as_ptr(), count, offset, flags) };
+            match moved(result) {
+                // It would have to wait, or the filesystem cannot tell.
+                Err(error) if flags != 0 && may_wait(&error) => {
+                    flags = 0;
+                    (self.before_waiting)();
+                }
+                other => return other,
+            }
         });
         end.map(|()| done)
     }
@@ -99,6 +112,11 @@ fn transfer<'m>(
         }
     }
     (done, Ok(()))
+}
+
+/// Whether a read that must not wait failed because of that.
+fn may_wait(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP))
 }
 
 /// What a system call says that it has moved.
@@ -171,6 +189,24 @@ mod tests {
         }
         let interrupted = [Err(libc::EINTR), Ok(4), Err(libc::EINTR), Ok(6)];
         assert_eq!(fill(&interrupted), (10, None, whole));
+    }
+
+    #[test]
+    fn more_buffers_than_one_call_takes() {
+        let mut bytes = vec![0; 2 * MAX_BUFFERS + 7];
+        let slices = bytes.chunks_mut(1).map(VolatileSlice::from);
+        let mut calls = Vec::new();
+        let (done, end) = transfer(slices, 5, |iov, offset| {
+            calls.push((iov.len(), offset));
+            // One buffer less than there are.
+            Ok(iov.len().min(MAX_BUFFERS - 1))
+        });
+        end.unwrap();
+        assert_eq!(done, 2 * MAX_BUFFERS + 7);
+        let most = MAX_BUFFERS as i64;
+        let wanted = [(MAX_BUFFERS, 5), (1, most + 4), (MAX_BUFFERS, most + 5), (1, 2 * most + 4)];
+        assert_eq!(calls[..4], wanted);
+        assert_eq!(calls[4..], [(7, 2 * most + 5)]);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The device: which queues there are, and who serves which request.
 
+use std::mem::offset_of;
+
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use vmlab_fuse::abi::Opcode;
+use vmlab_fuse::abi::{self, Opcode};
 use vmlab_fuse::{FileSystem, Server};
 
 use crate::chain::Chain;
@@ -64,8 +66,9 @@ impl<F: FileSystem> Device for Fs<F> {
     fn process(&self, _: usize, queue: &VirtQueue, turn: &mut Turn<'_>) -> Result<(), QueueError> {
         // A kernel takes a reply without a header for success.
         let refuse = |chain: &mut Chain<'_>| {
-            let (request, reply) = chain.parts();
-            self.server.refuse(&Request(request), &mut Reply(reply)) as u32
+            let (request, room) = chain.parts();
+            let mut reply = Reply { room, before_waiting: &mut || {} };
+            self.server.refuse(&Request(request), &mut reply) as u32
         };
         loop {
             // Taken anew each time, for it may get other regions while requests keep coming.
@@ -75,8 +78,9 @@ impl<F: FileSystem> Device for Fs<F> {
                 turn.hand_over();
             }
             let head = chain.head();
-            let (request, reply) = chain.parts();
-            let written = self.server.serve(&Request(request), &mut Reply(reply));
+            let (request, room) = chain.parts();
+            let mut reply = Reply { room, before_waiting: &mut || turn.hand_over() };
+            let written = self.server.serve(&Request(request), &mut reply);
             queue.complete(&memory, head, written as u32)?;
             if !turn.held() {
                 return Ok(());
@@ -85,25 +89,48 @@ impl<F: FileSystem> Device for Fs<F> {
     }
 }
 
+/// The most bytes that are read or written by the thread that takes the next request as well. To copy them
+/// takes less time than to wake another thread.
+const INLINE: u32 = 32 << 10;
+
 /// Whether a request may wait for a disk. Those that need names and attributes alone come in great numbers
-/// and are answered faster than another thread wakes up.
+/// and are answered faster than another thread wakes up; so are short reads, which do not wait before
+/// they have handed over the turn, and short writes, which go to the host's page cache.
 fn may_take_long(request: &Chain<'_>) -> bool {
-    // The opcode is the second number of `struct fuse_in_header`.
-    let mut opcode = [0; 4];
-    if request.read(4, &mut opcode) < opcode.len() {
-        return false;
+    match opcode(request) {
+        Some(Opcode::Read) => {
+            argument(request, offset_of!(abi::ReadIn, size)).is_none_or(|size| size > INLINE)
+        }
+        Some(Opcode::Write) => {
+            let size = argument(request, offset_of!(abi::WriteIn, size));
+            let flags = argument(request, offset_of!(abi::WriteIn, flags));
+            let synchronous = |flags| flags & libc::O_DSYNC.cast_unsigned() != 0;
+            size.is_none_or(|size| size > INLINE) || flags.is_none_or(synchronous)
+        }
+        opcode => matches!(
+            opcode,
+            Some(
+                Opcode::Fsync
+                    | Opcode::FsyncDir
+                    | Opcode::SyncFs
+                    | Opcode::Flush
+                    | Opcode::Fallocate
+                    | Opcode::CopyFileRange
+            )
+        ),
     }
-    matches!(
-        Opcode::of(u32::from_le_bytes(opcode)),
-        Some(
-            Opcode::Read
-                | Opcode::Write
-                | Opcode::Fsync
-                | Opcode::FsyncDir
-                | Opcode::SyncFs
-                | Opcode::Flush
-                | Opcode::Fallocate
-                | Opcode::CopyFileRange
-        )
-    )
+}
+
+fn opcode(request: &Chain<'_>) -> Option<Opcode> {
+    number(request, offset_of!(abi::InHeader, opcode)).and_then(Opcode::of)
+}
+
+/// A number of a request's arguments, which begin behind its header.
+fn argument(request: &Chain<'_>, at: usize) -> Option<u32> {
+    number(request, size_of::<abi::InHeader>() + at)
+}
+
+fn number(request: &Chain<'_>, at: usize) -> Option<u32> {
+    let mut bytes = [0; size_of::<u32>()];
+    (request.read(at, &mut bytes) == bytes.len()).then(|| u32::from_le_bytes(bytes))
 }

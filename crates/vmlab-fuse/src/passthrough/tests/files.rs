@@ -112,6 +112,18 @@ fn flags_that_mean_nothing_here_are_left_out() {
         | OFlags::TMPFILE;
     let handle = share.open(node, odd).unwrap();
     assert_eq!(share.read(node, handle, 0).unwrap(), "content");
+    // Nor may the host do anything else with what is open, whatever there will be.
+    let kept = OFlags::RWMODE | OFlags::APPEND | OFlags::SYNC | OFlags::LARGEFILE;
+    for bit in 2..32 {
+        for access in [RDONLY, OFlags::WRONLY, RDWR] {
+            let flags = OFlags::from_bits_retain(1 << bit) | access;
+            let handle = share.open(node, flags).unwrap();
+            let open = share.fs.handles.file(node, handle).unwrap();
+            let has = rustix::fs::fcntl_getfl(open.fd()).unwrap();
+            assert!(kept.contains(has), "{flags:?}: {has:?}");
+            assert_eq!(has & OFlags::RWMODE, access, "{flags:?}");
+        }
+    }
 }
 
 #[test]
