@@ -65,18 +65,20 @@ impl ReplyBytes for Reply<'_, '_> {
         count: usize,
     ) -> io::Result<usize> {
         let mut flags = libc::RWF_NOWAIT;
-        let (done, end) = transfer(self.room.range(at, count), offset, |iov, offset| loop {
-            let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
-            // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed and of which
-            // this process makes no Rust references; the kernel writes inside of them only.
-            let result = unsafe { libc::preadv2(fd, iov.as_ptr(), count, offset, flags) };
-            match moved(result) {
-                // It would have to wait, or the filesystem cannot tell.
-                Err(error) if flags != 0 && may_wait(&error) => {
-                    flags = 0;
-                    (self.before_waiting)();
+        let (done, end) = transfer(self.room.range(at, count), offset, |iov, offset| {
+            loop {
+                let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
+                // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed and of which
+                // this process makes no Rust references; the kernel writes inside of them only.
+                let result = unsafe { libc::preadv2(fd, iov.as_ptr(), count, offset, flags) };
+                match moved(result) {
+                    // It would have to wait, or the filesystem cannot tell.
+                    Err(error) if flags != 0 && may_wait(&error) => {
+                        flags = 0;
+                        (self.before_waiting)();
+                    }
+                    other => return other,
                 }
-                other => return other,
             }
         });
         end.map(|()| done)
@@ -219,5 +221,32 @@ mod tests {
         assert_eq!(fill(&[Ok(0)]).0, 0);
         let (done, error, _) = fill(&[Ok(4), Err(libc::EIO)]);
         assert_eq!((done, error), (4, Some(libc::EIO)));
+    }
+
+    /// Reads from a file into pieces of 7 bytes. Returns what was read, and how often it was to be waited.
+    fn read(file: &std::fs::File, count: usize) -> (Vec<u8>, u32) {
+        use std::os::fd::AsFd;
+        let mut bytes = vec![0; count];
+        let slices = bytes.chunks_mut(7).map(VolatileSlice::from).collect();
+        let mut waits = 0;
+        let mut reply =
+            Reply { room: &mut Part { slices, len: count }, before_waiting: &mut || waits += 1 };
+        let done = reply.read_from(0, file.as_fd(), 0, count).unwrap();
+        bytes.truncate(done);
+        (bytes, waits)
+    }
+
+    #[test]
+    fn others_are_let_through_before_a_read_waits() {
+        // Files of /proc have no page cache, so that no read of them is sure not to wait.
+        let version = std::fs::read("/proc/version").unwrap();
+        let (content, waits) = read(&std::fs::File::open("/proc/version").unwrap(), version.len());
+        assert_eq!((content, waits), (version, 1));
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, &[7; 3000]).unwrap();
+        let (content, waits) = read(&file, 4000);
+        assert_eq!(content, [7; 3000]);
+        // Whether a filesystem can tell that it need not wait is its own affair.
+        assert!(waits <= 1, "{waits}");
     }
 }
