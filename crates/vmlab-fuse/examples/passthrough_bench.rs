@@ -37,9 +37,15 @@ fn list(fs: &Passthrough, node: NodeId) -> Vec<(CString, NodeId, bool)> {
             let name = CString::new(&rest[..length]).unwrap();
             bytes = &rest[length.next_multiple_of(8)..];
             offset = dirent.off;
-            if entry.nodeid != 0 {
+            if name.as_bytes() != b"." && name.as_bytes() != b".." {
                 let directory = entry.attr.mode & 0o170000 == 0o040000;
-                all.push((name, NodeId(entry.nodeid), directory));
+                let found = if entry.nodeid == 0 {
+                    // It was listed without: as a guest that wants to know of all files does.
+                    fs.lookup(&CALLER, node, Name::new(&name).unwrap()).unwrap().node.unwrap()
+                } else {
+                    NodeId(entry.nodeid)
+                };
+                all.push((name, found, directory));
             }
         }
     }

@@ -38,7 +38,7 @@ mod tests;
 
 use handles::Handles;
 use inode::{Inode, Inodes, Key, Pins};
-use listing::Unopened;
+use listing::{Followed, Unopened};
 use resolve::{BENEATH, Cache, open_path, stat_at, stat_of};
 
 /// How many files and directories one guest may have open, unless it is configured. Each costs up to two
@@ -133,6 +133,7 @@ pub struct Passthrough {
     pins: Pins,
     handles: Handles,
     unopened: Unopened,
+    followed: Followed,
     /// What INIT has agreed on.
     flags: AtomicU64,
 }
@@ -154,6 +155,7 @@ impl Passthrough {
             pins: Pins::default(),
             handles: Handles::new(config.max_handles),
             unopened: Unopened::default(),
+            followed: Followed::default(),
             flags: AtomicU64::new(0),
             config,
         };
@@ -187,10 +189,16 @@ impl Passthrough {
 
     fn wants(&self) -> u64 {
         let writeback = if self.config.writeback { init::WRITEBACK_CACHE } else { 0 };
-        match self.config.cache {
-            CachePolicy::Fixed => writeback | init::CACHE_SYMLINKS | init::NO_OPENDIR_SUPPORT,
-            CachePolicy::Auto | CachePolicy::Coherent => writeback | init::AUTO_INVAL_DATA,
-        }
+        let listed_with_attributes = init::DO_READDIRPLUS | init::READDIRPLUS_AUTO;
+        let policy = match self.config.cache {
+            CachePolicy::Fixed => {
+                init::CACHE_SYMLINKS | init::NO_OPENDIR_SUPPORT | listed_with_attributes
+            }
+            CachePolicy::Auto => init::AUTO_INVAL_DATA | listed_with_attributes,
+            // Attributes that must not be remembered are not worth their room in a list.
+            CachePolicy::Coherent => init::AUTO_INVAL_DATA,
+        };
+        writeback | policy
     }
 
     fn negotiated(&self, flag: u64) -> bool {
@@ -252,7 +260,11 @@ impl Passthrough {
         let (parent, directory) = self.parent(parent)?;
         match self.find(&parent, &directory, name) {
             Err(Errno::NOENT) => self.nothing(),
-            other => other,
+            Ok(entry) => {
+                self.followed.looked_up(&parent, &entry);
+                Ok(entry)
+            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -99,6 +99,8 @@ pub(super) struct Inode {
     children: AtomicU64,
     /// Whether its cached descriptor was used since that was last asked.
     used: AtomicBool,
+    /// Whether its last list said nothing of files but their names.
+    pub(super) bare: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -112,6 +114,7 @@ impl Inode {
             lookups: AtomicU64::new(0),
             children: AtomicU64::new(0),
             used: AtomicBool::new(false),
+            bare: AtomicBool::new(false),
             state: Mutex::default(),
         }
     }

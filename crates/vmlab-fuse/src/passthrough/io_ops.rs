@@ -104,13 +104,6 @@ impl Passthrough {
         }
     }
 
-    pub(super) fn directory_flags(&self) -> u32 {
-        match self.config.cache {
-            CachePolicy::Fixed => abi::fopen::KEEP_CACHE | abi::fopen::CACHE_DIR,
-            CachePolicy::Auto | CachePolicy::Coherent => 0,
-        }
-    }
-
     pub(super) fn open_file(&self, node: NodeId, flags: u32, open_flags: u32) -> Result<Opened> {
         let inode = self.inodes.get(node)?;
         openable(inode.kind)?;

@@ -2,17 +2,20 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
 
-use rustix::fs::{Dir, DirEntry, FileType, Mode, OFlags, openat};
+use rustix::fs::{Dir, DirEntry, FileType, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
 
 use super::handles::Open;
 use super::inode::Inode;
+use super::resolve::stat_of;
 use super::{CachePolicy, Passthrough};
-use crate::abi::init;
+use crate::abi::{self, init};
 use crate::directory::DirSink;
-use crate::filesystem::{Opened, Result};
+use crate::filesystem::{Entry, Opened, Result};
 use crate::types::{Handle, Name, NodeId};
 
 /// What a request has where nothing was opened for it.
@@ -96,6 +99,40 @@ impl Unopened {
     }
 }
 
+/// How many directories are listed with the attributes of their files after one whose files were looked up.
+pub(super) const AHEAD: u32 = 16;
+
+/// Whether the guest looks at the files that it has listed, as far as it has shown.
+///
+/// The kernel asks for attributes at the beginning of each list, before it can know whether anybody wants
+/// them. Whoever wants names alone is served twice as fast without: to remember a file costs the guest
+/// more than to ask for its name. So files have none until one is looked up in a directory that was
+/// listed so.
+#[derive(Debug, Default)]
+pub(super) struct Followed(AtomicU32);
+
+impl Followed {
+    /// Whether a list that begins now is to have the attributes of files.
+    fn next(&self) -> bool {
+        let less = |ahead: u32| ahead.checked_sub(1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    }
+
+    /// A name was looked up.
+    pub(super) fn looked_up(&self, parent: &Inode, entry: &Entry) {
+        let directory = FileType::from_raw_mode(entry.attributes.attr.mode) == FileType::Directory;
+        if !directory && parent.bare.load(Ordering::Relaxed) {
+            parent.bare.store(false, Ordering::Relaxed);
+            self.expect(AHEAD);
+        }
+    }
+
+    /// So many lists are to have them.
+    pub(super) fn expect(&self, ahead: u32) {
+        self.0.store(ahead, Ordering::Relaxed);
+    }
+}
+
 impl Passthrough {
     /// Whether the guest's kernel is told not to open directories, which costs it two requests each. What
     /// it then keeps of their entries it never asks for again, so nothing may change.
@@ -118,8 +155,14 @@ impl Passthrough {
         }
         self.handles.room()?;
         let Listing { inode, fd, stream } = self.listing(node)?;
+        let keep = match self.config.cache {
+            CachePolicy::Fixed => true,
+            CachePolicy::Auto => settled(&stat_of(&fd)?),
+            CachePolicy::Coherent => false,
+        };
+        let flags = if keep { abi::fopen::KEEP_CACHE | abi::fopen::CACHE_DIR } else { 0 };
         let handle = self.handles.add(Open::directory(inode, fd, stream))?;
-        Ok(Opened { handle, flags: self.directory_flags() })
+        Ok(Opened { handle, flags })
     }
 
     pub(super) fn list(
@@ -155,6 +198,11 @@ impl Passthrough {
         sink: &mut DirSink,
     ) -> Result<bool> {
         stream.seek(offset)?;
+        // Behind its beginning, the kernel asks for attributes only where they were needed.
+        let files = offset != 0 || !sink.plus() || self.followed.next();
+        if sink.plus() && offset == 0 {
+            inode.bare.store(!files, Ordering::Relaxed);
+        }
         let mut added = false;
         loop {
             let entry = match stream.next() {
@@ -172,7 +220,9 @@ impl Passthrough {
             }
             let leads_to = match Name::new(name) {
                 // An entry that has gone since or cannot be looked at is listed all the same.
-                Ok(name) if sink.plus() => self.find(inode, fd, name).ok(),
+                Ok(name) if sink.plus() && (files || may_be_directory(&entry)) => {
+                    self.find(inode, fd, name).ok()
+                }
                 _ => None,
             };
             let next = entry.offset().cast_unsigned();
@@ -203,6 +253,22 @@ impl Passthrough {
         let stream = open.entries()?;
         super::io_ops::sync(stream.dir.fd()?, data_only)
     }
+}
+
+/// How long ago a directory must have changed for its next change to have another time: longer than the
+/// tick of any filesystem's clock.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// Whether the next change of a directory can be told by its time of modification. The kernel then keeps
+/// the list for as long as that stays the same.
+fn settled(stat: &Statx) -> bool {
+    let changed = u64::try_from(stat.stx_mtime.tv_sec).map(Duration::from_secs);
+    let age = changed.ok().and_then(|changed| (UNIX_EPOCH + changed).elapsed().ok());
+    age.is_some_and(|age| age > SETTLED)
+}
+
+fn may_be_directory(entry: &DirEntry) -> bool {
+    matches!(entry.file_type(), FileType::Directory | FileType::Unknown)
 }
 
 /// The type of an entry: the file type's bits of a mode, shifted.

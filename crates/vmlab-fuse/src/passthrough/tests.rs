@@ -100,6 +100,8 @@ impl Share {
         let dir = tempfile::tempdir().unwrap();
         let fs = Passthrough::new(dir.path(), config).unwrap();
         fs.init(init::SUBMOUNTS);
+        // Files are listed with their attributes.
+        fs.followed.expect(u32::MAX);
         Self { dir, fs }
     }
 

@@ -19,8 +19,6 @@ const MAX_BACKGROUND: u16 = 1024;
 const OFFERED: u64 = init::ASYNC_READ
     | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
-    | init::DO_READDIRPLUS
-    | init::READDIRPLUS_AUTO
     | init::ASYNC_DIO
     | init::PARALLEL_DIROPS
     | init::MAX_PAGES
@@ -34,6 +32,8 @@ const OFFERED: u64 = init::ASYNC_READ
 /// (SECURITY_CTX, CREATE_SUPP_GROUP, POSIX_ACL), of a umask that was not applied (DONT_MASK), of `..` as a
 /// name (EXPORT_SUPPORT), of locks.
 const WANTABLE: u64 = init::AUTO_INVAL_DATA
+    | init::DO_READDIRPLUS
+    | init::READDIRPLUS_AUTO
     | init::EXPLICIT_INVAL_DATA
     | init::WRITEBACK_CACHE
     | init::NO_OPEN_SUPPORT

@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 
 use rustix::fs::{FileType, RenameFlags};
 
+use super::listing::AHEAD;
 use super::*;
 
 #[test]
@@ -376,4 +377,60 @@ fn few_of_many_unopened_directories_are_kept_open() {
     names.extend(rest.into_iter().map(|entry| entry.name));
     names.sort();
     assert_eq!(names, wanted);
+}
+
+/// The names of files that a list from the beginning leads to.
+fn led_to(share: &Share, dir: NodeId) -> Vec<String> {
+    let handle = share.opendir(dir).unwrap();
+    let listed = share.readdir(dir, handle, 0, (4096, true)).unwrap();
+    share.fs.releasedir(dir, handle).unwrap();
+    listed.into_iter().filter(|entry| entry.node != 0).map(|entry| entry.name).collect()
+}
+
+#[test]
+fn files_are_listed_with_attributes_where_they_are_looked_up() {
+    let share = Share::new();
+    for dir in ["one", "one/sub", "two"] {
+        fs::create_dir(share.path(dir)).unwrap();
+    }
+    share.put("one/file", "");
+    share.put("two/file", "");
+    let (one, two) = (share.node("one"), share.node("two"));
+    share.fs.followed.expect(0);
+    for _ in 0..3 {
+        assert_eq!(led_to(&share, one), ["sub"]);
+        assert_eq!(led_to(&share, two), Vec::<String>::new());
+        // To go on into directories says nothing of files, and what is not there nothing at all.
+        share.lookup(one, "sub").unwrap();
+        share.lookup(one, "nothing").unwrap_err();
+    }
+    share.lookup(one, "file").unwrap();
+    for _ in 0..AHEAD / 2 {
+        let mut both = led_to(&share, one);
+        both.sort();
+        assert_eq!(both, ["file", "sub"]);
+        assert_eq!(led_to(&share, two), ["file"]);
+        // What has been told need not be looked up; if it is, that says nothing.
+        share.lookup(one, "file").unwrap();
+    }
+    assert_eq!(led_to(&share, one), ["sub"]);
+}
+
+#[test]
+fn a_list_is_kept_where_the_next_change_can_be_told() {
+    let keep = abi::fopen::KEEP_CACHE | abi::fopen::CACHE_DIR;
+    let policies = [
+        (CachePolicy::Fixed, [keep; 2]),
+        (CachePolicy::Auto, [0, keep]),
+        (CachePolicy::Coherent, [0; 2]),
+    ];
+    for (cache, wanted) in policies {
+        let share = Share::with(PassthroughConfig { cache, ..Default::default() });
+        let flags = [std::time::SystemTime::now(), std::time::UNIX_EPOCH].map(|changed| {
+            let times = fs::FileTimes::new().set_modified(changed);
+            fs::File::open(share.dir.path()).unwrap().set_times(times).unwrap();
+            share.fs.opendir(ROOT).unwrap().flags
+        });
+        assert_eq!(flags, wanted, "{cache:?}");
+    }
 }

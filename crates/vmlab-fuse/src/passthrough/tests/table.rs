@@ -128,6 +128,7 @@ fn child() {
     let tree = std::env::var(TREE).unwrap();
     let fs = Passthrough::new(tree.as_ref(), PassthroughConfig::default()).unwrap();
     fs.init(init::SUBMOUNTS);
+    fs.followed.expect(u32::MAX);
     // The directory is not this share's, but the helpers are.
     let share = Share { dir: tempfile::tempdir().unwrap(), fs };
     let begin = Instant::now();
