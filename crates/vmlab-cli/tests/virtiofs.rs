@@ -47,6 +47,11 @@ fn a_share_is_a_filesystem_like_any_other() {
         fact 'hard link' bash -c 'ln log other && stat -c %h log'
         fact 'symlink' bash -c 'ln -s /etc/hostname link && readlink link'
         fact 'mapped' perl -e 'open F, "+>", "m"; truncate F, 4096; close F; print -s "m"'
+        fact 'mapped, to append' perl -e 'open F, ">", "p"; print F "a" x 8192; close F;
+            open A, "+>>", "p" or die $!; pipe R, W; syswrite W, "X";
+            my $at = syscall(9, 0, 8192, 3, 1, fileno A, 0);
+            syscall(0, fileno R, $at, 1) == 1 or die $!; syscall(26, $at, 8192, 4) == 0 or die $!;
+            open G, "<", "p"; read G, my $all, 99999; print length $all, substr $all, 0, 2'
         fact 'many' bash -c 'mkdir many && cd many && touch $(seq 3000) && ls | wc -l && rm -r ../many'
         fact 'xattr' perl -e 'my ($path, $name, $value) = ("log", "user.x", "value");
             syscall(188, $path, $name, $value, 5, 0) == 0 or die $!; print "set"'
@@ -63,6 +68,7 @@ fn a_share_is_a_filesystem_like_any_other() {
         .expect("hard link", "2")
         .expect("symlink", "/etc/hostname")
         .expect("mapped", "4096")
+        .expect("mapped, to append", "8192Xa")
         .expect("many", "3000")
         .expect("xattr", "set");
     facts.expect_failure("exclusive", "cannot overwrite existing file");

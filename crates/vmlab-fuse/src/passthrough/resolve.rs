@@ -17,7 +17,7 @@ use crate::types::{Name, NodeId};
 
 /// How deep a directory may be below the next one that has a descriptor. A path of `PATH_MAX` bytes has at
 /// most half as many names. Renames on the host can make the remembered places a circle.
-const MAX_DEPTH: usize = 4096;
+pub(super) const MAX_DEPTH: usize = 4096;
 
 /// How a name is followed: to the entry of that one directory, and nowhere else.
 pub(super) const BENEATH: ResolveFlags =
