@@ -13,7 +13,7 @@ use crate::abi::{self, Opcode, fattr, init};
 use crate::directory::{DirSink, entry_out};
 use crate::filesystem::{
     Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, SetTime,
-    XattrReply,
+    WriteAt, XattrReply,
 };
 use crate::request::{Arguments, ReplyBytes, RequestBytes};
 use crate::types::{Caller, Handle, NodeId};
@@ -80,8 +80,8 @@ struct WriteData<'a> {
 }
 
 impl DataIn for WriteData<'_> {
-    fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        self.request.write_to(IN_HEADER + size_of::<abi::WriteIn>(), file, offset, self.count)
+    fn write_to(&self, file: BorrowedFd<'_>, to: WriteAt) -> io::Result<usize> {
+        self.request.write_to(IN_HEADER + size_of::<abi::WriteIn>(), file, to, self.count)
     }
 }
 
@@ -314,7 +314,7 @@ impl<F: FileSystem> Server<F> {
                 let data = WriteData { request: call.request, count };
                 let kill = asked.write_flags & abi::write::KILL_SUIDGID != 0;
                 let handle = Handle(asked.fh);
-                let written = fs.write(node, handle, offset(asked.offset)?, &data, kill)?;
+                let written = fs.write(node, handle, write_at(&asked)?, &data, kill)?;
                 answer.put(&abi::WriteOut { size: written.min(count) as u32, padding: 0 })
             }
             Opcode::Flush => {
@@ -509,6 +509,16 @@ fn changes(asked: &abi::SetattrIn) -> Result<Changes> {
 /// than a place.
 fn offset(offset: u64) -> Result<u64> {
     i64::try_from(offset).map(|_| offset).map_err(|_| Errno::INVAL)
+}
+
+/// Where a WRITE goes. The flags are those that the file has now: fcntl(2) changes `O_APPEND` without a word to
+/// the server. What comes from the guest's page cache has a place whatever they are, for it was mapped.
+fn write_at(asked: &abi::WriteIn) -> Result<WriteAt> {
+    use rustix::fs::OFlags;
+    let place = offset(asked.offset)?;
+    let appends = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND);
+    let cached = asked.write_flags & abi::write::CACHE != 0;
+    Ok(if appends && !cached { WriteAt::End } else { WriteAt::Offset(place) })
 }
 
 fn creation(asked: &abi::CreateIn) -> Creation {

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
-use vmlab_fuse::{ReplyBytes, RequestBytes};
+use vmlab_fuse::{ReplyBytes, RequestBytes, WriteAt};
 
 use crate::chain::Part;
 
@@ -30,13 +30,17 @@ impl RequestBytes for Request<'_, '_> {
         &self,
         at: usize,
         file: BorrowedFd<'_>,
-        offset: u64,
+        to: WriteAt,
         count: usize,
     ) -> io::Result<usize> {
+        let (offset, flags) = match to {
+            WriteAt::Offset(offset) => (offset, 0),
+            WriteAt::End => (0, libc::RWF_APPEND),
+        };
         transfer(self.0.range(at, count), offset, |iov, count, offset| {
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed; the kernel
             // only reads from them, and copes with a guest that writes to them at the same time.
-            unsafe { libc::pwritev(file.as_raw_fd(), iov, count, offset) }
+            unsafe { libc::pwritev2(file.as_raw_fd(), iov, count, offset, flags) }
         })
     }
 }

@@ -13,13 +13,14 @@ use super::handles::Open;
 use super::resolve::stat_of;
 use super::{CachePolicy, Passthrough};
 use crate::abi;
-use crate::filesystem::{DataIn, DataOut, Opened, Result};
+use crate::filesystem::{DataIn, DataOut, Opened, Result, WriteAt};
 use crate::types::{Handle, NodeId};
 
 /// The flags of open(2) that have a meaning here. The others are about how a name is followed, which is done
-/// already, or about the guest's own side, as `O_DIRECT` is. An overlay opens all that lies under it with
+/// already, or about the guest's own side, as `O_DIRECT` is, or are told with each write, as `O_APPEND` is: what
+/// was mapped is written back through the same handle. An overlay opens all that lies under it with
 /// `O_NOATIME`, which the host refuses to all but a file's owner: see [`Passthrough::without_atime`].
-const KEPT: OFlags = OFlags::RWMODE.union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::SYNC);
+const KEPT: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC);
 
 pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
@@ -90,10 +91,15 @@ impl Passthrough {
     pub(super) fn open_file(&self, node: NodeId, flags: u32, open_flags: u32) -> Result<Opened> {
         let inode = self.inodes.get(node)?;
         openable(inode.kind)?;
+        let appends = OFlags::from_bits_retain(flags).contains(OFlags::APPEND);
         let flags = self.open_flags(flags)?;
         self.handles.room()?;
         let path = self.descriptor(&inode)?;
-        let fd = self.without_atime(|more| self.reopen(path.as_fd(), flags | more))?;
+        let fd = match self.without_atime(|more| self.reopen(path.as_fd(), flags | more)) {
+            // The host's root may have allowed nothing else (`chattr +a`).
+            Err(Errno::PERM) if appends => self.reopen(path.as_fd(), flags | OFlags::APPEND),
+            other => other,
+        }?;
         if open_flags & abi::open::KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
             self.kill_suidgid(fd.as_fd())?;
         }
@@ -116,7 +122,7 @@ impl Passthrough {
         &self,
         node: NodeId,
         handle: Handle,
-        offset: u64,
+        to: WriteAt,
         data: &dyn DataIn,
         kill_suidgid: bool,
     ) -> Result<usize> {
@@ -129,7 +135,7 @@ impl Passthrough {
             // Before the data, as the kernel does: nothing new ever runs with the old bits.
             self.kill_suidgid(open.fd())?;
         }
-        data.write_to(open.fd(), offset).map_err(|error| errno(&error))
+        data.write_to(open.fd(), to).map_err(|error| errno(&error))
     }
 
     pub(super) fn sync_file(&self, node: NodeId, handle: Handle, data_only: bool) -> Result<()> {

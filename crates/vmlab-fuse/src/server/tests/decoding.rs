@@ -1,5 +1,7 @@
 //! Requests become calls.
 
+use rustix::fs::OFlags;
+
 use super::*;
 
 #[test]
@@ -90,6 +92,23 @@ fn handles_and_flags_are_of_those_that_have_them() {
                 ..Default::default()
             }),
             "write 1 0 0 true",
+        ),
+        (
+            RawRequest::new(Opcode::Write).with(&abi::WriteIn {
+                offset: 7,
+                flags: OFlags::APPEND.bits(),
+                ..Default::default()
+            }),
+            "write 1 0 end false",
+        ),
+        (
+            RawRequest::new(Opcode::Write).with(&abi::WriteIn {
+                offset: 7,
+                write_flags: abi::write::CACHE,
+                flags: OFlags::APPEND.bits(),
+                ..Default::default()
+            }),
+            "write 1 0 7 false",
         ),
         (
             RawRequest::new(Opcode::Open)
