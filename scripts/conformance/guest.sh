@@ -102,11 +102,13 @@ overlay_on() {
 }
 
 overlay_to() {
-    mkdir -p /run/lower/d && echo lower >/run/lower/file && mkdir u w m && modprobe overlay || return
+    mkdir -p /run/lower/d && echo lower | tee /run/lower/file >/run/lower/hidden || return
+    mkdir u w m && modprobe overlay || return
     mount -t overlay overlay m -o lowerdir=/run/lower,upperdir=u,workdir=w || return
-    overlay_changes m
+    rm m/hidden && overlay_changes m
     local status=$?
-    umount m && rm -rf /run/lower && [ -c u/gone ] && return "$status"
+    # What is hidden has a whiteout in its place.
+    umount m && rm -rf /run/lower && [ -c u/hidden ] && return "$status"
 }
 
 overlay_changes() {
