@@ -17,6 +17,7 @@ need_toolchain
 need_vmlab
 need sudo sudo
 need perl perl
+need make make
 need iproute2 ip
 need busybox-static busybox
 need gpg gpg
@@ -132,7 +133,7 @@ end_to_end_programs() {
 say "vmlab $(git rev-parse --short HEAD 2>/dev/null || echo '(no git)'), $(cargo --version), as $(id -un)"
 check "rustfmt and clippy are there" clippy_and_rustfmt
 check "format" cargo fmt --all --check
-check "shell scripts" shellcheck -x scripts/*.sh .ci/run bench/*.sh
+check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run bench/*.sh
 check "clippy" cargo clippy --locked --workspace --all-targets -- -D warnings
 check "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 check "licences and duplicates" deny

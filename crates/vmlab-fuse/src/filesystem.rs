@@ -94,13 +94,32 @@ pub enum XattrReply {
     Size(u32),
 }
 
+/// Where data is written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteAt {
+    /// A place in the file.
+    Offset(u64),
+    /// The file's end, wherever that is by then: the guest's kernel need not know it.
+    End,
+}
+
+impl WriteAt {
+    /// Where what follows so many bytes is written to.
+    pub fn after(self, bytes: usize) -> Self {
+        match self {
+            Self::Offset(offset) => Self::Offset(offset.saturating_add(bytes as u64)),
+            Self::End => Self::End,
+        }
+    }
+}
+
 /// Data of a WRITE.
 pub trait DataIn {
-    /// Writes the data to a place in a file, as pwrite(2) does; all of it unless there is an error.
+    /// Writes the data to a file, as pwritev2(2) does; all of it unless there is an error.
     ///
     /// # Errors
-    /// Those of pwrite(2), before anything was written.
-    fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize>;
+    /// Those of pwritev2(2), before anything was written.
+    fn write_to(&self, file: BorrowedFd<'_>, to: WriteAt) -> io::Result<usize>;
 }
 
 /// Room for the data of a READ.
@@ -226,14 +245,14 @@ pub trait FileSystem: Send + Sync {
         out: &mut dyn DataOut,
     ) -> Result<usize>;
 
-    /// Writes to an open file, with flags of [`abi::write`].
+    /// Writes to an open file, which loses its set-user-ID and set-group-ID bits if so asked.
     fn write(
         &self,
         node: NodeId,
         handle: Handle,
-        offset: u64,
+        to: WriteAt,
         data: &dyn DataIn,
-        flags: u32,
+        kill_suidgid: bool,
     ) -> Result<usize>;
 
     /// A file descriptor of the guest was closed.

@@ -24,7 +24,7 @@ mod types;
 pub use directory::DirSink;
 pub use filesystem::{
     Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, SetTime,
-    XattrReply,
+    WriteAt, XattrReply,
 };
 pub use passthrough::{CachePolicy, MAX_HANDLES, MAX_INODES, Passthrough, PassthroughConfig};
 pub use request::{ReplyBytes, RequestBytes};

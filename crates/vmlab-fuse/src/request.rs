@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 use zerocopy::FromBytes;
 
+use crate::filesystem::WriteAt;
 use crate::types::Name;
 
 /// The bytes of a request, wherever they are. They may change while they are read, for the guest can
@@ -23,16 +24,16 @@ pub trait RequestBytes {
     /// Copies the bytes from `at` on. Returns how many there were, at most `buffer.len()`.
     fn read(&self, at: usize, buffer: &mut [u8]) -> usize;
 
-    /// Writes `count` bytes from `at` on to a place in a file, as pwrite(2) does, but all of them unless there
-    /// is an error.
+    /// Writes `count` bytes from `at` on to a file, as pwritev2(2) does, but all of them unless there is an
+    /// error.
     ///
     /// # Errors
-    /// Those of pwrite(2), before anything was written.
+    /// Those of pwritev2(2), before anything was written.
     fn write_to(
         &self,
         at: usize,
         file: BorrowedFd<'_>,
-        offset: u64,
+        to: WriteAt,
         count: usize,
     ) -> io::Result<usize>;
 }

@@ -11,7 +11,7 @@ use zerocopy::FromBytes;
 
 use crate::abi::{self, Opcode, fattr, init};
 use crate::directory::DirSink;
-use crate::filesystem::{Changes, Creation, DataIn, DataOut, FileSystem, Result, SetTime};
+use crate::filesystem::{Changes, Creation, DataIn, DataOut, FileSystem, Result, SetTime, WriteAt};
 use crate::request::{Arguments, ReplyBytes, RequestBytes};
 use crate::types::{Caller, Handle, NodeId};
 
@@ -64,9 +64,9 @@ struct WriteData<'a> {
 }
 
 impl DataIn for WriteData<'_> {
-    fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+    fn write_to(&self, file: BorrowedFd<'_>, to: WriteAt) -> io::Result<usize> {
         let at = IN_HEADER + size_of::<abi::WriteIn>() + self.at;
-        self.request.write_to(at, file, offset, self.count)
+        self.request.write_to(at, file, to, self.count)
     }
 }
 
@@ -441,11 +441,11 @@ fn write(
     request: &dyn RequestBytes,
     count: usize,
 ) -> Result<usize> {
-    let at = offset(asked.offset)?;
+    let to = write_at(asked)?;
+    let kill = asked.write_flags & abi::write::KILL_SUIDGID != 0;
     let part = |done: usize| {
         let data = WriteData { request, at: done, count: count - done };
-        let written =
-            fs.write(node, Handle(asked.fh), at + done as u64, &data, asked.write_flags)?;
+        let written = fs.write(node, Handle(asked.fh), to.after(done), &data, kill)?;
         Ok(done + written.min(count - done))
     };
     let mut done = part(0)?;
@@ -557,6 +557,16 @@ fn changes(asked: &abi::SetattrIn) -> Result<Changes> {
 /// than a place.
 fn offset(offset: u64) -> Result<u64> {
     i64::try_from(offset).map(|_| offset).map_err(|_| Errno::INVAL)
+}
+
+/// Where a WRITE goes. The flags are those that the file has now: fcntl(2) changes `O_APPEND` without a word to
+/// the server. What comes from the guest's page cache has a place whatever they are, for it was mapped.
+fn write_at(asked: &abi::WriteIn) -> Result<WriteAt> {
+    use rustix::fs::OFlags;
+    let place = offset(asked.offset)?;
+    let appends = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND);
+    let cached = asked.write_flags & abi::write::CACHE != 0;
+    Ok(if appends && !cached { WriteAt::End } else { WriteAt::Offset(place) })
 }
 
 fn creation(asked: &abi::CreateIn) -> Creation {

@@ -8,4 +8,4 @@ mod transport;
 pub use fake::{Answers, Fake, Listed};
 pub use raw::{RawRequest, Reply, init, serve};
 pub use samples::samples;
-pub use transport::Pieces;
+pub use transport::{Pieces, write_at};

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
-use vmlab_fuse::{ReplyBytes, RequestBytes};
+use vmlab_fuse::{ReplyBytes, RequestBytes, WriteAt};
 
 use crate::chain::Part;
 
@@ -34,14 +34,18 @@ impl RequestBytes for Request<'_, '_> {
         &self,
         at: usize,
         file: BorrowedFd<'_>,
-        offset: u64,
+        to: WriteAt,
         count: usize,
     ) -> io::Result<usize> {
+        let (offset, flags) = match to {
+            WriteAt::Offset(offset) => (offset, 0),
+            WriteAt::End => (0, libc::RWF_APPEND),
+        };
         let (done, end) = transfer(self.0.range(at, count), offset, |iov, offset| {
             let (fd, count) = (file.as_raw_fd(), iov.len() as libc::c_int);
             // SAFETY: the buffers are mapped guest memory, which the `Part` keeps borrowed; the kernel
             // only reads from them, and copes with a guest that writes to them at the same time.
-            moved(unsafe { libc::pwritev(fd, iov.as_ptr(), count, offset) })
+            moved(unsafe { libc::pwritev2(fd, iov.as_ptr(), count, offset, flags) })
         });
         // What was written is written: the guest meets the error when it goes on.
         if done == 0 { end.map(|()| 0) } else { Ok(done) }

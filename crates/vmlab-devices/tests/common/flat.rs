@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use vmlab_fuse::abi;
 use vmlab_fuse::{
     Attributes, Caller, Changes, Creation, DataIn, DataOut, DirSink, Entry, FileSystem, Handle,
-    Name, NodeId, Opened, Result, XattrReply,
+    Name, NodeId, Opened, Result, WriteAt, XattrReply,
 };
 
 /// How long FSYNC takes, so that a test sees whether others wait for it.
@@ -114,8 +114,8 @@ impl FileSystem for Flat {
     fn read(&self, node: NodeId, _: Handle, offset: u64, out: &mut dyn DataOut) -> Result<usize> {
         out.read_from(self.file(node)?.as_fd(), offset).map_err(errno)
     }
-    fn write(&self, node: NodeId, _: Handle, offset: u64, data: &dyn DataIn, _: u32) -> Result<usize> {
-        data.write_to(self.file(node)?.as_fd(), offset).map_err(errno)
+    fn write(&self, node: NodeId, _: Handle, to: WriteAt, data: &dyn DataIn, _: bool) -> Result<usize> {
+        data.write_to(self.file(node)?.as_fd(), to).map_err(errno)
     }
     fn flush(&self, _: NodeId, _: Handle) -> Result<()> { Ok(()) }
     fn fsync(&self, _: NodeId, _: Handle, _: bool) -> Result<()> {

@@ -15,7 +15,7 @@ use crate::types::{Handle, NodeId};
 
 #[derive(Debug)]
 enum Kind {
-    File { writable: bool, appends: bool },
+    File { writable: bool },
     Directory(Mutex<Stream>),
 }
 
@@ -31,8 +31,7 @@ impl Open {
     /// A regular file, opened with these flags.
     pub(super) fn file(inode: Arc<Inode>, fd: OwnedFd, flags: OFlags) -> Self {
         let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
-        let appends = flags.contains(OFlags::APPEND);
-        Self::new(inode, Arc::new(fd), Kind::File { writable, appends })
+        Self::new(inode, Arc::new(fd), Kind::File { writable })
     }
 
     /// A directory: a descriptor of it, and its entries.
@@ -54,11 +53,7 @@ impl Open {
     }
 
     pub(super) fn writable(&self) -> bool {
-        matches!(self.kind, Kind::File { writable: true, .. })
-    }
-
-    pub(super) fn appends(&self) -> bool {
-        matches!(self.kind, Kind::File { appends: true, .. })
+        matches!(self.kind, Kind::File { writable: true })
     }
 
     pub(super) fn entries(&self) -> Result<MutexGuard<'_, Stream>> {

@@ -13,13 +13,14 @@ use super::handles::Open;
 use super::resolve::stat_of;
 use super::{CachePolicy, Passthrough};
 use crate::abi::{self, init};
-use crate::filesystem::{DataIn, DataOut, Opened, Result};
+use crate::filesystem::{DataIn, DataOut, Opened, Result, WriteAt};
 use crate::types::{Handle, NodeId};
 
 /// The flags of open(2) that have a meaning here. The others are about how a name is followed, which is done
-/// already, or about the guest's own side, as `O_DIRECT` is. An overlay opens all that lies under it with
+/// already, or about the guest's own side, as `O_DIRECT` is, or are told with each write, as `O_APPEND` is: what
+/// was mapped is written back through the same handle. An overlay opens all that lies under it with
 /// `O_NOATIME`, which the host refuses to all but a file's owner: see [`Passthrough::without_atime`].
-const KEPT: OFlags = OFlags::RWMODE.union(OFlags::APPEND).union(OFlags::TRUNC).union(OFlags::SYNC);
+const KEPT: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC);
 
 pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
@@ -54,8 +55,7 @@ impl Passthrough {
         if !self.negotiated(init::WRITEBACK_CACHE) {
             return Ok(flags);
         }
-        // The kernel knows where the file ends, and reads the rest of a page that it writes a part of.
-        let flags = flags - OFlags::APPEND;
+        // The kernel reads the rest of a page that it writes a part of.
         let write_only = flags & OFlags::RWMODE == OFlags::WRONLY;
         Ok(if write_only { (flags - OFlags::WRONLY) | OFlags::RDWR } else { flags })
     }
@@ -107,10 +107,15 @@ impl Passthrough {
     pub(super) fn open_file(&self, node: NodeId, flags: u32, open_flags: u32) -> Result<Opened> {
         let inode = self.inodes.get(node)?;
         openable(inode.kind)?;
+        let appends = OFlags::from_bits_retain(flags).contains(OFlags::APPEND);
         let flags = self.open_flags(flags)?;
         self.handles.room()?;
         let path = self.descriptor(&inode)?;
-        let (fd, flags) = self.open_to_write(path.as_fd(), flags)?;
+        let (fd, flags) = match self.open_to_write(path.as_fd(), flags) {
+            // The host's root may have allowed nothing else (`chattr +a`).
+            Err(Errno::PERM) if appends => self.open_to_write(path.as_fd(), flags | OFlags::APPEND),
+            other => other,
+        }?;
         if open_flags & abi::open::KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
             self.kill_suidgid(fd.as_fd())?;
         }
@@ -133,25 +138,20 @@ impl Passthrough {
         &self,
         node: NodeId,
         handle: Handle,
-        offset: u64,
+        to: WriteAt,
         data: &dyn DataIn,
-        flags: u32,
+        kill_suidgid: bool,
     ) -> Result<usize> {
         self.writable()?;
         let open = self.handles.file(node, handle)?;
         if !open.writable() {
             return Err(Errno::BADF);
         }
-        if flags & abi::write::KILL_SUIDGID != 0 {
+        if kill_suidgid {
             // Before the data, as the kernel does: nothing new ever runs with the old bits.
             self.kill_suidgid(open.fd())?;
         }
-        let write = |file| data.write_to(file, offset).map_err(|error| errno(&error));
-        // For a page that it writes back, a kernel takes any handle, but the page has its place.
-        if flags & abi::write::CACHE != 0 && open.appends() {
-            return write(self.reopen(open.fd(), OFlags::WRONLY)?.as_fd());
-        }
-        write(open.fd())
+        data.write_to(open.fd(), to).map_err(|error| errno(&error))
     }
 
     pub(super) fn sync_file(&self, node: NodeId, handle: Handle, data_only: bool) -> Result<()> {

@@ -11,7 +11,8 @@ use super::Passthrough;
 use crate::abi;
 use crate::directory::DirSink;
 use crate::filesystem::{
-    Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, XattrReply,
+    Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, WriteAt,
+    XattrReply,
 };
 use crate::types::{Caller, Handle, Name, NodeId};
 
@@ -148,11 +149,11 @@ impl FileSystem for Passthrough {
         &self,
         node: NodeId,
         handle: Handle,
-        offset: u64,
+        to: WriteAt,
         data: &dyn DataIn,
-        flags: u32,
+        kill_suidgid: bool,
     ) -> Result<usize> {
-        self.write_file(node, handle, offset, data, flags)
+        self.write_file(node, handle, to, data, kill_suidgid)
     }
 
     fn flush(&self, node: NodeId, handle: Handle) -> Result<()> {

@@ -13,7 +13,7 @@ use zerocopy::FromBytes;
 
 use super::*;
 use crate::directory::DirSink;
-use crate::filesystem::{Creation, DataIn, DataOut, FileSystem, Opened};
+use crate::filesystem::{Creation, DataIn, DataOut, FileSystem, Opened, WriteAt};
 use crate::types::{Caller, Handle};
 
 mod adversarial;
@@ -51,8 +51,8 @@ impl DataOut for Room {
 struct Data<'a>(&'a [u8]);
 
 impl DataIn for Data<'_> {
-    fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        Ok(rustix::io::pwrite(file, self.0, offset)?)
+    fn write_to(&self, file: BorrowedFd<'_>, to: WriteAt) -> io::Result<usize> {
+        Ok(crate::testing::write_at(file, self.0, to)?)
     }
 }
 
@@ -180,7 +180,7 @@ impl Share {
     }
 
     fn write(&self, node: NodeId, handle: Handle, offset: u64, data: &str) -> Result<usize> {
-        self.fs.write(node, handle, offset, &Data(data.as_bytes()), 0)
+        self.fs.write(node, handle, WriteAt::Offset(offset), &Data(data.as_bytes()), false)
     }
 
     fn opendir(&self, node: NodeId) -> Result<Handle> {

@@ -14,7 +14,8 @@ use rustix::io::Errno;
 use crate::abi;
 use crate::directory::DirSink;
 use crate::filesystem::{
-    Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, XattrReply,
+    Attributes, Changes, Creation, DataIn, DataOut, Entry, FileSystem, Opened, Result, WriteAt,
+    XattrReply,
 };
 use crate::types::{Caller, Handle, Name, NodeId};
 
@@ -293,14 +294,19 @@ impl FileSystem for Fake {
         &self,
         node: NodeId,
         handle: Handle,
-        offset: u64,
+        to: WriteAt,
         data: &dyn DataIn,
-        flags: u32,
+        kill_suidgid: bool,
     ) -> Result<usize> {
-        let call = format_args!("write {} {} {offset} {flags}", node.0, handle.0);
+        let place = match to {
+            WriteAt::Offset(offset) => offset.to_string(),
+            WriteAt::End => "end".to_owned(),
+        };
+        let call = format_args!("write {} {} {place} {kill_suidgid}", node.0, handle.0);
         let most = self.call(call)?.written;
         // Where it is written says the call; here it is at the beginning, so that no file is large.
-        let written = data.write_to(self.file.as_fd(), 0).map_err(|error| errno(&error))?;
+        let to = WriteAt::Offset(0);
+        let written = data.write_to(self.file.as_fd(), to).map_err(|error| errno(&error))?;
         Ok(written.min(most))
     }
 

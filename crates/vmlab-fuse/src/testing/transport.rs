@@ -3,7 +3,22 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use rustix::io::ReadWriteFlags;
+
+use crate::filesystem::{Result, WriteAt};
 use crate::request::{ReplyBytes, RequestBytes};
+
+/// Writes bytes to a file.
+///
+/// # Errors
+/// Those of pwritev2(2).
+pub fn write_at(file: BorrowedFd<'_>, bytes: &[u8], to: WriteAt) -> Result<usize> {
+    let (offset, flags) = match to {
+        WriteAt::Offset(offset) => (offset, ReadWriteFlags::empty()),
+        WriteAt::End => (0, ReadWriteFlags::APPEND),
+    };
+    rustix::io::pwritev2(file, &[io::IoSlice::new(bytes)], offset, flags)
+}
 
 /// Bytes in pieces of any sizes, as a guest scatters them in its memory: a request, or the room of a reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,12 +82,12 @@ impl RequestBytes for Pieces {
         &self,
         at: usize,
         file: BorrowedFd<'_>,
-        offset: u64,
+        to: WriteAt,
         count: usize,
     ) -> io::Result<usize> {
         let mut done = 0;
         for part in self.parts(at, count).filter(|part| !part.is_empty()) {
-            match rustix::io::pwrite(file, part, offset + done as u64) {
+            match write_at(file, part, to.after(done)) {
                 Ok(written) => done += written,
                 Err(error) if done == 0 => return Err(error.into()),
                 Err(_) => break,
@@ -151,7 +166,7 @@ mod tests {
         for size in [0, 1, 3, 30, 100] {
             let file = tempfile::tempfile().unwrap();
             let request = Pieces::new(&bytes, size);
-            assert_eq!(request.write_to(10, file.as_fd(), 5, 80).unwrap(), 80);
+            assert_eq!(request.write_to(10, file.as_fd(), WriteAt::Offset(5), 80).unwrap(), 80);
             assert_eq!(file.metadata().unwrap().len(), 85);
             let mut room = Pieces::new(&[0; 100], size);
             // It ends before the room does.

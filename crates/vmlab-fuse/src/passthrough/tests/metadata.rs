@@ -200,7 +200,7 @@ fn set_user_id_goes_when_a_file_changes() {
     let permissions = || share.attr(node).unwrap().mode & 0o7777;
     let again = || assert_eq!(set(&share, node, mode(0o6755)).unwrap().mode & 0o7777, 0o6755);
     again();
-    share.fs.write(node, handle, 0, &Data(b"x"), abi::write::KILL_SUIDGID).unwrap();
+    share.fs.write(node, handle, WriteAt::Offset(0), &Data(b"x"), true).unwrap();
     assert_eq!(permissions(), 0o755);
     again();
     let kill = Changes { size: Some(0), kill_suidgid: true, ..Default::default() };
@@ -212,7 +212,7 @@ fn set_user_id_goes_when_a_file_changes() {
     assert_eq!(permissions(), 0o755);
     // Without the group's right to run it the bit has another meaning, and stays.
     set(&share, node, mode(0o2745)).unwrap();
-    share.fs.write(node, handle, 0, &Data(b"x"), abi::write::KILL_SUIDGID).unwrap();
+    share.fs.write(node, handle, WriteAt::Offset(0), &Data(b"x"), true).unwrap();
     assert_eq!(permissions(), 0o2745);
     if is_root() {
         again();

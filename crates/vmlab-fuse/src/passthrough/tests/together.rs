@@ -107,10 +107,10 @@ impl RequestBytes for Bytes {
         &self,
         at: usize,
         file: BorrowedFd<'_>,
-        to: u64,
+        to: WriteAt,
         count: usize,
     ) -> io::Result<usize> {
-        Ok(rustix::io::pwrite(file, &self.0[at..at + count], to)?)
+        Ok(crate::testing::write_at(file, &self.0[at..at + count], to)?)
     }
 }
 

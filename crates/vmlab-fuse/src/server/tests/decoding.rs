@@ -1,5 +1,7 @@
 //! Requests become calls.
 
+use rustix::fs::OFlags;
+
 use super::*;
 
 #[test]
@@ -34,7 +36,7 @@ fn every_request_is_the_right_call() {
         "link 5 2 name",
         "open 1000:100:42 2 0x8000 0x0",
         "read 2 3 4",
-        "write 2 3 4096 0",
+        "write 2 3 4096 false",
         "statfs 2",
         "release 2 3",
         "fsync 2 3 true",
@@ -90,6 +92,23 @@ fn handles_and_flags_are_of_those_that_have_them() {
                 ..Default::default()
             }),
             "write 1 0 0 4",
+        ),
+        (
+            RawRequest::new(Opcode::Write).with(&abi::WriteIn {
+                offset: 7,
+                flags: OFlags::APPEND.bits(),
+                ..Default::default()
+            }),
+            "write 1 0 end false",
+        ),
+        (
+            RawRequest::new(Opcode::Write).with(&abi::WriteIn {
+                offset: 7,
+                write_flags: abi::write::CACHE,
+                flags: OFlags::APPEND.bits(),
+                ..Default::default()
+            }),
+            "write 1 0 7 false",
         ),
         (
             RawRequest::new(Opcode::Open)
