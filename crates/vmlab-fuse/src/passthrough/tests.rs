@@ -21,9 +21,12 @@ mod directories;
 mod files;
 mod metadata;
 mod read_only;
+mod served;
 mod table;
 mod together;
 mod xattrs;
+
+use served::Served;
 
 const ROOT: NodeId = NodeId::ROOT;
 
@@ -34,7 +37,7 @@ const RDWR: OFlags = OFlags::RDWR;
 /// A shared temporary directory.
 struct Share {
     dir: TempDir,
-    fs: Passthrough,
+    fs: Served,
 }
 
 struct Room(Vec<u8>);
@@ -97,7 +100,7 @@ impl Share {
 
     fn with(config: PassthroughConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let fs = Passthrough::new(dir.path(), config).unwrap();
+        let fs = Served::from(Passthrough::new(dir.path(), config).unwrap());
         fs.init(init::SUBMOUNTS);
         Self { dir, fs }
     }

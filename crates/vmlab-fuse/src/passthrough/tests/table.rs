@@ -129,7 +129,7 @@ fn child() {
     let fs = Passthrough::new(tree.as_ref(), PassthroughConfig::default()).unwrap();
     fs.init(init::SUBMOUNTS);
     // The directory is not this share's, but the helpers are.
-    let share = Share { dir: tempfile::tempdir().unwrap(), fs };
+    let share = Share { dir: tempfile::tempdir().unwrap(), fs: fs.into() };
     let begin = Instant::now();
     let mut files = Vec::new();
     for directory in share.list(ROOT, (4096, true)) {
