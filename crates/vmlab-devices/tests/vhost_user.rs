@@ -4,11 +4,13 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmlab_devices::fs::{Fs, Passthrough, PassthroughConfig, Server};
 use vmlab_devices::rng::Rng;
 use vmlab_devices::transport::vhost_user::{Error, Served, serve};
 use vmlab_devices::{Device, Fault, QueueError, QueueKind, Turn, VirtQueue};
@@ -116,6 +118,55 @@ fn a_broken_ring_ends_the_connection_with_a_reason() {
     assert!(matches!(error, Error::Queue { device: 4, queue: 0, .. }), "{error:?}");
     // The monitor sees it as well.
     assert!(monitor.frontend.get_features().is_err());
+}
+
+#[test]
+fn a_restricted_thread_ends_the_connection_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let share = Passthrough::new(dir.path(), PassthroughConfig::default()).unwrap();
+    let mut monitor = monitor_of(Arc::new(Fs::new(Server::new(share), "share", 1)));
+    monitor.start();
+    monitor.driver.set(AVAILABLE + 2, SIZE + 1);
+    monitor.kick.write(1).unwrap();
+    let begin = Instant::now();
+    while monitor.frontend.get_features().is_ok() {
+        assert!(begin.elapsed().as_secs() < PATIENCE.tv_sec as u64, "the connection goes on");
+    }
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Queue { queue: 0, source: Fault::Queue(_), .. }), "{error:?}");
+}
+
+/// A device whose threads cannot be restricted.
+struct Unprepared;
+
+impl Device for Unprepared {
+    fn id(&self) -> u32 {
+        98
+    }
+
+    fn queues(&self) -> Vec<QueueKind> {
+        vec![QueueKind { max_size: SIZE, workers: 2 }]
+    }
+
+    fn prepare_thread(&self) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn process(&self, _: usize, _: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {
+        panic!("a request is served")
+    }
+}
+
+#[test]
+fn a_thread_that_cannot_be_restricted_serves_nothing() {
+    let mut monitor = monitor_of(Arc::new(Unprepared));
+    monitor.start();
+    monitor.driver.describe(0, (BUFFERS, 32, WRITE, 0));
+    monitor.driver.offer(0);
+    monitor.kick.write(1).unwrap();
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Queue { source: Fault::Prepare(_), .. }), "{error:?}");
+    assert!(monitor.driver.used().is_empty());
 }
 
 #[test]

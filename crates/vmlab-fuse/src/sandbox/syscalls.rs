@@ -34,10 +34,12 @@ const RUNTIME: &[c_long] = &[
     libc::SYS_sigaltstack,
 ];
 
-/// Waiting for requests, interrupting the guest, and the message of a panic.
+/// Waiting for requests, interrupting the guest, the message of a panic, and ending the connection by which
+/// others are told that a queue is beyond use.
 const TRANSPORT: &[c_long] = &[
     libc::SYS_ppoll,
     libc::SYS_read,
+    libc::SYS_shutdown,
     libc::SYS_write,
     libc::SYS_writev,
     #[cfg(target_arch = "x86_64")]
