@@ -5,8 +5,9 @@
 //! they start keep their rights. This is a second line, against mistakes in how requests are served. The
 //! threads share their memory with the rest of the process, so it is none against foreign code in it.
 //!
-//! Landlock knows no rights for permissions, owners, times and extended attributes. A thread that serves a
-//! read-only share has no system call for those; one that may write to its share has.
+//! Landlock knows no rights for permissions, owners, times and extended attributes, and before its third version
+//! (Linux 6.2) none for truncating. A thread that serves a read-only share has no system call for those but
+//! openat2(2), whose flags seccomp does not see; one that may write to its share has them all.
 
 use std::error::Error;
 use std::fmt;
