@@ -121,6 +121,9 @@ pub(crate) struct VmArgs {
     /// How the root and all shares reach the guest; auto takes virtiofs where the kernel has it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) share_via: ShareViaArg,
+    /// Do not restrict vmlab's own file servers to their shares (see `vmlab doctor`)
+    #[arg(long)]
+    pub(crate) no_sandbox: bool,
     /// Do not share the working directory; where the guest's root has none, `/` takes its place
     #[arg(long)]
     pub(crate) no_cwd: bool,

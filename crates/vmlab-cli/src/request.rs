@@ -97,6 +97,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             ShareViaArg::Virtiofs => ShareVia::Only(ShareTransport::VirtioFs),
             ShareViaArg::NineP => ShareVia::Only(ShareTransport::NineP),
         })
+        .sandbox(!args.no_sandbox)
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
         .hostname(args.hostname)

@@ -146,6 +146,11 @@ fn under(
     if let Some(why) = prepared.accel_reason() {
         display.note(&format!("TCG, not KVM: {why}"));
     }
+    if request.verbosity == Verbosity::Verbose
+        && let Some(confinement) = prepared.confinement()
+    {
+        display.note(&confinement);
+    }
     let mut report = prepared.report();
     let begun = Instant::now();
     let vm = match start(request, prepared, signals) {

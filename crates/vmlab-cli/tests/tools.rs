@@ -19,7 +19,8 @@ fn the_doctor_finds_what_is_there() {
     let checks: Value = serde_json::from_slice(&outcome.stdout).unwrap();
     let checks = checks.as_array().unwrap();
     let names: Vec<&str> = checks.iter().map(|c| c["name"].as_str().unwrap()).collect();
-    for wanted in ["qemu", "kvm", "depmod", "apt", "cache", "logs", "kernels", "memory"] {
+    for wanted in ["qemu", "kvm", "sandbox", "depmod", "apt", "cache", "logs", "kernels", "memory"]
+    {
         assert!(names.contains(&wanted), "{wanted}: {names:?}");
     }
     for check in checks {

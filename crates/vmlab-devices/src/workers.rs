@@ -112,6 +112,7 @@ impl Shared {
     }
 
     fn serve(&self) -> Result<(), Fault> {
+        bear_file_limits().map_err(Fault::Prepare)?;
         self.device.prepare_thread().map_err(Fault::Prepare)?;
         while !self.queue.stopped() {
             let mut turn = Turn::take(&self.turn);
@@ -143,6 +144,26 @@ impl Shared {
             }
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Makes a write of the calling thread beyond the process's limit of file sizes (`RLIMIT_FSIZE`) fail with
+/// `EFBIG` alone: whoever drives the thread from a guest must not end the process. The signal that comes with
+/// the error is for the thread, so that it can be blocked there, and no child inherits anything.
+///
+/// # Errors
+/// None that is known.
+pub fn bear_file_limits() -> io::Result<()> {
+    // SAFETY: an array of integers, for which zeroes are a value.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a live signal set.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    // SAFETY: `set` was just initialised, and the signal is one.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGXFSZ) };
+    // SAFETY: `set` is initialised, and the old one is not asked for.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 

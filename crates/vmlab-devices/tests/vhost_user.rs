@@ -4,6 +4,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
@@ -131,6 +132,55 @@ fn rings_have_a_longest_length() {
         let _ = monitor.frontend.set_vring_num(0, size);
         assert_eq!(monitor.frontend.get_features().is_ok(), kept, "{size}");
     }
+}
+
+#[test]
+fn a_restricted_thread_ends_the_connection_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let share = Passthrough::new(dir.path(), PassthroughConfig::default()).unwrap();
+    let mut monitor = monitor_of(Arc::new(Fs::new(Server::new(share), "share", 1)));
+    monitor.start();
+    monitor.driver.set(AVAILABLE + 2, SIZE + 1);
+    monitor.kick.write(1).unwrap();
+    let begin = Instant::now();
+    while monitor.frontend.get_features().is_ok() {
+        assert!(begin.elapsed().as_secs() < PATIENCE.tv_sec as u64, "the connection goes on");
+    }
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Queue { queue: 0, source: Fault::Queue(_), .. }), "{error:?}");
+}
+
+/// A device whose threads cannot be restricted.
+struct Unprepared;
+
+impl Device for Unprepared {
+    fn id(&self) -> u32 {
+        98
+    }
+
+    fn queues(&self) -> Vec<QueueKind> {
+        vec![QueueKind { max_size: SIZE, workers: 2 }]
+    }
+
+    fn prepare_thread(&self) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::PermissionDenied.into())
+    }
+
+    fn process(&self, _: usize, _: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {
+        panic!("a request is served")
+    }
+}
+
+#[test]
+fn a_thread_that_cannot_be_restricted_serves_nothing() {
+    let mut monitor = monitor_of(Arc::new(Unprepared));
+    monitor.start();
+    monitor.driver.describe(0, (BUFFERS, 32, WRITE, 0));
+    monitor.driver.offer(0);
+    monitor.kick.write(1).unwrap();
+    let error = monitor.served.wait().unwrap_err();
+    assert!(matches!(error, Error::Queue { source: Fault::Prepare(_), .. }), "{error:?}");
+    assert!(monitor.driver.used().is_empty());
 }
 
 #[test]

@@ -136,6 +136,15 @@ pub trait DataOut {
 /// Node ids and handles come from the guest: an unknown one is `ESTALE` or `EBADF` and never a panic.
 /// Names are legal, sizes are within the server's limits.
 pub trait FileSystem: Send + Sync {
+    /// Called by each thread that only serves, before it does: it may give up rights that serving does not
+    /// need.
+    ///
+    /// # Errors
+    /// The thread must not serve.
+    fn prepare_thread(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Begins a session, with these flags negotiated ([`abi::init`]); what an earlier one left is
     /// forgotten.
     fn init(&self, flags: u64);

@@ -16,6 +16,7 @@ mod directory;
 mod filesystem;
 mod passthrough;
 mod request;
+mod sandbox;
 mod server;
 #[cfg(any(test, feature = "test-transport"))]
 pub mod testing;
@@ -28,5 +29,6 @@ pub use filesystem::{
 };
 pub use passthrough::{CachePolicy, MAX_HANDLES, MAX_INODES, Passthrough, PassthroughConfig};
 pub use request::{ReplyBytes, RequestBytes};
+pub use sandbox::{Landlock, Restrictions};
 pub use server::{MAX_ARGUMENTS, MAX_PAGES, MAX_WRITE, Server};
 pub use types::{Caller, Handle, MAX_NAME, Name, NodeId};

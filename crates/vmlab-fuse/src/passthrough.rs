@@ -20,6 +20,7 @@ use rustix::process::{Resource, getegid, geteuid, getrlimit};
 
 use crate::abi::{self, init};
 use crate::filesystem::{Attributes, Entry, Result};
+use crate::sandbox::Sandbox;
 use crate::types::{Name, NodeId};
 
 mod attributes;
@@ -97,6 +98,8 @@ pub struct PassthroughConfig {
     pub max_descriptors: usize,
     /// How many inodes may be known. More are `ENFILE`.
     pub max_inodes: usize,
+    /// Whether a thread that is prepared to serve is restricted to that, as far as the kernel can.
+    pub sandbox: bool,
 }
 
 impl Default for PassthroughConfig {
@@ -111,6 +114,7 @@ impl Default for PassthroughConfig {
             max_handles: MAX_HANDLES,
             max_descriptors: quarter.clamp(DESCRIPTORS.0, DESCRIPTORS.1),
             max_inodes: MAX_INODES,
+            sandbox: true,
         }
     }
 }
@@ -136,17 +140,23 @@ pub struct Passthrough {
     followed: Followed,
     /// What INIT has agreed on.
     flags: AtomicU64,
+    /// The restrictions of threads that serve.
+    sandbox: Option<Sandbox>,
 }
 
 impl Passthrough {
     /// Shares a directory.
     ///
     /// # Errors
-    /// When it cannot be opened or is none, there is no `/proc`, or the host is older than Linux 5.6.
+    /// When it cannot be opened or is none, there is no `/proc`, the host is older than Linux 5.6, or its
+    /// kernel refuses restrictions that it has.
     pub fn new(root: &Path, config: PassthroughConfig) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = Arc::new(open(root, flags, Mode::empty())?);
+        let sandbox = config.sandbox.then(|| Sandbox::new(&root, config.read_only)).transpose()?;
         let passthrough = Self {
-            root: Arc::new(open(root, flags, Mode::empty())?),
+            root,
+            sandbox,
             proc: open(c"/proc/self/fd", flags, Mode::empty())?,
             privileged: geteuid().is_root(),
             group: getegid().as_raw(),

@@ -19,6 +19,7 @@ use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
+use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
@@ -84,6 +85,7 @@ pub struct VmBuilder {
     share_cwd: bool,
     shares: Vec<Share>,
     share_via: ShareVia,
+    sandbox: bool,
     network: NetworkMode,
     hostname: String,
     append: Vec<String>,
@@ -117,6 +119,7 @@ impl Default for VmBuilder {
             share_cwd: true,
             shares: Vec::new(),
             share_via: ShareVia::Auto,
+            sandbox: true,
             network: NetworkMode::None,
             hostname: HOSTNAME.to_owned(),
             append: Vec::new(),
@@ -204,6 +207,13 @@ impl VmBuilder {
     /// unless set.
     pub fn share_via(mut self, via: ShareVia) -> Self {
         self.share_via = via;
+        self
+    }
+
+    /// Whether vmlab's own file servers restrict themselves to their shares, as far as the host's kernel
+    /// can; they do unless set.
+    pub fn sandbox(mut self, sandbox: bool) -> Self {
+        self.sandbox = sandbox;
         self
     }
 
@@ -335,6 +345,7 @@ impl VmBuilder {
             .topology(self.topology)
             .accel(accel)
             .machine(machine)
+            .sandbox(self.sandbox)
             .network(self.network)
             .channel(prepared.channel)
             .qemu_args(self.qemu_args);
@@ -544,6 +555,12 @@ impl PreparedVm {
     /// Why KVM is not used, where it might have been.
     pub fn accel_reason(&self) -> Option<&str> {
         self.accel_reason.as_deref()
+    }
+
+    /// How vmlab's own file servers are restricted, if the VM has any.
+    pub fn confinement(&self) -> Option<String> {
+        let served = self.config.served_shares().next().is_some();
+        served.then(|| sandbox::describe(self.config.sandbox))
     }
 
     /// What is known of the run before it has begun.

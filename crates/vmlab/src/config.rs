@@ -199,6 +199,8 @@ pub struct VmConfig {
     pub machine: Machine,
     /// Host directories.
     pub shares: Vec<ShareDevice>,
+    /// Whether the threads of vmlab's own file servers are restricted to their shares.
+    pub sandbox: bool,
     /// Network.
     pub network: NetworkMode,
     /// How the agent is reached.
@@ -341,6 +343,7 @@ impl VmConfigBuilder {
                 accel: Accel::Tcg,
                 machine: Machine::Microvm,
                 shares: Vec::new(),
+                sandbox: true,
                 network: NetworkMode::None,
                 channel: AgentChannel::Virtio,
                 qemu_args: Vec::new(),
@@ -375,6 +378,12 @@ impl VmConfigBuilder {
     /// Adds a host directory.
     pub fn share(mut self, share: ShareDevice) -> Self {
         self.config.shares.push(share);
+        self
+    }
+
+    /// Sets whether file servers are restricted.
+    pub fn sandbox(mut self, sandbox: bool) -> Self {
+        self.config.sandbox = sandbox;
         self
     }
 

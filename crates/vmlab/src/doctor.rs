@@ -2,11 +2,13 @@
 
 use serde::Serialize;
 use vmlab_artifacts::{Cache, KernelStore, find_program};
+use vmlab_devices::fs::Landlock;
 use vmlab_vmm::probe;
 
 use crate::error::chain;
 use crate::hypervisor::{Hypervisor, qemu::Qemu};
 use crate::runs;
+use crate::sandbox::{self, without_landlock};
 use crate::units::Bytes;
 
 /// One thing that was looked at.
@@ -40,7 +42,7 @@ const SPACE_WANTED: Bytes = Bytes(1 << 30);
 
 /// Looks at everything that running VMs depends on.
 pub fn examine() -> Vec<Check> {
-    vec![qemu(), kvm(), depmod(), apt(), cache(), logs(), kernels(), memory()]
+    vec![qemu(), kvm(), sandbox(), depmod(), apt(), cache(), logs(), kernels(), memory()]
 }
 
 fn good(name: &'static str, detail: impl Into<String>) -> Check {
@@ -71,6 +73,33 @@ fn kvm() -> Check {
             Status::Lacking,
             chain(&unusable),
             "without KVM, guests run under TCG: everything works, about ten times slower",
+        ),
+    }
+}
+
+fn sandbox() -> Check {
+    let name = "sandbox";
+    let found = match sandbox::of_host() {
+        Ok(found) => found,
+        Err(why) => {
+            let remedy = "`vmlab run --no-sandbox` shares files over virtio-fs without it";
+            return wrong(name, Status::Lacking, why, remedy);
+        }
+    };
+    let seccomp = if found.seccomp { "seccomp" } else { "no seccomp" };
+    match (without_landlock(found.landlock), found.landlock) {
+        (None, Landlock::Version(version)) if found.seccomp => {
+            good(name, format!("Landlock (ABI {version}), seccomp"))
+        }
+        (Some((why, remedy)), _) => {
+            wrong(name, Status::Lacking, format!("{why}; {seccomp}"), remedy)
+        }
+        (None, _) => wrong(
+            name,
+            Status::Lacking,
+            "no seccomp: the host's kernel does not filter system calls",
+            "file servers are restricted to fewer system calls where a kernel has \
+             CONFIG_SECCOMP_FILTER",
         ),
     }
 }

@@ -229,7 +229,9 @@ impl Error {
                 ExitReason::Shutdown | ExitReason::Reset | ExitReason::TripleFault => {
                     ErrorClass::GuestEnded
                 }
-                ExitReason::Killed | ExitReason::MonitorFailed(_) => ErrorClass::Vmlab,
+                ExitReason::Killed
+                | ExitReason::MonitorFailed(_)
+                | ExitReason::FileServerFailed(_) => ErrorClass::Vmlab,
             },
             Self::CommandNotFound { .. } => ErrorClass::NotFound,
             Self::CommandNotExecutable { .. } => ErrorClass::NotExecutable,

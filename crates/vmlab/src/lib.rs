@@ -26,6 +26,7 @@ pub mod hypervisor;
 pub mod report;
 mod rootfs;
 mod runs;
+mod sandbox;
 mod share;
 mod sync;
 mod tsc;

@@ -1,5 +1,6 @@
 //! The device: which queues there are, and who serves which request.
 
+use std::io;
 use std::mem::offset_of;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -61,6 +62,10 @@ impl<F: FileSystem> Device for Fs<F> {
 
     fn config(&self) -> Vec<u8> {
         [&self.tag[..], &self.request_queues.to_le_bytes()].concat()
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        self.server.filesystem().prepare_thread()
     }
 
     fn process(&self, _: usize, queue: &VirtQueue, turn: &mut Turn<'_>) -> Result<(), QueueError> {

@@ -4,4 +4,6 @@ mod buffers;
 mod device;
 
 pub use device::{Fs, MAX_TAG};
-pub use vmlab_fuse::{CachePolicy, FileSystem, Passthrough, PassthroughConfig, Server};
+pub use vmlab_fuse::{
+    CachePolicy, FileSystem, Landlock, Passthrough, PassthroughConfig, Restrictions, Server,
+};

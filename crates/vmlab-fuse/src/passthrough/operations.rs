@@ -1,6 +1,7 @@
 //! The operations, each done where its subject is.
 
 use std::ffi::CStr;
+use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -17,6 +18,10 @@ use crate::filesystem::{
 use crate::types::{Caller, Handle, Name, NodeId};
 
 impl FileSystem for Passthrough {
+    fn prepare_thread(&self) -> io::Result<()> {
+        self.sandbox.as_ref().map_or(Ok(()), |sandbox| sandbox.enter().map(|_| ()))
+    }
+
     fn init(&self, flags: u64) {
         self.flags.store(flags, Ordering::Relaxed);
         // The root was there when the share was made, and an error leaves what was known.

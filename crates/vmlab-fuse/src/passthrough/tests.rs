@@ -22,9 +22,12 @@ mod files;
 mod metadata;
 mod raw;
 mod read_only;
+mod served;
 mod table;
 mod together;
 mod xattrs;
+
+use served::Served;
 
 const ROOT: NodeId = NodeId::ROOT;
 
@@ -35,7 +38,7 @@ const RDWR: OFlags = OFlags::RDWR;
 /// A shared temporary directory.
 struct Share {
     dir: TempDir,
-    fs: Passthrough,
+    fs: Served,
 }
 
 struct Room(Vec<u8>);
@@ -98,7 +101,7 @@ impl Share {
 
     fn with(config: PassthroughConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let fs = Passthrough::new(dir.path(), config).unwrap();
+        let fs = Served::from(Passthrough::new(dir.path(), config).unwrap());
         fs.init(init::SUBMOUNTS);
         // Files are listed with their attributes.
         fs.followed.expect(u32::MAX);

@@ -181,6 +181,8 @@ pub enum ExitReason {
     Timeout,
     /// The hypervisor itself ended or broke, with what it said.
     MonitorFailed(String),
+    /// One of vmlab's own file servers cannot go on, with its share and what happened.
+    FileServerFailed(String),
 }
 
 impl fmt::Display for ExitReason {
@@ -194,6 +196,7 @@ impl fmt::Display for ExitReason {
             Self::Killed => f.write_str("the VM was killed"),
             Self::Timeout => f.write_str("the VM ran into its time limit"),
             Self::MonitorFailed(what) => write!(f, "the hypervisor failed: {what}"),
+            Self::FileServerFailed(what) => f.write_str(what),
         }
     }
 }

@@ -133,7 +133,7 @@ fn child() {
     fs.init(init::SUBMOUNTS);
     fs.followed.expect(u32::MAX);
     // The directory is not this share's, but the helpers are.
-    let share = Share { dir: tempfile::tempdir().unwrap(), fs };
+    let share = Share { dir: tempfile::tempdir().unwrap(), fs: fs.into() };
     let begin = Instant::now();
     let mut files = Vec::new();
     for directory in share.list(ROOT, (4096, true)) {

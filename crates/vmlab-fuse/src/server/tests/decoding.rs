@@ -91,7 +91,7 @@ fn handles_and_flags_are_of_those_that_have_them() {
                 write_flags: abi::write::KILL_SUIDGID,
                 ..Default::default()
             }),
-            "write 1 0 0 4",
+            "write 1 0 0 true",
         ),
         (
             RawRequest::new(Opcode::Write).with(&abi::WriteIn {

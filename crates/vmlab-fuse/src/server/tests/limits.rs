@@ -111,10 +111,10 @@ fn a_page_that_is_written_back_is_written_whole_or_not() {
     };
     let (reply, calls) = write(0);
     assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 2));
-    assert_eq!(calls, ["write 1 3 7 0"]);
+    assert_eq!(calls, ["write 1 3 7 false"]);
     let (reply, calls) = write(abi::write::CACHE);
     assert_eq!((reply.error, reply.get::<abi::WriteOut>().size), (0, 5));
-    assert_eq!(calls, ["write 1 3 7 1", "write 1 3 9 1", "write 1 3 11 1"]);
+    assert_eq!(calls, ["write 1 3 7 false", "write 1 3 9 false", "write 1 3 11 false"]);
     // The last part, at the beginning of the fake's file.
     assert!(server.filesystem().content().unwrap().starts_with(b"o"));
     server.filesystem().answer(|answers| answers.written = 0);

@@ -35,7 +35,7 @@ impl FileServers {
             .served_shares()
             .map(|share| {
                 let source = |source| HypervisorError::Share { path: share.path.clone(), source };
-                Ok((share.path.clone(), device(share).map_err(source)?))
+                Ok((share.path.clone(), device(share, config.sandbox).map_err(source)?))
             })
             .collect::<Result<_, _>>()
             .map(Self)
@@ -60,15 +60,20 @@ impl FileServers {
 }
 
 impl FileServer {
-    /// Waits until it has nobody to serve any more. Says what happened if that was its own doing.
-    pub(super) fn wait(self) -> Option<String> {
+    /// Waits until it has nobody to serve any more. `ended` says whether that is because QEMU ends, and
+    /// else what happened is said.
+    pub(super) fn wait(self, ended: impl FnOnce() -> bool) -> Option<String> {
         let Self { path, served } = self;
-        let error = served.wait().err()?;
-        Some(format!("the file server of {} ended: {}", path.display(), chain(&error)))
+        let path = path.display();
+        match served.wait() {
+            Err(error) => Some(format!("the file server of {path} ended: {}", chain(&error))),
+            Ok(()) if ended() => None,
+            Ok(()) => Some(format!("the file server of {path} has lost its connection to QEMU")),
+        }
     }
 }
 
-fn device(share: &ShareDevice) -> io::Result<Arc<dyn Device>> {
+fn device(share: &ShareDevice, sandbox: bool) -> io::Result<Arc<dyn Device>> {
     let cache = match share.caching {
         Caching::Fixed => CachePolicy::Fixed,
         Caching::Coherent => CachePolicy::Coherent,
@@ -76,7 +81,7 @@ fn device(share: &ShareDevice) -> io::Result<Arc<dyn Device>> {
     // What does not change may lie under an overlay.
     let submounts = share.caching == Caching::Coherent;
     let read_only = share.read_only;
-    let config = PassthroughConfig { read_only, cache, submounts, ..Default::default() };
+    let config = PassthroughConfig { read_only, cache, submounts, sandbox, ..Default::default() };
     let server = Server::new(Passthrough::new(&share.path, config)?);
     Ok(Arc::new(Fs::new(server, &share.tag, REQUEST_QUEUES)))
 }

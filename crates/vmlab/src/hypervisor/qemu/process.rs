@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
+use vmlab_devices::bear_file_limits;
 
 use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmHandle, VmState};
 use super::command::{Descriptors, arguments};
@@ -31,6 +32,10 @@ const KEPT_STDERR: usize = 64 * 1024;
 /// How long the last output of an ended QEMU may take to be read. It is there already, so this only
 /// bounds a fault.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// How long QEMU may take to end after it has closed its connections. One that goes on is of no use to its
+/// guest, which waits for files.
+const END_OF_QEMU: Duration = Duration::from_secs(3);
 
 /// How long a guest that panicked may say nothing before it is taken to be stuck: it should have reset
 /// the machine.
@@ -182,8 +187,9 @@ impl QemuVm {
                 for server in servers {
                     let shared = Arc::clone(&shared);
                     std::thread::spawn(move || {
-                        if let Some(said) = server.wait() {
-                            shared.end(ExitReason::MonitorFailed(said));
+                        let ended = || shared.ended_by(Some(Instant::now() + END_OF_QEMU));
+                        if let Some(said) = server.wait(ended) {
+                            shared.end(ExitReason::FileServerFailed(said));
                         }
                     });
                 }
@@ -259,7 +265,11 @@ impl Shared {
             Box::new(move || said.pump(stderr, stderr_log)),
         ];
         for pump in pumps {
-            std::thread::spawn(pump);
+            std::thread::spawn(move || {
+                // What the guest says on its console must not end this process. It is only a log that ends.
+                let _ = bear_file_limits();
+                pump();
+            });
         }
         if !self.ended_by(deadline) {
             self.end(ExitReason::Timeout);
