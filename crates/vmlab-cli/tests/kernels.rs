@@ -131,8 +131,8 @@ fn kernels_are_taken_by_path() {
     for path in ["./bzImage", "./vmlinux"] {
         let outcome = site.vmlab(["run", "-q", "-k", path, "--", "true"]).output();
         outcome.expect_code(125).expect_stderr(&[
-            "could not mount virtiofs root",
-            "CONFIG_VIRTIO_FS",
+            "could not mount the overlay over the root",
+            "CONFIG_OVERLAY_FS",
             "the directory that it was unpacked to",
             "the whole console: ",
         ]);

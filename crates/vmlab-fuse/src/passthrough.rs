@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags, Statx, fstatfs, open, openat2};
@@ -98,6 +98,9 @@ pub struct PassthroughConfig {
     pub max_descriptors: usize,
     /// How many inodes may be known. More are `ENFILE`.
     pub max_inodes: usize,
+    /// Whether SYNCFS waits until everything has reached the host's disks, with all else that was written to
+    /// them. It can be changed at any time.
+    pub durable: Arc<AtomicBool>,
     /// Whether a thread that is prepared to serve is restricted to that, as far as the kernel can.
     pub sandbox: bool,
 }
@@ -114,6 +117,7 @@ impl Default for PassthroughConfig {
             max_handles: MAX_HANDLES,
             max_descriptors: quarter.clamp(DESCRIPTORS.0, DESCRIPTORS.1),
             max_inodes: MAX_INODES,
+            durable: Arc::new(AtomicBool::new(true)),
             sandbox: true,
         }
     }

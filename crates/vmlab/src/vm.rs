@@ -171,6 +171,7 @@ impl Vm {
     /// When the guest had ended before, or does not end in time; it is gone all the same.
     pub fn shutdown(&self) -> Result<(), Error> {
         self.end_phase(Phase::Run);
+        self.handle.wind_down();
         // The message is short, so the only failure is that the VM has ended, which is found below.
         let _ = self.connection.send(&HostMessage::PowerOff);
         let stopped = self.connection.wait_powering_off(Some(Instant::now() + STOP_TIME));

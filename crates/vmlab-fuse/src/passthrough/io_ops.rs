@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fstatvfs,
@@ -232,6 +233,9 @@ impl Passthrough {
             FileType::Directory => OFlags::RDONLY | OFlags::DIRECTORY,
             _ => return Ok(()),
         };
+        if !self.config.durable.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         syncfs(self.reopen(fd.as_fd(), flags)?)
     }
 }

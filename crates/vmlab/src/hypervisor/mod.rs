@@ -87,6 +87,10 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
     /// When the VM has ended or does not answer.
     fn shutdown(&self) -> Result<(), HypervisorError>;
 
+    /// Says that the VM is about to end: what the guest writes back from now on has to reach the host, but
+    /// need not wait for the host's disks and for all that others write to them.
+    fn wind_down(&self);
+
     /// Ends the VM at once, for the given reason, unless it has ended already. Returns when it is gone.
     fn kill(&self, reason: ExitReason);
 }

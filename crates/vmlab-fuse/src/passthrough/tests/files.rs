@@ -271,3 +271,27 @@ fn thousands_of_handles_are_open_at_once() {
     let opened = (0..2 * MAX_HANDLES).filter(|_| share.open(node, RDONLY).is_ok()).count();
     assert_eq!(opened, MAX_HANDLES);
 }
+
+/// Lets every syncfs(2) of the calling thread fail.
+fn refuse_syncfs() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+    let calls = [(libc::SYS_syncfs, Vec::new())].into();
+    let (allow, refuse) = (SeccompAction::Allow, SeccompAction::Errno(libc::EIO as u32));
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(calls, allow, refuse, arch).unwrap();
+    apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+}
+
+#[test]
+fn nobody_waits_for_the_disks_at_the_end() {
+    let durable = Arc::new(AtomicBool::new(true));
+    let config = PassthroughConfig { durable: Arc::clone(&durable), ..Default::default() };
+    let share = Share::with(config);
+    // Of this test's thread alone, as that of a test is.
+    refuse_syncfs();
+    let sync = || FileSystem::syncfs(&*share.fs, ROOT);
+    assert_eq!(sync(), Err(Errno::IO));
+    durable.store(false, Ordering::Relaxed);
+    assert_eq!(sync(), Ok(()));
+    assert_eq!(FileSystem::syncfs(&*share.fs, NodeId(99)), Err(Errno::STALE));
+}

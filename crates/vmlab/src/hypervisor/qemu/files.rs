@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use vmlab_devices::Device;
 use vmlab_devices::fs::{CachePolicy, Fs, Passthrough, PassthroughConfig, Server};
@@ -26,16 +27,20 @@ pub(super) struct FileServer {
 }
 
 impl FileServers {
-    /// Opens the directories of all shares over virtio-fs.
+    /// Opens the directories of all shares over virtio-fs. A guest's sync(2) waits for the host's disks
+    /// as long as `durable` says so.
     ///
     /// # Errors
     /// One cannot be opened.
-    pub(super) fn of(config: &VmConfig) -> Result<Self, HypervisorError> {
+    pub(super) fn of(
+        config: &VmConfig,
+        durable: &Arc<AtomicBool>,
+    ) -> Result<Self, HypervisorError> {
         config
             .served_shares()
             .map(|share| {
                 let source = |source| HypervisorError::Share { path: share.path.clone(), source };
-                Ok((share.path.clone(), device(share, config.sandbox).map_err(source)?))
+                Ok((share.path.clone(), device(share, config.sandbox, durable).map_err(source)?))
             })
             .collect::<Result<_, _>>()
             .map(Self)
@@ -73,7 +78,11 @@ impl FileServer {
     }
 }
 
-fn device(share: &ShareDevice, sandbox: bool) -> io::Result<Arc<dyn Device>> {
+fn device(
+    share: &ShareDevice,
+    sandbox: bool,
+    durable: &Arc<AtomicBool>,
+) -> io::Result<Arc<dyn Device>> {
     let cache = match share.caching {
         Caching::Fixed => CachePolicy::Fixed,
         Caching::Coherent => CachePolicy::Coherent,
@@ -81,7 +90,9 @@ fn device(share: &ShareDevice, sandbox: bool) -> io::Result<Arc<dyn Device>> {
     // What does not change may lie under an overlay.
     let submounts = share.caching == Caching::Coherent;
     let read_only = share.read_only;
-    let config = PassthroughConfig { read_only, cache, submounts, sandbox, ..Default::default() };
+    let durable = Arc::clone(durable);
+    let config =
+        PassthroughConfig { read_only, cache, submounts, durable, sandbox, ..Default::default() };
     let server = Server::new(Passthrough::new(&share.path, config)?);
     Ok(Arc::new(Fs::new(server, &share.tag, REQUEST_QUEUES)))
 }

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -47,6 +48,8 @@ pub(super) struct QemuVm {
     shared: Arc<Shared>,
     agent: Mutex<Option<UnixStream>>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
+    /// Whether a guest's sync(2) waits for the host's disks.
+    durable: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -121,7 +124,8 @@ impl QemuVm {
         config: &VmConfig,
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
-        let servers = FileServers::of(config)?;
+        let durable = Arc::new(AtomicBool::new(true));
+        let servers = FileServers::of(config, &durable)?;
         let (mut ours, theirs) = Sockets::pairs(servers.count()).map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
@@ -207,6 +211,7 @@ impl QemuVm {
             shared,
             agent: Mutex::new(Some(ours.agent)),
             supervisor: Mutex::new(Some(supervisor)),
+            durable,
         };
         if !vm.shared.qmp.wait_ready()
             && let Some(ExitReason::MonitorFailed(said)) = vm.wait(None)
@@ -455,6 +460,10 @@ impl VmHandle for QemuVm {
 
     fn shutdown(&self) -> Result<(), HypervisorError> {
         self.shared.qmp.execute("system_powerdown")
+    }
+
+    fn wind_down(&self) {
+        self.durable.store(false, Ordering::Relaxed);
     }
 
     fn kill(&self, reason: ExitReason) {
