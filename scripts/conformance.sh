@@ -80,7 +80,8 @@ rows=
 run_suites() {
     local share=$work/share-$2 log=$work/log status=0
     say "$1 as $2 ..."
-    "${as[@]}" mkdir -p "$share" && chmod 755 "$share"
+    mkdir "$share"
+    if [ -n "$user_made" ] && [ "$2" = user ]; then chown "$test_user:" "$share"; fi
     (cd "$share" && "${as[@]}" "$work/tools/vmlab" run -q --share-via virtiofs -k "$1" -m 1G --timeout "$limit" \
         --share "$work/tools:/mnt/tools:ro" --share "$work/configuration:/mnt/configuration:ro" \
         -- bash /mnt/configuration/guest.sh /mnt/tools /mnt/configuration) >"$log" 2>&1 </dev/null || status=$?
