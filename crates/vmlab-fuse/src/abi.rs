@@ -566,6 +566,10 @@ flags! {
         LOCKOWNER = 1,
         KILL_SUIDGID = 2,
     }
+    /// `FUSE_SETXATTR_…`.
+    setxattr: u32 {
+        ACL_KILL_SGID = 0,
+    }
     /// `FUSE_FSYNC_…`.
     fsync: u32 {
         FDATASYNC = 0,

@@ -91,6 +91,9 @@ pub struct PassthroughConfig {
     /// Whether the guest sees where another filesystem is mounted below the directory, as mounts of its
     /// own. An overlay refuses to look into those (`EREMOTE`), so what lies under one must not have them.
     pub submounts: bool,
+    /// Whether the guest's kernel sees ACLs, checks them and can set them. It applies the umask as well where
+    /// a directory has a default ACL.
+    pub posix_acl: bool,
     /// How many files and directories may be open. More are `EMFILE`.
     pub max_handles: usize,
     /// How many directories keep a descriptor because they are used, and how many inodes because they have
@@ -114,6 +117,7 @@ impl Default for PassthroughConfig {
             cache: CachePolicy::default(),
             writeback: false,
             submounts: true,
+            posix_acl: false,
             max_handles: MAX_HANDLES,
             max_descriptors: quarter.clamp(DESCRIPTORS.0, DESCRIPTORS.1),
             max_inodes: MAX_INODES,
@@ -212,7 +216,8 @@ impl Passthrough {
             // Attributes that must not be remembered are not worth their room in a list.
             CachePolicy::Coherent => init::AUTO_INVAL_DATA,
         };
-        writeback | policy
+        let acl = if self.config.posix_acl { init::POSIX_ACL } else { 0 };
+        writeback | acl | policy
     }
 
     fn negotiated(&self, flag: u64) -> bool {

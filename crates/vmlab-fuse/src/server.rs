@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{FileType, RenameFlags};
+use rustix::fs::{FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use zerocopy::FromBytes;
 
@@ -419,8 +419,10 @@ impl<F: FileSystem> Server<F> {
 
     fn setxattr(&self, call: &mut Call<'_>) -> Result<()> {
         let args = &mut call.arguments;
+        let mut kill_sgid = false;
         let (size, flags) = if self.agreed(init::SETXATTR_EXT) {
             let asked: abi::SetxattrIn = args.take()?;
+            kill_sgid = asked.setxattr_flags & abi::setxattr::ACL_KILL_SGID != 0;
             (asked.size, asked.flags)
         } else {
             let asked = args.bytes(abi::COMPAT_SETXATTR_IN_SIZE)?;
@@ -429,7 +431,17 @@ impl<F: FileSystem> Server<F> {
         };
         let name: &CStr = args.string()?;
         let value = args.bytes(size as usize)?;
-        self.fs.setxattr(call.node, name, value, flags)
+        self.fs.setxattr(call.node, name, value, flags)?;
+        if kill_sgid {
+            // An ACL that somebody sets who is not of the group takes the bit, as chmod(2) would.
+            let mode = self.fs.getattr(call.node, None)?.attr.mode;
+            let left = Mode::from_raw_mode(mode) - Mode::SGID;
+            if left != Mode::from_raw_mode(mode) {
+                let changes = Changes { mode: Some(left.as_raw_mode()), ..Default::default() };
+                self.fs.setattr(&call.caller, call.node, None, &changes)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -4,8 +4,8 @@
 //! - `security.*` is what the host's own kernel acts on: the capabilities that a program gets there, labels,
 //!   signatures. It can be read, for the guest's kernel acts on it as well, but not set, not even by a guest of
 //!   the host's root. A program's capabilities can be taken away, as kernels do when it is written to.
-//! - `system.*` is not passed on: ACLs are not negotiated, so the guest's kernel would not check the ones that
-//!   it sets.
+//! - `system.*` is not passed on, but for ACLs where INIT has agreed on them: otherwise the guest's kernel would
+//!   not check the ones that it sets.
 
 use std::ffi::CStr;
 
@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use super::Passthrough;
 use super::resolve::proc_path;
+use crate::abi::init;
 use crate::filesystem::{Result, XattrReply};
 use crate::types::NodeId;
 
@@ -24,18 +25,12 @@ const MAX_XATTR: usize = 64 * 1024;
 
 const NOT_PASSED: &[u8] = b"system.";
 
+/// The ACLs of a file, and those that a directory gives to what is made in it.
+const ACLS: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
+
 const NOT_SET: &[u8] = b"security.";
 
 const CAPABILITIES: &CStr = c"security.capability";
-
-fn passed(name: &CStr) -> Result<()> {
-    if name.to_bytes().starts_with(NOT_PASSED) { Err(Errno::OPNOTSUPP) } else { Ok(()) }
-}
-
-fn changeable(name: &CStr) -> Result<()> {
-    passed(name)?;
-    if name.to_bytes().starts_with(NOT_SET) { Err(Errno::OPNOTSUPP) } else { Ok(()) }
-}
 
 /// A buffer for what was asked for.
 fn buffer(size: u32) -> Vec<u8> {
@@ -43,6 +38,19 @@ fn buffer(size: u32) -> Vec<u8> {
 }
 
 impl Passthrough {
+    fn passes(&self, name: &[u8]) -> bool {
+        !name.starts_with(NOT_PASSED) || ACLS.contains(&name) && self.negotiated(init::POSIX_ACL)
+    }
+
+    fn passed(&self, name: &CStr) -> Result<()> {
+        if self.passes(name.to_bytes()) { Ok(()) } else { Err(Errno::OPNOTSUPP) }
+    }
+
+    fn changeable(&self, name: &CStr) -> Result<()> {
+        self.passed(name)?;
+        if name.to_bytes().starts_with(NOT_SET) { Err(Errno::OPNOTSUPP) } else { Ok(()) }
+    }
+
     /// Does something with the path of an inode that was checked.
     fn at_path<T>(&self, node: NodeId, call: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         let fd = self.descriptor(&self.inodes.get(node)?)?;
@@ -50,7 +58,7 @@ impl Passthrough {
     }
 
     pub(super) fn get_xattr(&self, node: NodeId, name: &CStr, size: u32) -> Result<XattrReply> {
-        passed(name)?;
+        self.passed(name)?;
         self.at_path(node, |path| {
             if size == 0 {
                 return getxattr_query(path, name).map(|size| XattrReply::Size(size as u32));
@@ -68,7 +76,7 @@ impl Passthrough {
             let length = listxattr(path, &mut names[..])?;
             let mut kept = Vec::with_capacity(length);
             for name in names[..length].split_inclusive(|byte| *byte == 0) {
-                if !name.starts_with(NOT_PASSED) {
+                if self.passes(name.strip_suffix(b"\0").unwrap_or(name)) {
                     kept.extend_from_slice(name);
                 }
             }
@@ -88,7 +96,7 @@ impl Passthrough {
         flags: u32,
     ) -> Result<()> {
         self.writable()?;
-        changeable(name)?;
+        self.changeable(name)?;
         let flags = XattrFlags::from_bits_retain(flags);
         if !(XattrFlags::CREATE | XattrFlags::REPLACE).contains(flags) {
             return Err(Errno::INVAL);
@@ -99,7 +107,7 @@ impl Passthrough {
     pub(super) fn remove_xattr(&self, node: NodeId, name: &CStr) -> Result<()> {
         self.writable()?;
         if name != CAPABILITIES {
-            changeable(name)?;
+            self.changeable(name)?;
         }
         self.at_path(node, |path| removexattr(path, name))
     }

@@ -29,7 +29,7 @@ const OFFERED: u64 = init::ASYNC_READ
     | init::DIRECT_IO_ALLOW_MMAP;
 
 /// What a filesystem may want besides. Of all else the server would have to know more: of other arguments
-/// (SECURITY_CTX, CREATE_SUPP_GROUP, POSIX_ACL), of a umask that was not applied (DONT_MASK), of `..` as a
+/// (SECURITY_CTX, CREATE_SUPP_GROUP), of a umask that was not applied (DONT_MASK), of `..` as a
 /// name (EXPORT_SUPPORT), of locks.
 const WANTABLE: u64 = init::AUTO_INVAL_DATA
     | init::DO_READDIRPLUS
@@ -39,6 +39,7 @@ const WANTABLE: u64 = init::AUTO_INVAL_DATA
     | init::NO_OPEN_SUPPORT
     | init::NO_OPENDIR_SUPPORT
     | init::CACHE_SYMLINKS
+    | init::POSIX_ACL
     | init::NO_EXPORT_SUPPORT;
 
 impl<F: FileSystem> Server<F> {

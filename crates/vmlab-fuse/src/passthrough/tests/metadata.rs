@@ -174,14 +174,9 @@ fn the_umask_of_the_process_takes_nothing() {
 #[test]
 fn a_default_acl_of_the_host_limits_permissions() {
     let share = Share::new();
-    // Version 2: the owner rwx, the group r-x, others nothing.
-    let acl: &[u8] = &[
-        2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 4, 0, 5, 0, 255, 255, 255, 255, 32, 0, 0, 0,
-        255, 255, 255, 255,
-    ];
     let flags = rustix::fs::XattrFlags::empty();
     let name = c"system.posix_acl_default";
-    if rustix::fs::setxattr(share.path("."), name, acl, flags).is_err() {
+    if rustix::fs::setxattr(share.path("."), name, &super::xattrs::ACL, flags).is_err() {
         eprintln!("skipped: the host has no ACLs here");
         return;
     }

@@ -63,6 +63,31 @@ fn acls_are_not_passed_on() {
     assert_eq!(fs.removexattr(ROOT, name), Err(Errno::OPNOTSUPP));
 }
 
+/// Version 2: the owner rwx, the group r-x, others nothing.
+pub(super) const ACL: [u8; 28] = [
+    2, 0, 0, 0, 1, 0, 7, 0, 255, 255, 255, 255, 4, 0, 5, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255,
+    255, 255, 255,
+];
+
+#[test]
+fn acls_are_passed_on_where_that_was_agreed_on() {
+    let share = Share::with(PassthroughConfig { posix_acl: true, ..Default::default() });
+    assert_ne!(share.fs.wanted() & init::POSIX_ACL, 0);
+    let name = c"system.posix_acl_default";
+    // The kernel may not know of it.
+    assert_eq!(share.fs.setxattr(ROOT, name, &ACL, 0), Err(Errno::OPNOTSUPP));
+    share.fs.init(init::POSIX_ACL);
+    share.fs.setxattr(ROOT, name, &ACL, 0).expect("ACLs on the host's filesystem");
+    assert_eq!(share.fs.getxattr(ROOT, name, 100), value(&ACL));
+    assert_eq!(share.fs.listxattr(ROOT, 100), value(b"system.posix_acl_default\0"));
+    let (file, _) = share.create(ROOT, "file", 0o666, RDWR).unwrap();
+    assert_eq!(share.attr(file).unwrap().mode & 0o777, 0o640);
+    // Nothing else of that kind.
+    assert_eq!(share.fs.getxattr(ROOT, c"system.nfs4_acl", 0), Err(Errno::OPNOTSUPP));
+    share.fs.removexattr(ROOT, name).unwrap();
+    assert_eq!(share.fs.listxattr(ROOT, 100), value(b""));
+}
+
 /// `VFS_CAP_REVISION_2` with `CAP_NET_RAW`, permitted and effective.
 const CAPABILITIES: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 

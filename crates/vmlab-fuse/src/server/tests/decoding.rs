@@ -181,6 +181,28 @@ fn setxattr_has_two_layouts() {
 }
 
 #[test]
+fn an_acl_takes_the_set_group_id_bit_where_the_kernel_says_so() {
+    for (mode, flags, left) in [
+        (0o102755, abi::setxattr::ACL_KILL_SGID, Some(0o755)),
+        (0o100755, abi::setxattr::ACL_KILL_SGID, None),
+        (0o102755, 0, None),
+    ] {
+        let mut answers = Answers::default();
+        answers.entry.attributes.attr.mode = mode;
+        let server = server(answers);
+        let head = abi::SetxattrIn { size: 1, flags: 0, setxattr_flags: flags, padding: 0 };
+        let name = "system.posix_acl_access";
+        let request = RawRequest::new(Opcode::SetXattr).with(&head).string(name).bytes(b"x");
+        let (error, calls) = asked(&server, &request);
+        let set = calls.iter().find(|call| call.starts_with("setattr"));
+        assert_eq!((error, set.is_some()), (0, left.is_some()), "{calls:?}");
+        if let Some(left) = left {
+            assert!(set.unwrap().contains(&format!("mode: Some({left})")), "{calls:?}");
+        }
+    }
+}
+
+#[test]
 fn a_batch_that_counts_wrong_forgets_what_is_there() {
     let server = server(Answers::default());
     let one = abi::ForgetOne { nodeid: 5, nlookup: 6 };
