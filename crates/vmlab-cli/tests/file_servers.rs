@@ -6,11 +6,9 @@ mod common;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use common::{Process, Running, Site, need};
+use common::{Process, Running, Site, VIRTIO_FS, need};
 use rustix::net::Shutdown;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
-
-const VIRTIO_FS: [&str; 2] = ["--share-via", "virtiofs"];
 
 /// How long vmlab may go on without a file server, on a busy machine.
 const SECONDS: Duration = Duration::from_secs(30);

@@ -15,9 +15,7 @@ mod together;
 
 use std::path::{Path, PathBuf};
 
-use common::{DEBIAN_6_12, Running, Site, is_root, need};
-
-const VIRTIO_FS: [&str; 2] = ["--share-via", "virtiofs"];
+use common::{CLOUD, DEBIAN_6_12, Running, Site, VIRTIO_FS, is_root, need};
 
 /// Says that this program runs in a guest, and which half of its test it is to be.
 const HALF: &str = "VMLAB_TEST_HALF";
@@ -144,9 +142,6 @@ fn two_guests_append_to_one_file_and_see_each_others_files() {
         guest.finish().expect_code(0);
     }
 }
-
-/// The flavours that have no 9p: they share over virtio-fs without being asked.
-const CLOUD: [&str; 3] = ["debian:6.12-cloud", "debian:6.1-cloud", "debian:sid-cloud"];
 
 #[test]
 fn make_test_works_under_kernels_that_have_only_virtio_fs() {

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 /// A Debian kernel without 9p.
-const DEBIAN_CLOUD: &str = "debian:6.12-cloud";
+const DEBIAN_CLOUD: &str = common::CLOUD[0];
 
 fn json(outcome: &Outcome) -> Value {
     outcome.expect_code(0);

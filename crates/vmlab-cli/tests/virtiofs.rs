@@ -7,11 +7,8 @@ mod facts;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
-use common::{DEBIAN_6_12, Site};
+use common::{CLOUD, DEBIAN_6_12, Site};
 use facts::{Facts, script};
-
-/// The flavours that have no 9p at all.
-const CLOUD: [&str; 3] = ["debian:6.12-cloud", "debian:6.1-cloud", "debian:sid-cloud"];
 
 #[test]
 fn kernels_without_9p_have_the_hosts_files() {

@@ -24,6 +24,12 @@ pub(crate) const DEBIAN_6_12: &str = "debian:6.12";
 pub(crate) const DEBIAN_6_1: &str = "debian:6.1";
 pub(crate) const DEBIAN_SID: &str = "debian:sid";
 
+/// The flavours that have no 9p: they share over virtio-fs without being asked.
+pub(crate) const CLOUD: [&str; 3] = ["debian:6.12-cloud", "debian:6.1-cloud", "debian:sid-cloud"];
+
+/// What has all shares carried by vmlab's own file servers.
+pub(crate) const VIRTIO_FS: [&str; 2] = ["--share-via", "virtiofs"];
+
 /// How long one run of vmlab may take on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 

@@ -105,9 +105,8 @@ pub(super) const AHEAD: u32 = 16;
 /// Whether the guest looks at the files that it has listed, as far as it has shown.
 ///
 /// The kernel asks for attributes at the beginning of each list, before it can know whether anybody wants
-/// them. Whoever wants names alone is served twice as fast without: to remember a file costs the guest
-/// more than to ask for its name. So files have none until one is looked up in a directory that was
-/// listed so.
+/// them. To look at each file costs the host, and to remember it the guest, so files have none until one is
+/// looked up in a directory that was listed so.
 #[derive(Debug, Default)]
 pub(super) struct Followed(AtomicU32);
 
