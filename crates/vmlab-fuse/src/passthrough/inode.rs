@@ -82,6 +82,8 @@ impl Pins {
 #[derive(Debug, Default)]
 struct State {
     place: Option<Place>,
+    /// Whether the table has forgotten it. It gets no place then, for nobody would leave that again.
+    forgotten: bool,
     kept: Option<Kept>,
 }
 
@@ -127,6 +129,13 @@ impl Inode {
     /// Where it was seen last. One that never had a name, or has lost it, is out of reach.
     pub(super) fn place(&self) -> Result<Place> {
         self.state().place.clone().ok_or(Errno::STALE)
+    }
+
+    /// Tells it that the table has forgotten it. Gives the place, to be left.
+    fn forgotten(&self) -> Option<Place> {
+        let mut state = self.state();
+        state.forgotten = true;
+        state.place.take()
     }
 
     /// Whether it was seen last under this name.
@@ -191,9 +200,11 @@ impl Inode {
         drop(closed);
     }
 
+    /// Of two threads that take the last lookup and the last child at once, one at least must see both, so
+    /// these counts have one order for all threads.
     fn wanted(&self) -> bool {
-        self.lookups.load(Ordering::Acquire) != 0
-            || self.children.load(Ordering::Acquire) != 0
+        self.lookups.load(Ordering::SeqCst) != 0
+            || self.children.load(Ordering::SeqCst) != 0
             || self.id == NodeId::ROOT
     }
 }
@@ -206,7 +217,7 @@ impl Place {
     /// The inode that was there is there no longer. Gives the parent if nobody wants it any more.
     fn leave(self) -> Option<Arc<Inode>> {
         let parent = self.parent;
-        let last = parent.children.fetch_sub(1, Ordering::AcqRel) == 1;
+        let last = parent.children.fetch_sub(1, Ordering::SeqCst) == 1;
         (last && !parent.wanted()).then_some(parent)
     }
 }
@@ -256,8 +267,7 @@ impl Inodes {
         // One by one, for otherwise the last child would take a whole chain of parents with it, each inside
         // of the other's destructor.
         for inode in old.nodes.values() {
-            let place = inode.state().place.take();
-            drop(place);
+            drop(inode.forgotten());
         }
     }
 
@@ -274,7 +284,7 @@ impl Inodes {
     pub(super) fn refer(&self, key: Key, kind: FileType, births: bool) -> Result<Arc<Inode>> {
         if let Some(inode) = self.read().keys.get(&key) {
             // Removal asks again once it has the lock.
-            inode.lookups.fetch_add(1, Ordering::AcqRel);
+            inode.lookups.fetch_add(1, Ordering::SeqCst);
             return Ok(Arc::clone(inode));
         }
         let mut maps = self.write();
@@ -291,7 +301,7 @@ impl Inodes {
                 Arc::clone(slot.insert(inode))
             }
         };
-        inode.lookups.fetch_add(1, Ordering::AcqRel);
+        inode.lookups.fetch_add(1, Ordering::SeqCst);
         Ok(inode)
     }
 
@@ -300,7 +310,7 @@ impl Inodes {
         let maps = self.read();
         let Some(inode) = maps.nodes.get(&node) else { return };
         let less = |lookups: u64| Some(lookups.saturating_sub(count));
-        let before = inode.lookups.fetch_update(Ordering::AcqRel, Ordering::Acquire, less);
+        let before = inode.lookups.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
         if before.is_ok_and(|before| before <= count) {
             let inode = Arc::clone(inode);
             drop(maps);
@@ -308,16 +318,20 @@ impl Inodes {
         }
     }
 
-    /// Remembers where an inode is. A pin is no longer needed then.
+    /// Remembers where an inode is. A pin is no longer needed then. Who has no reference of it may find that
+    /// it was forgotten meanwhile.
     pub(super) fn set_place(&self, inode: &Arc<Inode>, parent: &Arc<Inode>, name: Name<'_>) {
         if inode.id == NodeId::ROOT || Arc::ptr_eq(inode, parent) {
             return;
         }
         let mut state = inode.state();
+        if state.forgotten {
+            return;
+        }
         let old = match &state.place {
             Some(place) if place.is(parent, name.as_c_str()) => None,
             _ => {
-                parent.children.fetch_add(1, Ordering::AcqRel);
+                parent.children.fetch_add(1, Ordering::SeqCst);
                 let (parent, name) = (Arc::clone(parent), name.as_c_str().to_owned());
                 state.place.replace(Place { parent, name })
             }
@@ -347,8 +361,7 @@ impl Inodes {
             };
             drop(maps);
             drop((in_maps, by_key));
-            let place = inode.state().place.take();
-            next = place.and_then(Place::leave);
+            next = inode.forgotten().and_then(Place::leave);
         }
     }
 

@@ -80,6 +80,22 @@ fn a_deep_tree_is_forgotten_at_once() {
     }
 }
 
+/// RENAME finds the inode, and another thread takes its last reference before it has the new name.
+#[test]
+fn what_is_forgotten_while_it_is_moved_holds_no_directory() {
+    let share = Share::new();
+    fs::create_dir(share.path("dir")).unwrap();
+    share.put("dir/file", "");
+    let (dir, file) = (share.node("dir"), share.node("dir/file"));
+    let moved = share.fs.inodes.get(file).unwrap();
+    let to = share.fs.inodes.get(dir).unwrap();
+    share.fs.forget(file, 1);
+    assert_eq!(share.fs.known_inodes(), 2);
+    share.fs.inodes.set_place(&moved, &to, named(c"other"));
+    share.fs.forget(dir, 2);
+    assert_eq!(share.fs.known_inodes(), 1);
+}
+
 #[test]
 fn inodes_have_a_limit() {
     let share = Share::with(PassthroughConfig { max_inodes: 5, ..Default::default() });
