@@ -20,6 +20,7 @@ mod adversarial;
 mod directories;
 mod files;
 mod metadata;
+mod mounts;
 mod raw;
 mod read_only;
 mod served;
@@ -100,7 +101,10 @@ impl Share {
     }
 
     fn with(config: PassthroughConfig) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(tempfile::tempdir().unwrap(), config)
+    }
+
+    fn at(dir: TempDir, config: PassthroughConfig) -> Self {
         let fs = Served::from(Passthrough::new(dir.path(), config).unwrap());
         fs.init(init::SUBMOUNTS);
         // Files are listed with their attributes.

@@ -2,14 +2,13 @@
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, RenameFlags, mkfifoat, mknodat, renameat_with};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::together::Mounted;
+use super::mounts::{Mounted, with_own_mounts};
 use super::*;
 use crate::abi::{Opcode, fattr};
 use crate::server::Server;
@@ -339,26 +338,23 @@ fn magic_links_of_proc_lead_nowhere() {
 
 #[test]
 fn what_is_mounted_over_a_directory_is_not_that_directory() {
-    let guest = Guest::new(PassthroughConfig::default());
-    let (dir, file) = (guest.node("dir"), guest.node("dir/file"));
-    let (from, to) = (guest.path("canary"), guest.path("share/dir"));
-    let done = Command::new("mount").arg("--bind").args([&from, &to]).output();
-    if !done.is_ok_and(|done| done.status.success()) {
-        eprintln!("skipped: the process may not mount");
-        return;
-    }
-    let mounted = Mounted(to);
-    guest.server.filesystem().cache.clear();
-    assert_eq!(guest.open(file, RDWR), Err(Errno::STALE));
-    assert_eq!(guest.lookup(dir, "secret"), Err(Errno::STALE));
-    // What the host mounts into a share is a part of it, as another directory.
-    let there = guest.node("dir");
-    assert_ne!(there, dir);
-    assert!(guest.lookup(there, "secret").is_ok());
-    drop(mounted);
-    guest.server.filesystem().cache.clear();
-    assert_eq!(guest.lookup(there, "secret"), Err(Errno::STALE));
-    assert_eq!((guest.node("dir"), guest.node("dir/file")), (dir, file));
+    let name = "passthrough::tests::raw::what_is_mounted_over_a_directory_is_not_that_directory";
+    with_own_mounts(name, || {
+        let guest = Guest::new(PassthroughConfig::default());
+        let (dir, file) = (guest.node("dir"), guest.node("dir/file"));
+        let mounted = Mounted::bind(&guest.path("canary"), &guest.path("share/dir"));
+        guest.server.filesystem().cache.clear();
+        assert_eq!(guest.open(file, RDWR), Err(Errno::STALE));
+        assert_eq!(guest.lookup(dir, "secret"), Err(Errno::STALE));
+        // What the host mounts into a share is a part of it, as another directory.
+        let there = guest.node("dir");
+        assert_ne!(there, dir);
+        assert!(guest.lookup(there, "secret").is_ok());
+        drop(mounted);
+        guest.server.filesystem().cache.clear();
+        assert_eq!(guest.lookup(there, "secret"), Err(Errno::STALE));
+        assert_eq!((guest.node("dir"), guest.node("dir/file")), (dir, file));
+    });
 }
 
 #[test]

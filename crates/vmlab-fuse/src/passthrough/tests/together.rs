@@ -1,11 +1,11 @@
 //! Many threads at once, mounts inside of a share, and requests as bytes.
 
-use std::process::Command;
 use std::sync::atomic::AtomicU32;
 
 use rustix::fs::RenameFlags;
 use zerocopy::IntoBytes;
 
+use super::mounts::{Mounted, with_own_mounts};
 use super::*;
 use crate::abi::Opcode;
 use crate::request::{ReplyBytes, RequestBytes};
@@ -54,40 +54,28 @@ fn threads_share_names_and_leave_nothing() {
     assert_eq!((share.fs.known_inodes(), share.fs.pins.count()), (1, 0));
 }
 
-/// Unmounts, also when the test fails and something there is still open.
-pub(super) struct Mounted(pub(super) PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_mount_inside_is_told_and_is_another_file() {
-    let share = Share::new();
-    fs::create_dir_all(share.path("dir/sub")).unwrap();
-    fs::create_dir(share.path("bound")).unwrap();
-    share.put("dir/file", "content");
-    let bound = share.path("bound");
-    let done = Command::new("mount").arg("--bind").args([&share.path("dir"), &bound]).output();
-    if !done.is_ok_and(|done| done.status.success()) {
-        eprintln!("skipped: the process may not mount");
-        return;
-    }
-    let _mounted = Mounted(bound);
-    let is_submount = |name: &str| {
-        let attr = share.lookup(ROOT, name).unwrap().attributes.attr;
-        attr.flags & abi::attr::SUBMOUNT != 0
-    };
-    assert!(is_submount("bound") && !is_submount("dir"));
-    // The same directory at two places: one node would be a circle for the guest's kernel.
-    assert_ne!(share.node("bound"), share.node("dir"));
-    let (here, there) = (share.node("dir/file"), share.node("bound/file"));
-    assert_ne!(here, there);
-    assert_eq!(share.attr(here).unwrap().ino, share.attr(there).unwrap().ino);
-    let sub = share.lookup(share.node("bound"), "sub").unwrap();
-    assert_eq!(sub.attributes.attr.flags, 0);
+    let name = "passthrough::tests::together::a_mount_inside_is_told_and_is_another_file";
+    with_own_mounts(name, || {
+        let share = Share::new();
+        fs::create_dir_all(share.path("dir/sub")).unwrap();
+        fs::create_dir(share.path("bound")).unwrap();
+        share.put("dir/file", "content");
+        let _mounted = Mounted::bind(&share.path("dir"), &share.path("bound"));
+        let is_submount = |name: &str| {
+            let attr = share.lookup(ROOT, name).unwrap().attributes.attr;
+            attr.flags & abi::attr::SUBMOUNT != 0
+        };
+        assert!(is_submount("bound") && !is_submount("dir"));
+        // The same directory at two places: one node would be a circle for the guest's kernel.
+        assert_ne!(share.node("bound"), share.node("dir"));
+        let (here, there) = (share.node("dir/file"), share.node("bound/file"));
+        assert_ne!(here, there);
+        assert_eq!(share.attr(here).unwrap().ino, share.attr(there).unwrap().ino);
+        let sub = share.lookup(share.node("bound"), "sub").unwrap();
+        assert_eq!(sub.attributes.attr.flags, 0);
+    });
 }
 
 struct Bytes(Vec<u8>);
