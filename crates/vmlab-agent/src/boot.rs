@@ -55,6 +55,7 @@ fn boot(started_ns: u64) -> Result<(), String> {
     drop(events);
     let mut session = Session::new(Role::Init, fd).map_err(|e| format!("starting: {e}"))?;
     session.note_trouble(trouble);
+    session.begin_setup();
     let ready_ns = sys::monotonic_ns();
     let over = session.run(Ready { release: release(), started_ns, ready_ns });
     session.end(&over);

@@ -75,6 +75,8 @@ pub(crate) struct Session {
     mounted: setup::Mounted,
     /// What went wrong in the boot.
     trouble: Vec<String>,
+    /// How the part of the set-up went that was done before the host asked for one.
+    begun: setup::Step,
 }
 
 impl Session {
@@ -99,12 +101,19 @@ impl Session {
             ready: role == Role::Service,
             mounted: setup::Mounted::default(),
             trouble: Vec::new(),
+            begun: Ok(()),
         })
     }
 
     /// Keeps what went wrong before, to be told if the set-up fails.
     pub(crate) fn note_trouble(&mut self, trouble: Vec<String>) {
         self.trouble = trouble;
+    }
+
+    /// Begins the set-up, before the host is told that this agent is ready for it.
+    pub(crate) fn begin_setup(&mut self) {
+        let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
+        self.begun = setup::begin(&mut warn);
     }
 
     /// Serves the host until the session is over.
@@ -175,8 +184,12 @@ impl Session {
                 return Err(broken("the host sent a second set-up"));
             }
             HostMessage::Setup(setup) => {
+                self.outbox.message(&GuestMessage::SettingUp);
+                // What does not go out now goes with the next message.
+                self.writable = self.outbox.flush(&self.fd)?;
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
-                let done = setup::run(&setup, &mut self.mounted, &mut warn);
+                let begun = std::mem::replace(&mut self.begun, Ok(()));
+                let done = begun.and_then(|()| setup::run(&setup, &mut self.mounted, &mut warn));
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
                     Ok(done) => {
@@ -196,6 +209,10 @@ impl Session {
                 return Err(broken("the host sent a command before the set-up was done"));
             }
             HostMessage::Exec(exec) => self.commands.start(&exec, &mut self.outbox),
+            HostMessage::AdjustClock(by_ns) => {
+                let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
+                setup::adjust_clock(by_ns, &mut warn);
+            }
             HostMessage::Signal(process, signal) => self.commands.signal(process, signal),
             HostMessage::Resize(process, size) => self.commands.resize(process, size),
             HostMessage::PowerOff => return Err(Over::PowerOff),

@@ -141,6 +141,34 @@ impl Cache {
         build: impl FnOnce(&Path) -> Result<(), E>,
         on_wait: impl FnOnce(Option<u32>),
     ) -> Result<(PathBuf, Lease), E> {
+        self.get_or_build_with(kind, key, verify, build, on_wait, Durability::Flushed)
+    }
+
+    /// As [`get_or_build_leased`](Cache::get_or_build_leased), but the entry is not flushed to disk: for
+    /// what is large, and whose content `verify` checks after the host was restarted.
+    ///
+    /// # Errors
+    /// As [`get_or_build`](Cache::get_or_build).
+    pub fn get_or_build_unflushed<E: From<CacheError>>(
+        &self,
+        kind: &str,
+        key: &str,
+        verify: impl Fn(&Path) -> Result<(), Flaw>,
+        build: impl FnOnce(&Path) -> Result<(), E>,
+        on_wait: impl FnOnce(Option<u32>),
+    ) -> Result<(PathBuf, Lease), E> {
+        self.get_or_build_with(kind, key, verify, build, on_wait, Durability::LeftToTheKernel)
+    }
+
+    fn get_or_build_with<E: From<CacheError>>(
+        &self,
+        kind: &str,
+        key: &str,
+        verify: impl Fn(&Path) -> Result<(), Flaw>,
+        build: impl FnOnce(&Path) -> Result<(), E>,
+        on_wait: impl FnOnce(Option<u32>),
+        durability: Durability,
+    ) -> Result<(PathBuf, Lease), E> {
         let leased = || -> Result<Option<(PathBuf, Lease)>, CacheError> {
             let Some(entry) = self.lookup(kind, key, &verify)? else { return Ok(None) };
             Ok(Lease::take(&entry)?.map(|lease| (entry, lease)))
@@ -163,7 +191,7 @@ impl Cache {
             key: key.to_owned(),
             source,
         })?;
-        staging.publish(&entry)?;
+        staging.publish(&entry, durability)?;
         match Lease::take(&entry)? {
             Some(lease) => Ok((entry, lease)),
             None => {
@@ -296,6 +324,13 @@ impl Cache {
     }
 }
 
+/// Whether an entry is on disk before anybody sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    Flushed,
+    LeftToTheKernel,
+}
+
 /// A directory in the making; dropping it deletes it.
 struct Staging {
     dir: PathBuf,
@@ -339,12 +374,16 @@ impl Staging {
         &self.dir
     }
 
-    /// Flushes the tree to disk and renames it to its place.
-    fn publish(self, entry: &Path) -> Result<(), CacheError> {
-        flush_tree(&self.dir).map_err(|e| CacheError::io("flush to disk", &self.dir, e))?;
+    /// Flushes the tree to disk, if it is to be durable, and renames it to its place.
+    fn publish(self, entry: &Path, durability: Durability) -> Result<(), CacheError> {
+        let flushed = durability == Durability::Flushed;
+        if flushed {
+            flush_tree(&self.dir).map_err(|e| CacheError::io("flush to disk", &self.dir, e))?;
+        }
         fs::rename(&self.dir, entry)
             .map_err(|e| CacheError::io("move into the cache the entry", entry, e))?;
-        if let Some(parent) = entry.parent() {
+        if flushed
+            && let Some(parent) = entry.parent() {
             File::open(parent)
                 .and_then(|dir| dir.sync_all())
                 .map_err(|e| CacheError::io("flush the cache directory", parent, e))?;

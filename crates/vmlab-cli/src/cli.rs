@@ -124,6 +124,14 @@ pub(crate) struct VmArgs {
     /// Do not restrict vmlab's own file servers to their shares (see `vmlab doctor`)
     #[arg(long)]
     pub(crate) no_sandbox: bool,
+
+    /// Boot, and neither use nor take a snapshot
+    #[arg(long)]
+    pub(crate) no_snapshot: bool,
+
+    /// Boot, and take a snapshot anew for the runs that follow
+    #[arg(long, conflicts_with = "no_snapshot")]
+    pub(crate) cold: bool,
     /// Do not share the working directory; where the guest's root has none, `/` takes its place
     #[arg(long)]
     pub(crate) no_cwd: bool,

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use vmlab::config::{Machine, NetworkMode, ShareTransport, Topology};
 use vmlab::units::Bytes;
-use vmlab::{AccelChoice, Environment, GuestUser, RootMode, Share, ShareVia, Vm, VmBuilder};
+use vmlab::{
+    AccelChoice, Environment, GuestUser, RootMode, Share, ShareVia, SnapshotMode, Vm, VmBuilder,
+};
 
 use crate::cli::{
     AccelArg, MachineArg, NetArg, RootModeArg, RunArgs, ShareViaArg, ShellArgs, VmArgs,
@@ -98,6 +100,11 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             ShareViaArg::NineP => ShareVia::Only(ShareTransport::NineP),
         })
         .sandbox(!args.no_sandbox)
+        .snapshots(match (args.no_snapshot, args.cold) {
+            (true, _) => SnapshotMode::Never,
+            (false, true) => SnapshotMode::Renew,
+            (false, false) => SnapshotMode::Use,
+        })
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
         .hostname(args.hostname)

@@ -34,6 +34,8 @@ impl ProcessId {
 pub enum HostMessage {
     /// Reach the root and make the guest ready for commands. Sent once.
     Setup(Box<Setup>),
+    /// Move the wall clock by so many nanoseconds.
+    AdjustClock(i64),
     /// Start a command. Answered by `Started` or `StartFailed`.
     Exec(Box<Exec>),
     /// Send a signal to a command's process group, by its Linux number.
@@ -49,6 +51,8 @@ pub enum HostMessage {
 pub enum GuestMessage {
     /// The agent runs and can be given its `Setup`. The first message.
     Ready(Ready),
+    /// The agent has its `Setup` and begins. Of a VM that was restored, it is the first sign of life.
+    SettingUp,
     /// The guest is ready for commands.
     SetupDone(SetupReport),
     /// The guest cannot be made ready.
@@ -95,6 +99,8 @@ pub struct Setup {
     pub network: Option<Network>,
     /// Names of modules to load with `modprobe` once the root is there, with their parameters.
     pub modprobe: Vec<Vec<String>>,
+    /// Devices were added since the kernel looked for any, as to a VM that was restored.
+    pub new_devices: bool,
     /// Wall-clock time, in nanoseconds since 1970.
     pub clock_ns: u64,
     /// Bytes to seed the kernel's random number generator with.
@@ -170,6 +176,8 @@ pub struct Network {
 pub struct SetupReport {
     /// Steps in order with the time each took, in microseconds.
     pub steps: Vec<(String, u64)>,
+    /// The guest's wall clock when all was done, in nanoseconds since 1970.
+    pub clock_ns: u64,
 }
 
 /// A step that failed in the guest.

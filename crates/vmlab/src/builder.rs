@@ -20,6 +20,7 @@ use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
 use crate::sandbox;
+use crate::snapshot::SnapshotMode;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
@@ -95,6 +96,7 @@ pub struct VmBuilder {
     environment: Option<Environment>,
     timeout: Option<Duration>,
     boot_timeout: Duration,
+    snapshots: SnapshotMode,
     hypervisor: Arc<dyn Hypervisor>,
     progress: Arc<dyn Progress + Send>,
 }
@@ -129,6 +131,7 @@ impl Default for VmBuilder {
             environment: None,
             timeout: None,
             boot_timeout: BOOT_TIME,
+            snapshots: SnapshotMode::default(),
             hypervisor: Arc::new(Qemu::new()),
             progress: Arc::new(Silent),
         }
@@ -273,6 +276,12 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the VM starts from a snapshot, and one is taken where there is none; so it is unless set.
+    pub fn snapshots(mut self, mode: SnapshotMode) -> Self {
+        self.snapshots = mode;
+        self
+    }
+
     /// What runs the VM; QEMU unless set.
     pub fn hypervisor(mut self, hypervisor: Arc<dyn Hypervisor>) -> Self {
         self.hypervisor = hypervisor;
@@ -326,13 +335,8 @@ impl VmBuilder {
         let needs = self.needs(&kernel);
         let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
-        match accel {
-            // The microvm has no timer that the guest could check its time-stamp counter against.
-            Accel::Tcg => {
-                arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
-            }
-            Accel::Kvm if !self.full_console => arguments.push("quiet".to_owned()),
-            Accel::Kvm => {}
+        if accel == Accel::Kvm && !self.full_console {
+            arguments.push("quiet".to_owned());
         }
         arguments.extend(self.append.iter().cloned());
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
@@ -364,6 +368,10 @@ impl VmBuilder {
             hypervisor: self.hypervisor,
             timeout: self.timeout,
             boot_timeout: self.boot_timeout,
+            snapshots: self.snapshots,
+            cache,
+            // The microvm has no timer that the guest could check its time-stamp counter against.
+            tsc: (accel == Accel::Tcg).then_some(tsc),
             timeline,
             progress: self.progress,
         })
@@ -427,6 +435,7 @@ impl VmBuilder {
             files: rootfs::files(&root_path, &self.hostname, self.network),
             network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
             modprobe: self.modules.clone(),
+            new_devices: false,
             clock_ns: 0,
             entropy: Vec::new(),
         })
@@ -531,6 +540,10 @@ pub struct PreparedVm {
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) boot_timeout: Duration,
+    pub(crate) snapshots: SnapshotMode,
+    pub(crate) cache: Cache,
+    /// When its time-stamp counter was first read, if the guest has to be told the frequency.
+    tsc: Option<TscPoint>,
     pub(crate) timeline: Timeline,
     pub(crate) progress: Arc<dyn Progress + Send>,
 }
@@ -583,7 +596,7 @@ impl PreparedVm {
 
     /// The hypervisor's command line, with stand-ins for descriptors and logs.
     pub fn command_line(&self) -> Vec<OsString> {
-        self.hypervisor.command_line(&self.config)
+        self.hypervisor.command_line(&self.to_boot(self.config.clone()))
     }
 
     /// Starts the VM and waits until it is ready for commands.
@@ -603,8 +616,22 @@ impl PreparedVm {
         Vm::start(self, started)
     }
 
-    pub(crate) fn fresh_setup(&self) -> Setup {
+    /// What a VM has to be given that boots now, as it measures nothing for itself. It is no part of what
+    /// the VM is: measuring gives another number each time.
+    pub(crate) fn to_boot(&self, mut config: VmConfig) -> VmConfig {
+        if let Some(tsc) = self.tsc {
+            let line = &mut config.boot.command_line;
+            // First, so that users can have their own.
+            *line = format!("tsc=reliable tsc_early_khz={} {line}", tsc.khz_since());
+        }
+        config
+    }
+
+    /// The set-up for a VM, with the present time and random numbers of its own. `new_devices` says that
+    /// its devices are not those that it booted with.
+    pub(crate) fn fresh_setup(&self, new_devices: bool) -> Setup {
         let mut setup = self.setup.clone();
+        setup.new_devices = new_devices;
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
         let mut entropy = vec![0; ENTROPY];

@@ -21,6 +21,10 @@ pub enum Phase {
     Prepare,
     /// From starting the hypervisor until the agent is up.
     Boot,
+    /// Taking a snapshot of a VM that has booted.
+    Snapshot,
+    /// From starting the hypervisor until a guest goes on from a snapshot.
+    Restore,
     /// Mounting the root and what else the guest needs.
     Setup,
     /// The commands.
@@ -36,6 +40,8 @@ impl Phase {
             Phase::Kernel => "kernel",
             Phase::Prepare => "prepare",
             Phase::Boot => "boot",
+            Phase::Snapshot => "snapshot",
+            Phase::Restore => "restore",
             Phase::Setup => "setup",
             Phase::Run => "run",
             Phase::Stop => "stop",

@@ -4,43 +4,26 @@ use std::ffi::OsStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
 use vmlab_artifacts::Kernel;
 use vmlab_wire::HostMessage;
-use vmlab_wire::message::{Failure, Ready, SetupReport};
+use vmlab_wire::message::{Ready, SetupReport};
 
 use crate::Error;
 use crate::builder::{PreparedVm, VmBuilder};
-use crate::config::{Accel, VmConfig};
-use crate::error::{ErrorClass, Evidence};
+use crate::config::VmConfig;
+use crate::error::Evidence;
 use crate::guest::{Command, Connection, Environment, Lost, Output};
-use crate::hypervisor::{ExitReason, SerialConsole, StartOptions, VmHandle};
+use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
 use crate::report::{GuestBoot, GuestStep, Phase, Report, Timeline};
 use crate::runs::RunDir;
+use crate::start::{Booted, Starter};
 use crate::sync::lock;
-
-/// How long a guest that damaged itself before its agent was up is given to come up all the same.
-const OOPS_GRACE: Duration = Duration::from_secs(5);
-
-/// How often the console is looked at for such damage while the agent is waited for. It delays
-/// nothing: the agent's arrival ends the wait at once.
-const OOPS_LOOK: Duration = Duration::from_millis(500);
 
 /// How long the hypervisor may take to end after it closed the channel to the agent.
 const END_TIME: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to end its processes and write everything back.
 const STOP_TIME: Duration = Duration::from_secs(30);
-
-/// Why a driver may be missing that the kernel was built with.
-const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
-    package, the directory that it was unpacked to or its build tree, not the image alone";
-
-/// QEMU before 8.1 now and then executes code that the guest's kernel has meanwhile patched: about one
-/// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
-/// kernel under test, so it is booted once more, and the user is told.
-const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
-    KVM; it is booted once more";
 
 /// Lines of the console that are shown with a failure.
 const SHOWN_LINES: usize = 30;
@@ -91,18 +74,14 @@ impl Vm {
     ) -> Result<Self, Error> {
         let mut timeline = prepared.timeline.clone();
         let prospect = prepared.report();
-        prepared.progress.phase(Phase::Boot.name());
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let booted = match Booted::new(&prepared, &started, deadline, &mut timeline) {
-            Err(failure) if failure.stale_code && prepared.config.accel == Accel::Tcg => {
-                prepared.progress.note(STALE_CODE);
-                Booted::new(&prepared, &started, deadline, &mut timeline)
-            }
-            other => other,
+        let starter = Starter { prepared: &prepared, started: &started, deadline };
+        let booted = match starter.from_snapshot(&mut timeline)? {
+            Some(booted) => booted,
+            None => starter.boot(&mut timeline)?,
         };
-        let Booted { handle, connection, ready, setup, came_up, run_dir } =
-            booted.map_err(|failure| failure.error)?;
+        let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
         Ok(Self {
             handle,
             connection,
@@ -235,135 +214,9 @@ impl Drop for Vm {
     }
 }
 
-/// A machine whose guest is ready for commands.
-struct Booted {
-    handle: Arc<dyn VmHandle>,
-    connection: Arc<Connection>,
-    ready: Ready,
-    setup: SetupReport,
-    /// How much was on the console when the agent had come up.
-    came_up: u64,
-    run_dir: RunDir,
-}
-
-/// A boot that failed.
-struct BootFailure {
-    error: Error,
-    /// The guest panicked over a breakpoint that is not there: see [`STALE_CODE`].
-    stale_code: bool,
-}
-
-impl From<Error> for BootFailure {
-    fn from(error: Error) -> Self {
-        Self { error, stale_code: false }
-    }
-}
-
-impl Booted {
-    fn new(
-        prepared: &PreparedVm,
-        started: &impl Fn(&Arc<dyn VmHandle>),
-        deadline: Option<Instant>,
-        timeline: &mut Timeline,
-    ) -> Result<Self, BootFailure> {
-        let run_dir = RunDir::create()?;
-        let since = Instant::now();
-        let options = StartOptions { log_dir: run_dir.path().to_owned(), deadline };
-        let handle =
-            prepared.hypervisor.start(&prepared.config, options).map_err(Error::Hypervisor)?;
-        started(&handle);
-        let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since };
-        let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
-        let connection = Connection::open(channel).map_err(|source| Error::Io {
-            what: "open",
-            path: "the channel to the agent".into(),
-            source,
-            hint: "",
-        })?;
-        match starting.wait(&connection, timeline, prepared) {
-            Ok((ready, setup, came_up)) => {
-                Ok(Self { handle, connection, ready, setup, came_up, run_dir })
-            }
-            Err(error) => {
-                connection.close();
-                handle.kill(ExitReason::Killed);
-                let panicked = error.class() == ErrorClass::GuestPanic;
-                let stale_code = panicked && handle.serial().stopped_at_a_breakpoint();
-                Err(BootFailure { error, stale_code })
-            }
-        }
-    }
-}
-
-/// A VM whose agent is not up yet.
-struct Starting<'a> {
-    handle: &'a Arc<dyn VmHandle>,
-    timeout: Duration,
-    since: Instant,
-}
-
-impl Starting<'_> {
-    fn wait(
-        &self,
-        connection: &Connection,
-        timeline: &mut Timeline,
-        prepared: &PreparedVm,
-    ) -> Result<(Ready, SetupReport, u64), Error> {
-        let ready = loop {
-            let look = Some(Instant::now() + OOPS_LOOK);
-            match connection.wait_ready(look).map_err(|lost| self.lost(lost))? {
-                Some(ready) => break ready,
-                None => self.check_time()?,
-            }
-        };
-        let came_up = self.handle.serial().position();
-        // Made only now: it tells the time.
-        let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
-        connection.send(&setup).map_err(|error| self.lost(Lost::Protocol(error.to_string())))?;
-        timeline.end(Phase::Boot);
-        prepared.progress.phase(Phase::Setup.name());
-        let deadline = self.since.checked_add(self.timeout);
-        let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
-        timeline.end(Phase::Setup);
-        match setup {
-            Some(Ok(setup)) => Ok((ready, setup, came_up)),
-            Some(Err(mut failure)) => {
-                let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
-                if unknown && prepared.kernel.modules.is_none() {
-                    let why = &prepared.kernel.no_modules;
-                    let why = why.as_ref().map_or(NO_MODULES.into(), |why| format!("; {why}"));
-                    failure.detail.push_str(&why);
-                }
-                let Failure { step, detail, .. } = failure;
-                Err(Error::Setup { step, detail, console: evidence(&**self.handle, came_up) })
-            }
-            None => Err(self.too_slow(None)),
-        }
-    }
-
-    fn check_time(&self) -> Result<(), Error> {
-        let oops = self.handle.serial().oops();
-        if let Some((when, line)) = oops
-            && when.elapsed() > OOPS_GRACE
-        {
-            return Err(self.too_slow(Some(line)));
-        }
-        if self.since.elapsed() > self.timeout { Err(self.too_slow(None)) } else { Ok(()) }
-    }
-
-    fn too_slow(&self, oops: Option<String>) -> Error {
-        let console = evidence(&**self.handle, 0);
-        Error::BootTimeout { after: self.since.elapsed(), oops, console }
-    }
-
-    fn lost(&self, lost: Lost) -> Error {
-        lost_error(self.handle, lost, None)
-    }
-}
-
 /// The error for a channel that is lost. `came_up` is how much was on the console when the agent had come
 /// up, if it had.
-fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, came_up: Option<u64>) -> Error {
+pub(crate) fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, came_up: Option<u64>) -> Error {
     let since = came_up.unwrap_or(0);
     if let Lost::Protocol(what) = lost {
         return Error::Protocol { what, console: evidence(&**handle, since) };
@@ -377,7 +230,7 @@ fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, came_up: Option<u64>) -> E
 
 /// What the console has that explains a failure. What a kernel says while it boots does not explain what
 /// happens later, so only what came after `since` is looked at.
-fn evidence(handle: &dyn VmHandle, since: u64) -> Box<Evidence> {
+pub(crate) fn evidence(handle: &dyn VmHandle, since: u64) -> Box<Evidence> {
     let console = handle.serial();
     let tail = console.excerpt(since, SHOWN_LINES);
     Box::new(Evidence { tail, log: console.log_path().to_owned() })

@@ -17,7 +17,7 @@ use crate::exec::OwnFilesystems;
 use crate::sys::monotonic_ns;
 
 /// What a step returns: nothing, or why the guest cannot be made ready.
-type Step = Result<(), Failure>;
+pub(crate) type Step = Result<(), Failure>;
 
 /// A failure of `step` by a system call.
 fn failed(step: impl Display, errno: Errno, hint: &str) -> Failure {
@@ -67,6 +67,18 @@ pub(crate) struct Done {
     pub(crate) own_filesystems: OwnFilesystems,
 }
 
+/// Does what is the same for every guest, before the host says what this one is to be. Where VMs are
+/// restored, it was done before the snapshot. `warn` is as for [`run`].
+pub(crate) fn begin(warn: &mut dyn FnMut(String)) -> Step {
+    network::loopback(warn);
+    pseudo::mount_kernels_own()
+}
+
+/// Moves the wall clock.
+pub(crate) fn adjust_clock(by_ns: i64, warn: &mut dyn FnMut(String)) {
+    system::clock(system::wall_clock_ns().saturating_add_signed(by_ns), warn);
+}
+
 /// Makes the guest ready. `warn` tells the host of what does not keep it from running commands.
 pub(crate) fn run(
     setup: &Setup,
@@ -83,12 +95,16 @@ pub(crate) fn run(
     system::clock(setup.clock_ns, warn);
     system::entropy(&setup.entropy, warn);
     done("clock and entropy");
+    if setup.new_devices {
+        system::find_devices()?;
+        done("new devices");
+    }
     root::mount(&setup.root, mounted)?;
     done("root");
     root::switch()?;
     done("switch root");
-    pseudo::mount(setup.root.mode)?;
-    done("pseudo filesystems");
+    pseudo::mount_memory(setup.root.mode)?;
+    done("memory filesystems");
     if let Some(tree) = &setup.modules {
         modules::mount(tree, setup.root.mode, warn)?;
         done("module tree");
@@ -109,8 +125,7 @@ pub(crate) fn run(
         done("shares");
     }
     system::hostname(&setup.hostname, warn);
-    network::loopback(warn);
-    done("hostname and loopback");
+    done("hostname");
     if let Some(network) = &setup.network {
         network::configure(network, warn)?;
         done("network");
@@ -119,5 +134,6 @@ pub(crate) fn run(
         setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
         done("modprobe");
     }
+    report.clock_ns = system::wall_clock_ns();
     Ok(Done { report, own_filesystems })
 }

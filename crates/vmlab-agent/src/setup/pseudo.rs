@@ -42,8 +42,8 @@ const LINKS: &[(&str, &str)] = &[
     ("/proc/kcore", "/dev/core"),
 ];
 
-/// Mounts all of them in the new root.
-pub(super) fn mount(mode: RootMode) -> Step {
+/// Mounts those that the kernel has, below /dev and /sys, with which they move into the root later.
+pub(super) fn mount_kernels_own() -> Step {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let _paused = PausedModprobe::new();
     for Wanted { kind, target, options } in OPTIONAL {
@@ -72,6 +72,11 @@ pub(super) fn mount(mode: RootMode) -> Step {
         let _ = rustix::fs::symlink(*to, *link);
     }
     own_ptmx();
+    Ok(())
+}
+
+/// Mounts the directories of the root that are of the guest's own memory.
+pub(super) fn mount_memory(mode: RootMode) -> Step {
     memory("/run", c"mode=755")?;
     memory("/tmp", c"mode=1777")?;
     // Unlike the two before it, a small root need not have it.

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use rustix::ioctl::{Opcode, opcode};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+
+use super::{Step, failed_io};
 
 /// Sets the wall clock.
 pub(super) fn clock(clock_ns: u64, warn: &mut dyn FnMut(String)) {
@@ -18,11 +20,27 @@ pub(super) fn clock(clock_ns: u64, warn: &mut dyn FnMut(String)) {
     }
 }
 
+/// The wall clock, in nanoseconds since 1970.
+pub(super) fn wall_clock_ns() -> u64 {
+    let now = clock_gettime(ClockId::Realtime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Makes the kernel look for devices that have come since it last did, and waits for their drivers.
+pub(super) fn find_devices() -> Step {
+    const RESCAN: &str = "/sys/bus/pci/rescan";
+    std::fs::write(RESCAN, "1")
+        .map_err(|e| failed_io(format!("look for new devices by {RESCAN}"), &e, ""))
+}
+
 /// The most bytes of entropy that are taken at once; the kernel's pool holds 32.
 const ENTROPY_MAX: usize = 512;
 
 /// `_IOW('R', 0x03, int[2])` of linux/random.h.
 const RNDADDENTROPY: Opcode = opcode::write::<[c_int; 2]>(b'R', 3);
+
+/// `_IO('R', 0x07)` of linux/random.h.
+const RNDRESEEDCRNG: Opcode = opcode::none(b'R', 7);
 
 /// The argument of RNDADDENTROPY, `struct rand_pool_info` in linux/random.h.
 #[repr(C)]
@@ -32,7 +50,8 @@ struct PoolInfo {
     buf: [u8; ENTROPY_MAX],
 }
 
-/// Seeds the kernel's random number generator, so that nobody waits for it.
+/// Seeds the kernel's random number generator, so that nobody waits for it and no two guests of one
+/// snapshot draw the same numbers: what was there before the seed is of no more use.
 pub(super) fn entropy(seed: &[u8], warn: &mut dyn FnMut(String)) {
     let seed = &seed[..seed.len().min(ENTROPY_MAX)];
     let mut info = PoolInfo {
@@ -44,12 +63,21 @@ pub(super) fn entropy(seed: &[u8], warn: &mut dyn FnMut(String)) {
     let added = File::options().write(true).open("/dev/random").and_then(|random| {
         // SAFETY: the kernel reads the two counts and `buf_size` bytes behind them, all in `info`.
         match unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY as _, &info) } {
-            0 => Ok(()),
+            0 => reseed(&random),
             _ => Err(std::io::Error::last_os_error()),
         }
     });
     if let Err(e) = added {
         warn(format!("the random number generator could not be seeded: {e}"));
+    }
+}
+
+/// Makes the generator take its seed at once, on all CPUs.
+fn reseed(random: &File) -> std::io::Result<()> {
+    // SAFETY: the request has no argument.
+    match unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG as _) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

@@ -8,8 +8,9 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
+use serde::{Deserialize, Serialize};
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
 use vmlab_wire::message::{
     Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
@@ -36,6 +37,13 @@ pub(crate) enum Lost {
     Protocol(String),
 }
 
+/// What an agent says before it is spoken to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Greeting {
+    pub(crate) ready: Ready,
+    pub(crate) warnings: Vec<String>,
+}
+
 /// A connection to an agent.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -53,7 +61,9 @@ struct State {
     greeted: bool,
     queue: VecDeque<Vec<u8>>,
     ready: Option<Ready>,
-    setup: Option<Result<SetupReport, Failure>>,
+    setting_up: bool,
+    /// With the host's time when it came.
+    setup: Option<(Result<SetupReport, Failure>, SystemTime)>,
     powering_off: bool,
     processes: HashMap<ProcessId, Process>,
     next_process: u32,
@@ -92,9 +102,24 @@ struct Output {
 impl Connection {
     /// Takes over the channel. The guest need not run yet: what is sent waits for its preamble.
     pub(crate) fn open(socket: UnixStream) -> io::Result<Arc<Self>> {
+        Self::start(socket, State::default().with_preamble())
+    }
+
+    /// As [`open`](Self::open), but says nothing, so that a snapshot can be taken of the guest: nothing is
+    /// on its way to it then.
+    pub(crate) fn listen(socket: UnixStream) -> io::Result<Arc<Self>> {
+        Self::start(socket, State::default())
+    }
+
+    /// Goes on with a guest that has said `greeting` to another connection, which had said nothing.
+    pub(crate) fn resume(socket: UnixStream, greeting: Greeting) -> io::Result<Arc<Self>> {
+        let Greeting { ready, warnings } = greeting;
+        let state = State { greeted: true, ready: Some(ready), warnings, ..State::default() };
+        Self::start(socket, state.with_preamble())
+    }
+
+    fn start(socket: UnixStream, state: State) -> io::Result<Arc<Self>> {
         let (reading, writing) = (socket.try_clone()?, socket.try_clone()?);
-        let mut state = State::default();
-        state.queue.push_back(Preamble::OURS.encode().to_vec());
         let connection = Arc::new(Self {
             socket,
             state: Mutex::new(state),
@@ -134,11 +159,22 @@ impl Connection {
         self.wait_for(deadline, |state| state.ready.clone())
     }
 
-    /// Waits for the outcome of the set-up.
+    /// What the guest has said so far, once it is ready.
+    pub(crate) fn greeting(&self) -> Option<Greeting> {
+        let state = self.lock();
+        Some(Greeting { ready: state.ready.clone()?, warnings: state.warnings.clone() })
+    }
+
+    /// Waits until the agent has taken up its set-up.
+    pub(crate) fn wait_setting_up(&self, deadline: Option<Instant>) -> Result<Option<()>, Lost> {
+        self.wait_for(deadline, |state| state.setting_up.then_some(()))
+    }
+
+    /// Waits for the outcome of the set-up, and tells when it came.
     pub(crate) fn wait_setup(
         &self,
         deadline: Option<Instant>,
-    ) -> Result<Option<Result<SetupReport, Failure>>, Lost> {
+    ) -> Result<Option<(Result<SetupReport, Failure>, SystemTime)>, Lost> {
         self.wait_for(deadline, |state| state.setup.clone())
     }
 
@@ -333,11 +369,13 @@ impl Connection {
     }
 
     fn read_all(&self, mut socket: UnixStream) -> Result<(), ReadError> {
-        let mut preamble = [0; Preamble::LEN];
-        socket.read_exact(&mut preamble)?;
-        Preamble::check(preamble).map_err(protocol)?;
-        self.lock().greeted = true;
-        self.outgoing.notify_one();
+        if !self.lock().greeted {
+            let mut preamble = [0; Preamble::LEN];
+            socket.read_exact(&mut preamble)?;
+            Preamble::check(preamble).map_err(protocol)?;
+            self.lock().greeted = true;
+            self.outgoing.notify_one();
+        }
         let mut decoder = Decoder::new();
         loop {
             let mut space = decoder.space(READ_SIZE);
@@ -388,12 +426,22 @@ fn not_open(stream: StreamId) -> ReadError {
 }
 
 impl State {
+    fn set_up(&mut self, outcome: Result<SetupReport, Failure>) {
+        self.setup.get_or_insert_with(|| (outcome, SystemTime::now()));
+    }
+
+    fn with_preamble(mut self) -> Self {
+        self.queue.push_back(Preamble::OURS.encode().to_vec());
+        self
+    }
+
     fn take(&mut self, frame: Frame<'_>) -> Result<(), ReadError> {
         match frame {
             Frame::Message(payload) => match decode(payload).map_err(protocol)? {
                 GuestMessage::Ready(ready) => _ = self.ready.get_or_insert(ready),
-                GuestMessage::SetupDone(report) => _ = self.setup.get_or_insert(Ok(report)),
-                GuestMessage::SetupFailed(failure) => _ = self.setup.get_or_insert(Err(failure)),
+                GuestMessage::SettingUp => self.setting_up = true,
+                GuestMessage::SetupDone(report) => self.set_up(Ok(report)),
+                GuestMessage::SetupFailed(failure) => self.set_up(Err(failure)),
                 GuestMessage::PoweringOff => self.powering_off = true,
                 GuestMessage::Warning(text) => {
                     if self.warnings.len() < MAX_WARNINGS {

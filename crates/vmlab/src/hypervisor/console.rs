@@ -96,6 +96,13 @@ impl SerialConsole {
         }
     }
 
+    /// All output, as far back as it is kept.
+    pub(crate) fn kept(&self) -> Vec<u8> {
+        let state = self.lock();
+        let (a, b) = state.kept.as_slices();
+        [a, b].concat()
+    }
+
     /// How many bytes have come so far.
     pub(crate) fn position(&self) -> u64 {
         self.lock().taken

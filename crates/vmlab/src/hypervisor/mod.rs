@@ -2,6 +2,7 @@
 
 mod console;
 pub mod qemu;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use console::SerialConsole;
+pub use snapshot::{Memory, Origin, Snapshot};
 
 use crate::config::{ConfigError, Machine, NetworkMode, ShareTransport, VmConfig};
 
@@ -38,6 +40,17 @@ pub trait Hypervisor: Send + Sync {
 
     /// What its VMs can do.
     fn capabilities(&self) -> Capabilities;
+
+    /// What a snapshot depends on besides the VM's configuration: this hypervisor's program, and what of
+    /// the host its VMs can see. A snapshot is of use only where this is the same. `None` when it takes
+    /// none.
+    ///
+    /// # Errors
+    /// What is missing, and how to get it.
+    fn snapshot_identity(&self, config: &VmConfig) -> Result<Option<String>, HypervisorError> {
+        let _ = config;
+        Ok(None)
+    }
 
     /// Starts a VM. It runs when this returns, and is gone when the handle is dropped or this process
     /// ends in any way.
@@ -87,6 +100,13 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
     /// When the VM has ended or does not answer.
     fn shutdown(&self) -> Result<(), HypervisorError>;
 
+    /// Stops all CPUs for good and takes a snapshot of a VM that was started for it and has no devices of
+    /// a run yet.
+    ///
+    /// # Errors
+    /// When the VM was not started for it, has ended, or does not answer.
+    fn snapshot(&self) -> Result<Snapshot, HypervisorError>;
+
     /// Says that the VM is about to end: what the guest writes back from now on has to reach the host, but
     /// need not wait for the host's disks and for all that others write to them.
     fn wind_down(&self);
@@ -102,6 +122,8 @@ pub struct StartOptions {
     pub log_dir: PathBuf,
     /// When to end the VM with [`ExitReason::Timeout`].
     pub deadline: Option<Instant>,
+    /// How it begins.
+    pub origin: Origin,
 }
 
 /// What a VM can be asked to do.

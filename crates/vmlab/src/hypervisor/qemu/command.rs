@@ -1,16 +1,24 @@
 //! The QEMU command line for a [`VmConfig`].
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::config::{
-    Accel, AgentChannel, Machine, NetworkMode, ShareDevice, ShareTransport, Topology, VmConfig,
+    Accel, AgentChannel, Machine, NetworkMode, ShareTransport, Topology, VmConfig,
 };
 use crate::units::MIB;
 
 /// Name of the virtio port that the agent looks for.
 const AGENT_PORT: &str = "vmlab";
+
+/// Where devices are plugged into VMs that go on from a snapshot. QEMU does not load the state of a VM that
+/// has a `vhost-user-fs` device, and its boards take none on their root bus later. A conventional bridge has
+/// 31 places and is cheap for a guest to boot with.
+const PLUG_BUS: &str = "plug";
 
 /// Requests that a guest may have under way on one share.
 const FS_QUEUE_SIZE: u16 = 1024;
@@ -23,6 +31,19 @@ pub(super) struct Descriptors {
     pub(super) qmp: RawFd,
     /// Connections to the file servers, one for each share over virtio-fs, in their order.
     pub(super) shares: Vec<RawFd>,
+    /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
+    pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
+    /// The VM goes on from a snapshot, whose state will be named by QMP.
+    pub(super) incoming: bool,
+}
+
+/// What becomes of a guest's changes to a file that is its RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MemoryUse {
+    /// They are written to the file, as servers outside of QEMU need.
+    Shared,
+    /// They stay in QEMU.
+    Private,
 }
 
 /// QEMU's arguments, without the program. `cpu_log` gets what QEMU says about CPU resets.
@@ -30,14 +51,19 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
     let mut args = Arguments::default();
     args.flags(&["-nodefaults", "-no-user-config", "-no-reboot"]);
     args.option("-display", "none");
-    args.option("-machine", machine(config));
+    let memory = Ram::of(config, fds);
+    args.option("-machine", machine(config, &memory));
     args.option("-accel", accel(config.accel));
     args.option("-cpu", cpu(config.accel));
     args.option("-m", format!("{}M", config.memory.0 / MIB));
-    cpus(&mut args, config);
-    args.option("-kernel", &config.boot.image);
-    args.option("-initrd", &config.boot.initramfs);
-    args.option("-append", &config.boot.command_line);
+    cpus(&mut args, config, &memory);
+    if fds.incoming {
+        args.option("-incoming", "defer");
+    } else {
+        args.option("-kernel", &config.boot.image);
+        args.option("-initrd", &config.boot.initramfs);
+        args.option("-append", &config.boot.command_line);
+    }
 
     args.option("-chardev", format!("socket,id=console,fd={}", fds.console));
     args.option("-serial", "chardev:console");
@@ -51,22 +77,13 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
         }
         AgentChannel::Serial => args.option("-serial", "chardev:agent"),
     }
-    let mut servers = fds.shares.iter();
-    for (index, share) in config.shares.iter().enumerate() {
-        match share.transport {
-            ShareTransport::NineP => nine_p(&mut args, index, share),
-            ShareTransport::VirtioFs => {
-                if let Some(fd) = servers.next() {
-                    virtio_fs(&mut args, index, share, *fd);
-                }
-            }
-        }
+    if fds.memory.is_some() {
+        args.option("-device", format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on"));
     }
-    match config.network {
-        NetworkMode::None => {}
-        NetworkMode::User => {
-            args.option("-netdev", "user,id=net");
-            args.option("-device", "virtio-net-pci,netdev=net,romfile=");
+    backends(&mut args, config, fds);
+    if !fds.incoming {
+        for device in devices(config) {
+            args.option("-device", device.to_string());
         }
     }
     // The only trace that a triple fault leaves under TCG.
@@ -90,15 +107,52 @@ impl Arguments {
     }
 }
 
-fn machine(config: &VmConfig) -> String {
+/// Where a guest's RAM is.
+enum Ram<'a> {
+    /// In QEMU.
+    Plain,
+    /// Where servers outside of QEMU can read and write it too.
+    Shared,
+    /// In files, one for each node.
+    Files(&'a [RawFd], MemoryUse),
+}
+
+impl<'a> Ram<'a> {
+    fn of(config: &VmConfig, fds: &'a Descriptors) -> Self {
+        match &fds.memory {
+            Some((files, usage)) => Ram::Files(files, *usage),
+            None if has_servers(config) => Ram::Shared,
+            None => Ram::Plain,
+        }
+    }
+
+    fn backend(&self, id: &str, node: usize, mebibytes: u64) -> String {
+        match self {
+            Ram::Plain => format!("memory-backend-ram,id={id},size={mebibytes}M"),
+            Ram::Shared => format!("memory-backend-memfd,id={id},size={mebibytes}M,share=on"),
+            Ram::Files(files, usage) => {
+                let share = if *usage == MemoryUse::Shared { "on" } else { "off" };
+                let file = files.get(node).copied().unwrap_or(-1);
+                format!(
+                    "memory-backend-file,id={id},size={mebibytes}M,mem-path=/proc/self/fd/{file},\
+                     share={share}"
+                )
+            }
+        }
+    }
+}
+
+fn machine(config: &VmConfig, memory: &Ram<'_>) -> String {
     let board = match config.machine {
         Machine::Microvm => "microvm,pcie=on,acpi=on",
         Machine::Q35 => "q35,smbus=off,sata=off,vmport=off",
     };
     // Nodes have memory of their own.
-    match has_servers(config) && config.topology.nodes <= 1 {
-        true => format!("{board},memory-backend=ram"),
-        false => board.to_owned(),
+    match memory {
+        Ram::Shared | Ram::Files(..) if config.topology.nodes <= 1 => {
+            format!("{board},memory-backend=ram")
+        }
+        _ => board.to_owned(),
     }
 }
 
@@ -124,19 +178,19 @@ fn cpu(accel: Accel) -> &'static str {
     }
 }
 
-fn cpus(args: &mut Arguments, config: &VmConfig) {
+fn cpus(args: &mut Arguments, config: &VmConfig, ram: &Ram<'_>) {
     let Topology { nodes, llcs, cores, threads } = config.topology;
     let total = nodes * llcs * cores * threads;
     let dies = if llcs > 1 { format!(",dies={llcs}") } else { String::new() };
     let shape = format!("{total},sockets={nodes}{dies},cores={cores},threads={threads}");
     args.option("-smp", shape);
-    if nodes <= 1 && has_servers(config) {
-        args.option("-object", memory_backend(config, "ram", config.memory.0 / MIB));
+    if nodes <= 1 && !matches!(ram, Ram::Plain) {
+        args.option("-object", ram.backend("ram", 0, config.memory.0 / MIB));
     }
     if nodes > 1 {
         let memory = config.memory.0 / u64::from(nodes) / MIB;
         for node in 0..nodes {
-            args.option("-object", memory_backend(config, &format!("node{node}"), memory));
+            args.option("-object", ram.backend(&format!("node{node}"), node as usize, memory));
             args.option("-numa", format!("node,nodeid={node},memdev=node{node}"));
         }
         for node in 0..nodes {
@@ -145,38 +199,97 @@ fn cpus(args: &mut Arguments, config: &VmConfig) {
     }
 }
 
-fn memory_backend(config: &VmConfig, id: &str, mebibytes: u64) -> String {
-    match has_servers(config) {
-        true => format!("memory-backend-memfd,id={id},size={mebibytes}M,share=on"),
-        false => format!("memory-backend-ram,id={id},size={mebibytes}M"),
-    }
-}
-
-fn nine_p(args: &mut Arguments, index: usize, share: &ShareDevice) {
+/// What the devices of a run are fronts of.
+fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
     // Only root can give files to others. For everybody else, what the guest's users own belongs to the
     // caller.
     let model = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
-    let read_only = if share.read_only { ",readonly=on" } else { "" };
-    // It was checked to be UTF-8 when the configuration was built.
-    let path = share.path.to_string_lossy().replace(',', ",,");
-    args.option(
-        "-fsdev",
-        format!(
-            "local,id=share{index},path={path},security_model={model},multidevs=remap{read_only}"
-        ),
-    );
-    args.option("-device", format!("virtio-9p-pci,fsdev=share{index},mount_tag={}", share.tag));
+    let mut servers = fds.shares.iter();
+    for (index, share) in config.shares.iter().enumerate() {
+        match share.transport {
+            ShareTransport::NineP => {
+                let read_only = if share.read_only { ",readonly=on" } else { "" };
+                // It was checked to be UTF-8 when the configuration was built.
+                let path = share.path.to_string_lossy().replace(',', ",,");
+                args.option(
+                    "-fsdev",
+                    format!(
+                        "local,id=share{index},path={path},security_model={model},\
+                         multidevs=remap{read_only}"
+                    ),
+                );
+            }
+            ShareTransport::VirtioFs => {
+                if let Some(fd) = servers.next() {
+                    args.option("-chardev", format!("socket,id=share{index},fd={fd}"));
+                }
+            }
+        }
+    }
+    match config.network {
+        NetworkMode::None => {}
+        NetworkMode::User => args.option("-netdev", "user,id=net"),
+    }
 }
 
-fn virtio_fs(args: &mut Arguments, index: usize, share: &ShareDevice, fd: RawFd) {
-    args.option("-chardev", format!("socket,id=share{index},fd={fd}"));
-    args.option(
-        "-device",
-        format!(
-            "vhost-user-fs-pci,chardev=share{index},tag={},queue-size={FS_QUEUE_SIZE}",
-            share.tag
-        ),
-    );
+/// A device that a run brings: its driver and properties. None of their values has a comma.
+pub(super) struct Device {
+    driver: &'static str,
+    properties: Vec<(&'static str, String)>,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.driver)?;
+        self.properties.iter().try_for_each(|(name, value)| write!(f, ",{name}={value}"))
+    }
+}
+
+impl Device {
+    /// The arguments of `device_add` for a VM that goes on from a snapshot, of its device number `index`.
+    pub(super) fn to_plug(&self, index: usize) -> Value {
+        // The bridge has no slot of number 0.
+        let slot = format!("{:#x}", index + 1);
+        let mut arguments = json!({"driver": self.driver, "bus": PLUG_BUS, "addr": slot});
+        for (name, value) in &self.properties {
+            arguments[name] = match value.parse::<u64>() {
+                Ok(number) => number.into(),
+                Err(_) => value.as_str().into(),
+            };
+        }
+        arguments
+    }
+}
+
+/// The devices that a run brings, in their order.
+pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
+    let mut devices = Vec::new();
+    for (index, share) in config.shares.iter().enumerate() {
+        let id = format!("share{index}");
+        let tag = share.tag.clone();
+        devices.push(match share.transport {
+            ShareTransport::NineP => Device {
+                driver: "virtio-9p-pci",
+                properties: vec![("fsdev", id), ("mount_tag", tag)],
+            },
+            ShareTransport::VirtioFs => Device {
+                driver: "vhost-user-fs-pci",
+                properties: vec![
+                    ("chardev", id),
+                    ("tag", tag),
+                    ("queue-size", FS_QUEUE_SIZE.to_string()),
+                ],
+            },
+        });
+    }
+    match config.network {
+        NetworkMode::None => {}
+        NetworkMode::User => devices.push(Device {
+            driver: "virtio-net-pci",
+            properties: vec![("netdev", "net".to_owned()), ("romfile", String::new())],
+        }),
+    }
+    devices
 }
 
 #[cfg(test)]
@@ -196,7 +309,8 @@ mod tests {
             command_line: "console=ttyS0 a=\"b c\"".to_owned(),
         };
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
-        let fds = Descriptors { console: 7, agent: 8, qmp: 9, shares: vec![10, 11] };
+        let shares = vec![10, 11];
+        let fds = Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: false };
         let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }

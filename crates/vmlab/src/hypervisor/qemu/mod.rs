@@ -2,10 +2,13 @@
 
 mod command;
 mod files;
+mod memory;
 mod process;
 mod qmp;
 
 use std::ffi::OsString;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -53,6 +56,19 @@ impl Qemu {
     }
 }
 
+/// What identifies the host's processor and what it can do: the beginning of /proc/cpuinfo, without what
+/// changes from moment to moment.
+fn processor() -> std::io::Result<String> {
+    /// Enough for the first processor; all are alike.
+    const FIRST: u64 = 8192;
+    let mut text = Vec::new();
+    std::fs::File::open("/proc/cpuinfo")?.take(FIRST).read_to_end(&mut text)?;
+    let text = String::from_utf8_lossy(&text);
+    let lines = text.lines().take_while(|line| !line.is_empty());
+    let changing = |line: &&str| !["cpu MHz", "bogomips"].iter().any(|name| line.starts_with(name));
+    Ok(lines.filter(changing).collect::<Vec<_>>().join("\n"))
+}
+
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
         "qemu"
@@ -84,8 +100,18 @@ impl Hypervisor for Qemu {
             networks: vec![NetworkMode::None, NetworkMode::User],
             qemu_args: true,
             pause: true,
-            snapshot: false,
+            snapshot: true,
         }
+    }
+
+    fn snapshot_identity(&self, config: &VmConfig) -> Result<Option<String>, HypervisorError> {
+        let program = self.program()?;
+        let failed = |source| HypervisorError::Run { program: self.program.clone(), source };
+        let meta = std::fs::metadata(&program).map_err(failed)?;
+        let processor = processor().map_err(failed)?;
+        let version = (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
+        let line = self.command_line(config);
+        Ok(Some(format!("{version:?} {line:?} {processor}")))
     }
 
     fn start(
@@ -99,7 +125,8 @@ impl Hypervisor for Qemu {
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let shares = (6..).take(config.served_shares().count()).collect();
-        let fds = Descriptors { console: 3, agent: 4, qmp: 5, shares };
+        let fds =
+            Descriptors { console: 3, agent: 4, qmp: 5, shares, memory: None, incoming: false };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));
         line

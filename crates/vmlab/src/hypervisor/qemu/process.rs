@@ -17,11 +17,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
+use serde_json::{Value, json};
 use vmlab_devices::bear_file_limits;
 
-use super::super::{ExitReason, HypervisorError, SerialConsole, StartOptions, VmHandle, VmState};
-use super::command::{Descriptors, arguments};
+use super::super::{
+    ExitReason, HypervisorError, Memory, Origin, SerialConsole, Snapshot, StartOptions, VmHandle,
+    VmState,
+};
+use super::command::{Descriptors, arguments, devices};
 use super::files::FileServers;
+use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
 use crate::config::VmConfig;
 use crate::runs::private_file;
@@ -50,6 +55,29 @@ pub(super) struct QemuVm {
     supervisor: Mutex<Option<JoinHandle<()>>>,
     /// Whether a guest's sync(2) waits for the host's disks.
     durable: Arc<AtomicBool>,
+    /// Its RAM, if a snapshot can be taken.
+    memory: Vec<Arc<File>>,
+}
+
+/// How long QEMU may take to write the state of its devices. It has some 100 kB and takes 10 ms.
+const STATE_TIME: Duration = Duration::from_secs(10);
+
+/// The longest state of devices that is believed.
+const MAX_STATE: u64 = 256 * 1024 * 1024;
+
+/// What is still to be done for a VM that goes on from a snapshot while QEMU starts.
+struct Restore {
+    copies: Vec<Copy>,
+    state: Arc<[u8]>,
+    socket: UnixStream,
+}
+
+impl Restore {
+    fn run(mut self) -> io::Result<()> {
+        self.copies.iter().try_for_each(Copy::run)?;
+        // The VM runs as soon as it has all of it.
+        self.socket.write_all(&self.state)
+    }
 }
 
 #[derive(Debug)]
@@ -84,28 +112,38 @@ struct Sockets {
     qmp: UnixStream,
     /// One for each file server.
     shares: Vec<UnixStream>,
+    /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
+    state: Option<UnixStream>,
 }
 
 impl Sockets {
-    fn pairs(servers: usize) -> io::Result<(Self, Self)> {
+    fn pairs(servers: usize, with_state: bool) -> io::Result<(Self, Self)> {
         let (console, their_console) = UnixStream::pair()?;
         let (agent, their_agent) = UnixStream::pair()?;
         let (qmp, their_qmp) = UnixStream::pair()?;
         let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
         let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
+        let (state, their_state) = match with_state.then(UnixStream::pair).transpose()? {
+            Some((ours, theirs)) => (Some(ours), Some(theirs)),
+            None => (None, None),
+        };
         Ok((
-            Self { console, agent, qmp, shares },
+            Self { console, agent, qmp, shares, state },
             Self {
                 console: their_console,
                 agent: their_agent,
                 qmp: their_qmp,
                 shares: their_shares,
+                state: their_state,
             },
         ))
     }
 
-    fn descriptors(&self) -> Descriptors {
+    fn descriptors(&self, ram: Option<&Ram>) -> Descriptors {
+        let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
         Descriptors {
+            memory: ram.map(|ram| (files(ram), ram.usage)),
+            incoming: self.state.is_some(),
             console: self.console.as_raw_fd(),
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
@@ -126,7 +164,14 @@ impl QemuVm {
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
         let servers = FileServers::of(config, &durable)?;
-        let (mut ours, theirs) = Sockets::pairs(servers.count()).map_err(resource("sockets"))?;
+        let (with_state, for_snapshot) = match &options.origin {
+            Origin::Boot => (false, false),
+            Origin::BootForSnapshot => (false, true),
+            Origin::Snapshot(_) => (true, false),
+        };
+        let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
+        let (mut ours, theirs) =
+            Sockets::pairs(servers.count(), with_state).map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
         let log_file = |path: &Path| private_file(path).map_err(resource("a log file"));
@@ -135,15 +180,32 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        command.args(arguments(config, &theirs.descriptors(), &cpu_log));
+        command.args(arguments(config, &theirs.descriptors(ram.as_ref()), &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let shares = std::mem::take(&mut ours.shares);
         let servers = servers.serve(shares).map_err(resource("file servers"))?;
-        inherit(&mut command, theirs);
 
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
         let console = SerialConsole::new(log_path, input);
+        let mut console_log = log;
         let qmp = Qmp::new(&ours.qmp).map_err(resource("a monitor socket"))?;
+        if with_state || for_snapshot {
+            qmp.leave_memory_out().map_err(resource("a monitor socket"))?;
+        }
+        if let Some(state) = &theirs.state {
+            qmp.take_state_from(state.as_raw_fd()).map_err(resource("a monitor socket"))?;
+        }
+        let (files, copies) = ram.map_or_else(Default::default, |ram| (ram.files, ram.copies));
+        let memory = if for_snapshot { files.clone() } else { Vec::new() };
+        inherit(&mut command, theirs, files);
+        let restore = match (options.origin, ours.state.take()) {
+            (Origin::Snapshot(snapshot), Some(socket)) => {
+                // The log is whole, though the console began before.
+                console_log.write_all(&snapshot.console).map_err(resource("a log file"))?;
+                Some(Restore { copies, state: snapshot.state, socket })
+            }
+            _ => None,
+        };
         // Without a limit the kernel's own word is waited for, for ever if need be.
         ours.console
             .set_read_timeout(panic_patience(&config.boot.command_line))
@@ -181,10 +243,19 @@ impl QemuVm {
                     fate: Mutex::default(),
                     ended: Condvar::new(),
                 });
+                if let Some(restore) = restore {
+                    let shared = Arc::clone(&shared);
+                    std::thread::spawn(move || {
+                        if let Err(error) = restore.run() {
+                            let said = format!("the snapshot cannot be loaded: {error}");
+                            shared.end(ExitReason::MonitorFailed(said));
+                        }
+                    });
+                }
                 let outputs = Outputs {
                     qmp: ours.qmp,
                     console: ours.console,
-                    console_log: log,
+                    console_log,
                     stderr,
                     stderr_log,
                 };
@@ -212,18 +283,37 @@ impl QemuVm {
             agent: Mutex::new(Some(ours.agent)),
             supervisor: Mutex::new(Some(supervisor)),
             durable,
+            memory,
         };
         if !vm.shared.qmp.wait_ready()
             && let Some(ExitReason::MonitorFailed(said)) = vm.wait(None)
         {
             return Err(HypervisorError::Refused { said });
         }
+        if with_state {
+            vm.plug(config)?;
+        }
         Ok(vm)
     }
 }
 
-/// Lets the child have `sockets`, and makes it die with the thread that starts it.
-fn inherit(command: &mut Command, sockets: Sockets) {
+impl QemuVm {
+    /// Waits until the VM goes on, and gives it the devices of its run.
+    fn plug(&self, config: &VmConfig) -> Result<(), HypervisorError> {
+        let qmp = &self.shared.qmp;
+        if !qmp.wait_resumed() {
+            let said = self.wait(None).map(|reason| reason.to_string());
+            return Err(HypervisorError::Refused { said: said.unwrap_or_default() });
+        }
+        let devices = devices(config).into_iter().enumerate();
+        devices.map(|(index, device)| device.to_plug(index)).try_for_each(|arguments| {
+            qmp.run("device_add", arguments, None).map(drop)
+        })
+    }
+}
+
+/// Lets the child have `sockets` and `files`, and makes it die with the thread that starts it.
+fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<File>>) {
     let parent = rustix::process::getpid();
     let prepare = move || {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -231,9 +321,12 @@ fn inherit(command: &mut Command, sockets: Sockets) {
         if rustix::process::getppid() != Some(parent) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let shares = sockets.shares.iter();
-        for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(shares) {
+        let more = sockets.shares.iter().chain(&sockets.state);
+        for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
             fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
+        }
+        for file in &files {
+            fcntl_setfd(file.as_fd(), FdFlags::empty())?;
         }
         Ok(())
     };
@@ -460,6 +553,36 @@ impl VmHandle for QemuVm {
 
     fn shutdown(&self) -> Result<(), HypervisorError> {
         self.shared.qmp.execute("system_powerdown")
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, HypervisorError> {
+        const COMMAND: &str = "migrate";
+        let failed = |said: String| HypervisorError::Command { command: COMMAND, said };
+        if self.memory.is_empty() {
+            return Err(failed("it was not started for a snapshot".to_owned()));
+        }
+        let (ours, theirs) = UnixStream::pair().map_err(resource("sockets"))?;
+        ours.set_read_timeout(Some(STATE_TIME)).map_err(resource("sockets"))?;
+        self.shared.qmp.give("state", theirs.as_fd())?;
+        drop(theirs);
+        self.shared.qmp.run(COMMAND, json!({"uri": "fd:state"}), None)?;
+        let mut state = Vec::new();
+        let read = ours.take(MAX_STATE).read_to_end(&mut state);
+        read.map_err(|e| failed(format!("its state cannot be read ({e})")))?;
+        let result = self.shared.qmp.run("query-migrate", json!({}), None)?;
+        match result.get("status").and_then(Value::as_str) {
+            // QEMU closes the stream a moment before it says that it is complete.
+            Some("completed" | "device" | "active") if !state.is_empty() => Ok(Snapshot {
+                state: state.into(),
+                memory: self.memory.iter().cloned().map(Memory::Own).collect(),
+                console: self.shared.console.kept().into(),
+            }),
+            status => {
+                let why = result.get("error-desc").and_then(Value::as_str);
+                let status = status.unwrap_or("unknown");
+                Err(failed(why.map_or_else(|| format!("its status is {status}"), str::to_owned)))
+            }
+        }
     }
 
     fn wind_down(&self) {

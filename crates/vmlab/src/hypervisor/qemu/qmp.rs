@@ -1,11 +1,14 @@
 //! The few commands and events of the QEMU Machine Protocol that vmlab needs, typed.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -41,6 +44,8 @@ struct State {
     next_id: u64,
     shutdown: Option<ShutdownCause>,
     paused: bool,
+    /// The VM's CPUs have been started once.
+    resumed: bool,
     closed: bool,
 }
 
@@ -74,6 +79,11 @@ struct ErrorBody {
 /// The id of the command that opens every session.
 const CAPABILITIES: u64 = 0;
 
+/// What is sent ahead after it has no id: its failure shows in what follows.
+fn command(execute: &str, arguments: Value) -> String {
+    format!("{}\n", json!({"execute": execute, "arguments": arguments}))
+}
+
 impl Qmp {
     /// Opens a session. The first command is sent ahead, before QEMU runs, and answered when its main
     /// loop does.
@@ -83,6 +93,24 @@ impl Qmp {
         writeln!(writer, "{hello}")?;
         let state = State { next_id: CAPABILITIES + 1, ..State::default() };
         Ok(Self { writer: Mutex::new(writer), state: Mutex::new(state), changed: Condvar::new() })
+    }
+
+    /// Sends ahead that RAM which is a file is no part of a snapshot's state.
+    pub(super) fn leave_memory_out(&self) -> std::io::Result<()> {
+        let capability = json!([{"capability": "x-ignore-shared", "state": true}]);
+        let arguments = json!({"capabilities": capability});
+        lock(&self.writer).write_all(command("migrate-set-capabilities", arguments).as_bytes())
+    }
+
+    /// Sends ahead that the state of a snapshot comes by a descriptor that QEMU inherits.
+    pub(super) fn take_state_from(&self, descriptor: RawFd) -> std::io::Result<()> {
+        let arguments = json!({"uri": format!("fd:{descriptor}")});
+        lock(&self.writer).write_all(command("migrate-incoming", arguments).as_bytes())
+    }
+
+    /// Gives QEMU a descriptor, by a name for further commands.
+    pub(super) fn give(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), HypervisorError> {
+        self.run("getfd", json!({"fdname": name}), Some(fd)).map(drop)
     }
 
     /// Takes in what QEMU says until it ends. To be run in a thread.
@@ -119,6 +147,17 @@ impl Qmp {
         }
     }
 
+    /// Waits until the VM runs that goes on from a snapshot. False when QEMU ended before.
+    pub(super) fn wait_resumed(&self) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.resumed || state.closed {
+                return state.resumed;
+            }
+            state = wait(&self.changed, state);
+        }
+    }
+
     /// Why QEMU stopped the VM, once it has said so.
     pub(super) fn shutdown_cause(&self) -> Option<ShutdownCause> {
         self.lock().shutdown
@@ -140,6 +179,16 @@ impl Qmp {
 
     /// Executes a command without arguments.
     pub(super) fn execute(&self, command: &'static str) -> Result<(), HypervisorError> {
+        self.run(command, json!({}), None).map(drop)
+    }
+
+    /// Executes a command, with a descriptor if it needs one.
+    pub(super) fn run(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, HypervisorError> {
         let failed = |said: String| HypervisorError::Command { command, said };
         let id = {
             let mut state = self.lock();
@@ -147,15 +196,14 @@ impl Qmp {
             state.next_id += 1;
             id
         };
-        let line = format!("{}\n", json!({"execute": command, "id": id}));
-        lock(&self.writer)
-            .write_all(line.as_bytes())
-            .map_err(|e| failed(format!("it has ended ({e})")))?;
+        let line =
+            format!("{}\n", json!({"execute": command, "arguments": arguments, "id": id}));
+        self.write(line.as_bytes(), fd).map_err(|e| failed(format!("it has ended ({e})")))?;
         let deadline = Instant::now() + ANSWER_TIME;
         let mut state = self.lock();
         loop {
             if let Some(answer) = state.answers.remove(&id) {
-                return answer.map(drop).map_err(failed);
+                return answer.map_err(failed);
             }
             if state.closed {
                 return Err(failed("it has ended".to_owned()));
@@ -165,6 +213,18 @@ impl Qmp {
             };
             state = woken;
         }
+    }
+
+    fn write(&self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
+        let mut writer = lock(&self.writer);
+        let Some(fd) = fd else { return writer.write_all(line) };
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let sent =
+            sendmsg(&*writer, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
+        writer.write_all(&line[sent..])
     }
 
     fn take(&self, line: Line) {
@@ -184,7 +244,10 @@ impl Qmp {
                     Some(serde_json::from_value(reason).unwrap_or(ShutdownCause::Unknown));
             }
             Some("STOP") => state.paused = true,
-            Some("RESUME") => state.paused = false,
+            Some("RESUME") => {
+                state.paused = false;
+                state.resumed = true;
+            }
             _ => {}
         }
         drop(state);

@@ -1,0 +1,55 @@
+//! What is left of a VM that was stopped in order to go on elsewhere.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+/// A VM at one moment: its memory, the state of its devices, and what its console had said.
+#[derive(Clone)]
+pub struct Snapshot {
+    /// CPUs and devices, in a form that only the hypervisor which wrote it understands.
+    pub state: Arc<[u8]>,
+    /// RAM: one file a NUMA node, as long as the node's memory.
+    pub memory: Vec<Memory>,
+    /// What the serial console had shown until then.
+    pub console: Arc<[u8]>,
+}
+
+/// The content of some RAM.
+#[derive(Debug, Clone)]
+pub enum Memory {
+    /// For one VM alone, which changes it.
+    Own(Arc<File>),
+    /// For any number of VMs, each of which has its own changes. Holes in the file are zeros.
+    Template(Arc<File>),
+}
+
+impl AsFd for Memory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Memory::Own(file) | Memory::Template(file) => file.as_fd(),
+        }
+    }
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("state", &self.state.len())
+            .field("memory", &self.memory)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a VM begins.
+#[derive(Debug, Clone, Default)]
+pub enum Origin {
+    /// Its kernel boots.
+    #[default]
+    Boot,
+    /// Its kernel boots, and a snapshot can be taken of it.
+    BootForSnapshot,
+    /// It goes on where another was stopped. Its shares and its network are its own, and new to the guest.
+    Snapshot(Snapshot),
+}

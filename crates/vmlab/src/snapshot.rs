@@ -1,0 +1,364 @@
+//! Snapshots of VMs that are ready for a run, kept in the cache.
+//!
+//! A snapshot is taken where the agent is ready and nothing of any run is in the guest: no share, no
+//! network, no command. What shapes it is in its key. It is checked each time before it is used, and
+//! one that is not as it was written, or that a VM cannot go on from, is replaced by the run that finds
+//! it so.
+
+mod content;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use vmlab_artifacts::cache::{Flaw, Lease};
+use vmlab_artifacts::{Cache, ContentKey};
+
+use crate::Error;
+use crate::config::{NetworkMode, VmConfig};
+use crate::guest::Greeting;
+use crate::hypervisor::{Hypervisor, Memory, Snapshot};
+use content::{checksum, save_memory};
+
+/// The cache's kind of entries.
+pub const KIND: &str = "snapshots";
+
+/// Whether VMs start from snapshots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SnapshotMode {
+    /// From the one that is there; else the VM boots, and one is taken of it.
+    #[default]
+    Use,
+    /// The VM boots in any case, and a snapshot of it replaces the one that is there.
+    Renew,
+    /// They boot, and no snapshot is taken or looked for.
+    Never,
+}
+
+/// The version of entries; it rises when what is in them, or in a guest at its snapshot, changes in a way
+/// that the key does not tell.
+const VERSION: u32 = 1;
+
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "state";
+const CONSOLE: &str = "console";
+/// A file that is in entries that no VM could go on from.
+const CONDEMNED: &str = "condemned";
+/// Where the times and places of an entry's files are, as they were when their content was last checked.
+const STAMP: &str = "stamp.json";
+
+/// What an entry has, beside the content of its files.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    /// A number of this snapshot alone, which its file of states begins with.
+    generation: String,
+    greeting: Greeting,
+    state: Checked,
+    console: Checked,
+    memory: Vec<Checked>,
+}
+
+/// A file's length in bytes and its checksum, a CRC-32 of all that is not zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Checked {
+    length: u64,
+    checksum: u32,
+}
+
+/// A file as the kernel has it. As long as it stays the same and the host is not restarted, so does the
+/// content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    /// The host's boot: what was not on disk when the host went down is lost.
+    boot: String,
+    files: Vec<FileStamp>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct FileStamp {
+    device: u64,
+    inode: u64,
+    length: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// A place for the snapshot of one kind of VM.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    cache: Cache,
+    key: String,
+}
+
+/// A snapshot from the cache, which stays there as long as this does.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) greeting: Greeting,
+    entry: PathBuf,
+    _lease: Lease,
+}
+
+/// What a VM is without all that belongs to one run.
+pub(crate) fn without_run(config: &VmConfig) -> VmConfig {
+    let mut config = config.clone();
+    config.shares.clear();
+    config.network = NetworkMode::None;
+    // It restricts the servers of shares.
+    config.sandbox = true;
+    config
+}
+
+impl Place {
+    /// The place for snapshots of such a VM; `None` where none can be taken.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read, or the hypervisor is not there.
+    pub(crate) fn of(
+        cache: &Cache,
+        hypervisor: &dyn Hypervisor,
+        config: &VmConfig,
+    ) -> Result<Option<Self>, Error> {
+        // Nobody knows what they add to a VM.
+        if !config.qemu_args.is_empty() || !hypervisor.capabilities().snapshot {
+            return Ok(None);
+        }
+        let config = without_run(config);
+        let Some(identity) = hypervisor.snapshot_identity(&config)? else { return Ok(None) };
+        let read = |source| Error::Io {
+            what: "read the kernel",
+            path: config.boot.image.clone(),
+            source,
+            hint: "",
+        };
+        let mut shape = config.clone();
+        (shape.boot.image, shape.boot.initramfs) = Default::default();
+        let shape = serde_json::to_string(&shape).map_err(|e| read(e.into()))?;
+        let key = ContentKey::new("snapshot-1")
+            .field("version", VERSION.to_le_bytes())
+            .field("hypervisor", hypervisor.name())
+            .field("identity", identity)
+            .field("shape", shape);
+        let key = add_file(key, cache, "kernel", &config.boot.image).map_err(read)?;
+        let key = add_file(key, cache, "initramfs", &config.boot.initramfs).map_err(read)?;
+        Ok(Some(Self { cache: cache.clone(), key: key.finish() }))
+    }
+
+    /// The snapshot that is there, else one that `take` takes; what that gives besides is handed out.
+    /// Of several processes that want it at once, one takes it and the others wait, after `on_wait` was told.
+    ///
+    /// # Errors
+    /// What `take` returns; when the cache cannot be written or read.
+    pub(crate) fn get_or_take<T>(
+        &self,
+        take: impl FnOnce() -> Result<(Snapshot, Greeting, T), Error>,
+        on_wait: impl FnOnce(),
+    ) -> Result<(Stored, Option<T>), Error> {
+        let mut taken = None;
+        let build = |dir: &Path| -> Result<(), Error> {
+            let (snapshot, greeting, more) = take()?;
+            save(dir, &snapshot, greeting).map_err(|e| unwritable(dir, e))?;
+            taken = Some(more);
+            Ok(())
+        };
+        let (entry, lease) = self.cache.get_or_build_unflushed(
+            KIND,
+            &self.key,
+            verify,
+            build,
+            |_| on_wait(),
+        )?;
+        let (snapshot, greeting) = load(&entry).map_err(|source| Error::Io {
+            what: "read the snapshot",
+            path: entry.clone(),
+            source,
+            hint: "",
+        })?;
+        Ok((Stored { snapshot, greeting, entry, _lease: lease }, taken))
+    }
+
+    /// Marks the snapshot that is there, if any, so that nobody uses it again.
+    pub(crate) fn condemn(&self) {
+        condemn(&self.cache.root().join(KIND).join(&self.key));
+    }
+}
+
+impl Stored {
+    /// Marks it as one that no VM can go on from.
+    pub(crate) fn condemn(&self) {
+        condemn(&self.entry);
+    }
+}
+
+fn condemn(entry: &Path) {
+    // Where it cannot be written, the next run finds the same, and does without as this one did.
+    let _ = write(&entry.join(CONDEMNED), b"");
+}
+
+/// Adds what is in a file. One in the cache is known by its entry's key.
+fn add_file(key: ContentKey, cache: &Cache, name: &str, path: &Path) -> io::Result<ContentKey> {
+    match path.strip_prefix(cache.root()).ok().and_then(Path::to_str) {
+        Some(entry) => Ok(key.field(name, entry)),
+        None => key.file(name, path),
+    }
+}
+
+fn unwritable(dir: &Path, source: io::Error) -> Error {
+    Error::Io {
+        what: "write the snapshot",
+        path: dir.to_owned(),
+        source,
+        hint: "; --no-snapshot does without, VMLAB_CACHE_DIR chooses another place",
+    }
+}
+
+fn memory_name(node: usize) -> String {
+    format!("memory{node}")
+}
+
+/// Writes a file that only the user can read.
+fn write(path: &Path, content: &[u8]) -> io::Result<()> {
+    create(path)?.write_all(content)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::options().write(true).create_new(true).mode(0o600).open(path)
+}
+
+fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
+    let mut random = [0; 16];
+    rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty())?;
+    let generation = random.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let plain = |name: &str, content: &[&[u8]]| -> io::Result<Checked> {
+        let content = content.concat();
+        write(&dir.join(name), &content)?;
+        Ok(Checked { length: content.len() as u64, checksum: crc32fast::hash(&content) })
+    };
+    let state = plain(STATE, &[generation.as_bytes(), &snapshot.state])?;
+    let console = plain(CONSOLE, &[&snapshot.console])?;
+    let mut memory = Vec::new();
+    for (node, content) in snapshot.memory.iter().enumerate() {
+        let (Memory::Own(file) | Memory::Template(file)) = content;
+        let to = create(&dir.join(memory_name(node)))?;
+        memory.push(save_memory(file, &to)?);
+    }
+    let manifest = Manifest { version: VERSION, generation, greeting, state, console, memory };
+    write(&dir.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?;
+    // All of this content was seen just now.
+    let stamp = Stamp::of(dir, manifest.memory.len())?;
+    write(&dir.join(STAMP), &serde_json::to_vec(&stamp)?)
+}
+
+impl Stamp {
+    fn of(dir: &Path, nodes: usize) -> io::Result<Self> {
+        let names = (0..nodes).map(memory_name);
+        let files = names
+            .map(|name| {
+                let meta = std::fs::symlink_metadata(dir.join(name))?;
+                Ok(FileStamp {
+                    device: meta.dev(),
+                    inode: meta.ino(),
+                    length: meta.len(),
+                    modified: (meta.mtime(), meta.mtime_nsec()),
+                    changed: (meta.ctime(), meta.ctime_nsec()),
+                })
+            })
+            .collect::<io::Result<_>>()?;
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Ok(Self { boot: boot.trim_end().to_owned(), files })
+    }
+}
+
+fn manifest(entry: &Path) -> Result<Manifest, Flaw> {
+    let manifest: Manifest = serde_json::from_slice(&std::fs::read(entry.join(MANIFEST))?)?;
+    match manifest.version {
+        VERSION => Ok(manifest),
+        other => Err(format!("it has version {other}, not {VERSION}").into()),
+    }
+}
+
+/// Whether an entry is as it was written. The memory's content is read only where something may have
+/// become of it.
+pub(crate) fn verify(entry: &Path) -> Result<(), Flaw> {
+    verify_how(entry, false)
+}
+
+/// As [`verify`], and reads all content in any case.
+pub(crate) fn verify_all(entry: &Path) -> Result<(), Flaw> {
+    verify_how(entry, true)
+}
+
+fn verify_how(entry: &Path, all: bool) -> Result<(), Flaw> {
+    if entry.join(CONDEMNED).exists() {
+        return Err("a VM could not go on from it".into());
+    }
+    let manifest = manifest(entry)?;
+    state(entry, &manifest)?;
+    plain(entry, CONSOLE, manifest.console)?;
+    let now = Stamp::of(entry, manifest.memory.len())?;
+    let stamp = std::fs::read(entry.join(STAMP)).ok();
+    let stamp = stamp.and_then(|bytes| serde_json::from_slice::<Stamp>(&bytes).ok());
+    if stamp.as_ref() == Some(&now) && !all {
+        return Ok(());
+    }
+    for (node, expected) in manifest.memory.iter().enumerate() {
+        let name = memory_name(node);
+        let found = checksum(&File::open(entry.join(&name))?)?;
+        if found != *expected {
+            return Err(format!("its {name} is not what was written").into());
+        }
+    }
+    if stamp.as_ref() != Some(&now) {
+        renew(&entry.join(STAMP), &serde_json::to_vec(&now)?);
+    }
+    Ok(())
+}
+
+/// Replaces a file as a whole. Where that cannot be done, all is read again the next time.
+fn renew(path: &Path, content: &[u8]) {
+    let aside = path.with_extension(format!("{}", std::process::id()));
+    if write(&aside, content).and_then(|()| std::fs::rename(&aside, path)).is_err() {
+        let _ = std::fs::remove_file(&aside);
+    }
+}
+
+/// A small file's content, checked.
+fn plain(entry: &Path, name: &str, expected: Checked) -> Result<Vec<u8>, Flaw> {
+    let content = std::fs::read(entry.join(name))?;
+    let found =
+        Checked { length: content.len() as u64, checksum: crc32fast::hash(&content) };
+    if found == expected {
+        Ok(content)
+    } else {
+        Err(format!("its {name} is not what was written").into())
+    }
+}
+
+fn state(entry: &Path, manifest: &Manifest) -> Result<Vec<u8>, Flaw> {
+    let mut state = plain(entry, STATE, manifest.state)?;
+    if !state.starts_with(manifest.generation.as_bytes()) {
+        return Err("its state is of another snapshot".into());
+    }
+    state.drain(..manifest.generation.len());
+    Ok(state)
+}
+
+fn load(entry: &Path) -> io::Result<(Snapshot, Greeting)> {
+    let manifest = manifest(entry).map_err(io::Error::other)?;
+    let state = state(entry, &manifest).map_err(io::Error::other)?;
+    let console = plain(entry, CONSOLE, manifest.console).map_err(io::Error::other)?;
+    let memory = (0..manifest.memory.len())
+        .map(|node| {
+            let file = File::open(entry.join(memory_name(node)))?;
+            Ok(Memory::Template(Arc::new(file)))
+        })
+        .collect::<io::Result<_>>()?;
+    Ok((Snapshot { state: state.into(), memory, console: console.into() }, manifest.greeting))
+}
+
+#[cfg(test)]
+mod tests;

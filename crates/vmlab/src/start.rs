@@ -1,0 +1,353 @@
+//! The ways from a VM that is prepared to a guest that is ready for commands.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::io::Errno;
+use vmlab_wire::HostMessage;
+use vmlab_wire::message::{Failure, Ready, SetupReport};
+
+use crate::Error;
+use crate::builder::PreparedVm;
+use crate::config::{Accel, VmConfig};
+use crate::error::ErrorClass;
+use crate::guest::{Connection, Greeting, Lost};
+use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
+use crate::report::{Phase, Timeline};
+use crate::runs::RunDir;
+use crate::snapshot::{Place, SnapshotMode, without_run};
+use crate::vm::{evidence, lost_error};
+
+/// How long a guest that damaged itself before its agent was up is given to come up all the same.
+const OOPS_GRACE: Duration = Duration::from_secs(5);
+
+/// How often the console is looked at for such damage while the agent is waited for. It delays
+/// nothing: the agent's arrival ends the wait at once.
+const OOPS_LOOK: Duration = Duration::from_millis(500);
+
+/// How long a guest that goes on from a snapshot may take to say something. It takes 0.1 s; the rest is for
+/// machines that are busy with many others.
+const WAKE_TIME: Duration = Duration::from_secs(30);
+
+/// How often a snapshot is tried: the one that is there, and the one that replaces it.
+const SNAPSHOT_TRIES: usize = 2;
+
+/// How much a guest's clock may differ from the host's without being set again: less than what reading
+/// both takes on a busy machine.
+const CLOCK_TOLERANCE_NS: u64 = 1_000_000;
+
+/// Why a driver may be missing that the kernel was built with.
+const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
+    package, the directory that it was unpacked to or its build tree, not the image alone";
+
+/// QEMU before 8.1 now and then executes code that the guest's kernel has meanwhile patched: about one
+/// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
+/// kernel under test, so it is booted once more, and the user is told.
+const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
+    KVM; it is booted once more";
+
+/// A machine whose guest is ready for commands.
+pub(crate) struct Booted {
+    pub(crate) handle: Arc<dyn VmHandle>,
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) ready: Ready,
+    pub(crate) setup: SetupReport,
+    /// How much was on the console when the agent had come up.
+    pub(crate) came_up: u64,
+    pub(crate) run_dir: RunDir,
+}
+
+/// A start that failed.
+struct StartFailure {
+    error: Error,
+    /// The guest panicked over a breakpoint that is not there: see [`STALE_CODE`].
+    stale_code: bool,
+    /// The guest had given no sign of life, for a reason that may be the snapshot's.
+    silent: bool,
+}
+
+impl From<Error> for StartFailure {
+    fn from(error: Error) -> Self {
+        let silent = may_be_the_snapshots(&error);
+        Self { error, stale_code: false, silent }
+    }
+}
+
+/// Whether a VM that has not said anything may have failed because of the snapshot that it went on from:
+/// nobody ended it, and all else was there.
+fn may_be_the_snapshots(error: &Error) -> bool {
+    use ExitReason::{GuestPanic, MonitorFailed, Reset, Shutdown, TripleFault};
+    match error {
+        Error::Ended { reason, .. } => {
+            matches!(reason, MonitorFailed(_) | GuestPanic(_) | Reset | Shutdown | TripleFault)
+        }
+        Error::Hypervisor(HypervisorError::Refused { .. })
+        | Error::BootTimeout { .. }
+        | Error::Protocol { .. } => true,
+        _ => false,
+    }
+}
+
+/// What starts a machine.
+pub(crate) struct Starter<'a, F> {
+    pub(crate) prepared: &'a PreparedVm,
+    /// Is told of each machine as soon as it runs.
+    pub(crate) started: &'a F,
+    pub(crate) deadline: Option<Instant>,
+}
+
+impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
+    /// Boots the VM with all that the run needs.
+    pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
+        let prepared = self.prepared;
+        prepared.progress.phase(Phase::Boot.name());
+        let config = prepared.to_boot(prepared.config.clone());
+        self.boot_twice(|| {
+            let run_dir = RunDir::create()?;
+            let machine = self.start(&config, Origin::Boot, run_dir.path(), Connection::open)?;
+            let ready = machine.ready().map_err(|error| machine.failed(error))?;
+            timeline.end(Phase::Boot);
+            let came_up = machine.handle.serial().position();
+            let setup = machine.set_up(false, came_up, timeline);
+            let setup = setup.map_err(|error| machine.failed(error))?;
+            let Machine { handle, connection, .. } = machine;
+            Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
+        })
+    }
+
+    /// Boots once more where the first boot failed for a reason that is not the kernel's.
+    fn boot_twice<T>(
+        &self,
+        mut boot: impl FnMut() -> Result<T, StartFailure>,
+    ) -> Result<T, Error> {
+        let booted = match boot() {
+            Err(failure) if failure.stale_code && self.prepared.config.accel == Accel::Tcg => {
+                self.prepared.progress.note(STALE_CODE);
+                boot()
+            }
+            other => other,
+        };
+        booted.map_err(|failure| failure.error)
+    }
+
+    /// Lets the VM go on from a snapshot, which is taken where there is none; `None` where that cannot be
+    /// done.
+    pub(crate) fn from_snapshot(&self, timeline: &mut Timeline) -> Result<Option<Booted>, Error> {
+        let prepared = self.prepared;
+        if prepared.snapshots == SnapshotMode::Never {
+            return Ok(None);
+        }
+        let (cache, hypervisor) = (&prepared.cache, &*prepared.hypervisor);
+        let Some(place) = Place::of(cache, hypervisor, &prepared.config)? else {
+            return Ok(None);
+        };
+        if prepared.snapshots == SnapshotMode::Renew {
+            place.condemn();
+        }
+        for _ in 0..SNAPSHOT_TRIES {
+            let wait = || prepared.progress.phase("waiting for a snapshot");
+            let (stored, taken) = match place.get_or_take(|| self.take(timeline), wait) {
+                Ok(found) => found,
+                // That is what the user has to know of the kernel.
+                Err(error) if error.evidence().is_some() => return Err(error),
+                Err(error) => {
+                    let why = crate::error::chain(&error);
+                    prepared.progress.note(&format!("the VM boots without a snapshot: {why}"));
+                    return Ok(None);
+                }
+            };
+            // This VM is the one that the snapshot was taken of, and goes on in the same memory.
+            let snapshot = taken.unwrap_or_else(|| stored.snapshot.clone());
+            match self.restore(snapshot, stored.greeting.clone(), timeline) {
+                Ok(booted) => return Ok(Some(booted)),
+                Err(failure) if failure.silent => stored.condemn(),
+                Err(failure) => return Err(failure.error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Boots a VM of this kind and takes a snapshot of it.
+    fn take(&self, timeline: &mut Timeline) -> Result<(Snapshot, Greeting, Snapshot), Error> {
+        let prepared = self.prepared;
+        prepared.progress.phase(Phase::Boot.name());
+        let config = prepared.to_boot(without_run(&prepared.config));
+        self.boot_twice(|| {
+            let run_dir = RunDir::create()?;
+            let origin = Origin::BootForSnapshot;
+            let machine = self.start(&config, origin, run_dir.path(), Connection::listen)?;
+            machine.ready().map_err(|error| machine.failed(error))?;
+            timeline.end(Phase::Boot);
+            let snapshot = machine.handle.snapshot().map_err(Error::Hypervisor);
+            let snapshot = snapshot.map_err(|error| machine.failed(error))?;
+            let greeting = machine.connection.greeting();
+            let greeting = greeting.ok_or_else(|| machine.failed(machine.lost(Lost::Closed)))?;
+            machine.end();
+            timeline.end(Phase::Snapshot);
+            Ok((snapshot.clone(), greeting, snapshot))
+        })
+    }
+
+    /// Lets the VM go on from a snapshot.
+    fn restore(
+        &self,
+        snapshot: Snapshot,
+        greeting: Greeting,
+        timeline: &mut Timeline,
+    ) -> Result<Booted, StartFailure> {
+        let prepared = self.prepared;
+        prepared.progress.phase(Phase::Restore.name());
+        let run_dir = RunDir::create()?;
+        let ready = greeting.ready.clone();
+        let resume = |socket| Connection::resume(socket, greeting);
+        let origin = Origin::Snapshot(snapshot);
+        let machine = self.start(&prepared.config, origin, run_dir.path(), resume)?;
+        let setup = machine.set_up(true, 0, timeline).map_err(|error| machine.failed(error))?;
+        let Machine { handle, connection, .. } = machine;
+        Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
+    }
+
+    fn start(
+        &self,
+        config: &VmConfig,
+        origin: Origin,
+        log_dir: &Path,
+        connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
+    ) -> Result<Machine<'_>, StartFailure> {
+        let prepared = self.prepared;
+        let since = Instant::now();
+        let options =
+            StartOptions { log_dir: log_dir.to_owned(), deadline: self.deadline, origin };
+        let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
+        (self.started)(&handle);
+        let channel =
+            handle.take_agent_channel().ok_or_else(|| lost_error(&handle, Lost::Closed, None))?;
+        let connection = connect(channel).map_err(|source| Error::Io {
+            what: "open",
+            path: "the channel to the agent".into(),
+            source,
+            hint: "",
+        })?;
+        Ok(Machine { prepared, handle, connection, since })
+    }
+}
+
+/// A machine whose guest is not ready for commands yet.
+struct Machine<'a> {
+    prepared: &'a PreparedVm,
+    handle: Arc<dyn VmHandle>,
+    connection: Arc<Connection>,
+    since: Instant,
+}
+
+impl Machine<'_> {
+    /// Waits for the agent.
+    fn ready(&self) -> Result<Ready, Error> {
+        loop {
+            let look = Some(Instant::now() + OOPS_LOOK);
+            match self.connection.wait_ready(look).map_err(|lost| self.lost(lost))? {
+                Some(ready) => return Ok(ready),
+                None => self.check_time()?,
+            }
+        }
+    }
+
+    /// Has the guest made ready. `new_devices` says that it goes on from a snapshot, and `came_up` where its
+    /// console was before.
+    fn set_up(
+        &self,
+        new_devices: bool,
+        came_up: u64,
+        timeline: &mut Timeline,
+    ) -> Result<SetupReport, Error> {
+        // Made only now: it tells the time.
+        let setup = HostMessage::Setup(Box::new(self.prepared.fresh_setup(new_devices)));
+        self.send(&setup)?;
+        if new_devices {
+            let woken = self.connection.wait_setting_up(Some(Instant::now() + WAKE_TIME));
+            if woken.map_err(|lost| self.lost(lost))?.is_none() {
+                return Err(self.too_slow(None));
+            }
+            timeline.end(Phase::Restore);
+        }
+        self.prepared.progress.phase(Phase::Setup.name());
+        let deadline = self.since.checked_add(self.prepared.boot_timeout);
+        let setup = self.connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
+        timeline.end(Phase::Setup);
+        match setup {
+            Some((Ok(setup), came)) => {
+                self.correct_clock(setup.clock_ns, came)?;
+                Ok(setup)
+            }
+            Some((Err(mut failure), _)) => {
+                let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
+                let kernel = &self.prepared.kernel;
+                if unknown && kernel.modules.is_none() {
+                    let why = &kernel.no_modules;
+                    let why = why.as_ref().map_or(NO_MODULES.into(), |why| format!("; {why}"));
+                    failure.detail.push_str(&why);
+                }
+                let Failure { step, detail, .. } = failure;
+                Err(Error::Setup { step, detail, console: evidence(&*self.handle, came_up) })
+            }
+            None => Err(self.too_slow(None)),
+        }
+    }
+
+    /// Takes out of the guest's clock what passed before it was told the time.
+    fn correct_clock(&self, guest_ns: u64, at: SystemTime) -> Result<(), Error> {
+        let host = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let behind = i128::try_from(host).unwrap_or(i128::MAX) - i128::from(guest_ns);
+        match i64::try_from(behind) {
+            Ok(behind) if behind.unsigned_abs() > CLOCK_TOLERANCE_NS => {
+                self.send(&HostMessage::AdjustClock(behind))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn send(&self, message: &HostMessage) -> Result<(), Error> {
+        let sent = self.connection.send(message);
+        sent.map_err(|error| self.lost(Lost::Protocol(error.to_string())))
+    }
+
+    fn check_time(&self) -> Result<(), Error> {
+        let oops = self.handle.serial().oops();
+        if let Some((when, line)) = oops
+            && when.elapsed() > OOPS_GRACE
+        {
+            return Err(self.too_slow(Some(line)));
+        }
+        match self.since.elapsed() > self.prepared.boot_timeout {
+            true => Err(self.too_slow(None)),
+            false => Ok(()),
+        }
+    }
+
+    fn too_slow(&self, oops: Option<String>) -> Error {
+        let console = evidence(&*self.handle, 0);
+        Error::BootTimeout { after: self.since.elapsed(), oops, console }
+    }
+
+    fn lost(&self, lost: Lost) -> Error {
+        lost_error(&self.handle, lost, None)
+    }
+
+    fn end(&self) {
+        self.connection.close();
+        self.handle.kill(ExitReason::Killed);
+    }
+
+    /// Ends it, and tells what came of it.
+    fn failed(&self, error: Error) -> StartFailure {
+        let spoke = matches!(self.connection.wait_setting_up(Some(Instant::now())), Ok(Some(())));
+        let silent = !spoke && may_be_the_snapshots(&error);
+        self.end();
+        let panicked = error.class() == ErrorClass::GuestPanic;
+        let stale_code = panicked && self.handle.serial().stopped_at_a_breakpoint();
+        StartFailure { error, stale_code, silent }
+    }
+}
