@@ -382,8 +382,7 @@ impl Staging {
         }
         fs::rename(&self.dir, entry)
             .map_err(|e| CacheError::io("move into the cache the entry", entry, e))?;
-        if flushed
-            && let Some(parent) = entry.parent() {
+        if flushed && let Some(parent) = entry.parent() {
             File::open(parent)
                 .and_then(|dir| dir.sync_all())
                 .map_err(|e| CacheError::io("flush the cache directory", parent, e))?;

@@ -1,4 +1,4 @@
-//! Starting a command: everything is prepared before the fork, and the child only makes system calls.
+//! Starting a command: everything is prepared before there is a child, which only makes system calls.
 
 use std::ffi::{CStr, CString, c_char};
 use std::io;
@@ -142,8 +142,8 @@ impl Plan {
 
     /// The child's part. Returns only when something failed.
     ///
-    /// Between fork and exec this may be the copy of one thread of many, so it only makes system
-    /// calls and touches memory that is already there.
+    /// The child has the parent's memory, so this only makes system calls, and changes nothing there but
+    /// its own plan.
     fn run(&mut self) -> (StartStage, i32) {
         let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
         if let Err(stage) = self.become_leader().and_then(|()| self.become_user()) {
@@ -278,26 +278,45 @@ fn stage_byte(stage: StartStage) -> u8 {
     }
 }
 
+/// Makes the child, which shares this process's memory as in vfork(2): the parent stands still until the
+/// child has executed its command or is gone. Copying the memory of an agent of a megabyte would take a
+/// guest without KVM longer than all the rest.
+fn start(plan: &mut Plan) -> i32 {
+    // The stack grows down from the end, which the psABI wants aligned.
+    let mut stack = vec![0u128; CHILD_STACK / size_of::<u128>()];
+    let top = stack.as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the stack has room for what `child` calls and outlives it, as does `plan`: the parent goes on
+    // only when the child uses neither any more.
+    unsafe { libc::clone(child, top.cast(), flags, std::ptr::from_mut(plan).cast()) }
+}
+
+/// Room for the child's calls, none of which is deep.
+const CHILD_STACK: usize = 64 * 1024;
+
+/// The child's life. `plan` points to its [`Plan`].
+extern "C" fn child(plan: *mut libc::c_void) -> i32 {
+    // SAFETY: `start` gave a pointer to a plan that nobody else uses while this runs.
+    let plan = unsafe { &mut *plan.cast::<Plan>() };
+    let (stage, errno) = plan.run();
+    let [e0, e1, e2, e3] = errno.to_le_bytes();
+    let bytes = [stage_byte(stage), e0, e1, e2, e3];
+    // SAFETY: the pointer and the length are of one array.
+    unsafe { libc::write(plan.errors, bytes.as_ptr().cast(), bytes.len()) };
+    // SAFETY: _exit runs nothing of the parent's.
+    unsafe { libc::_exit(127) }
+}
+
 /// Starts a command and returns its process id, once it has been executed.
 pub(crate) fn spawn(exec: &Exec, stdio: ChildStdio) -> Result<i32, StartFailure> {
     let stdio_failure = |e: rustix::io::Errno| failure(StartStage::Stdio, e.raw_os_error());
     let (report, errors) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(stdio_failure)?;
     let mut plan = Plan::new(exec, &stdio, &errors)?;
-    // SAFETY: the child makes only system calls until it executes or exits.
-    let pid = unsafe { libc::fork() };
+    let pid = start(&mut plan);
     if pid < 0 {
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EAGAIN);
         return Err(failure(StartStage::Program, errno));
-    }
-    if pid == 0 {
-        let (stage, errno) = plan.run();
-        let [e0, e1, e2, e3] = errno.to_le_bytes();
-        let bytes = [stage_byte(stage), e0, e1, e2, e3];
-        // SAFETY: the pointer and the length are of one array.
-        unsafe { libc::write(plan.errors, bytes.as_ptr().cast(), bytes.len()) };
-        // SAFETY: _exit runs nothing of the parent's.
-        unsafe { libc::_exit(127) };
     }
     drop((errors, stdio, plan));
     let mut bytes = [0; 5];

@@ -6,6 +6,7 @@ mod network;
 mod pseudo;
 mod root;
 mod system;
+mod upper;
 
 use std::fmt::Display;
 
@@ -99,7 +100,14 @@ pub(crate) fn run(
         system::find_devices()?;
         done("new devices");
     }
-    root::mount(&setup.root, mounted)?;
+    let mut placed = false;
+    root::mount(&setup.root, mounted, |layers| {
+        // What cannot be made now is made through the overlay, which says why if it cannot be made there.
+        placed = layers.place(&setup.files).is_ok();
+        if setup.modules.is_some() {
+            let _ = layers.make_dir(&modules::place());
+        }
+    })?;
     done("root");
     root::switch()?;
     done("switch root");
@@ -110,8 +118,10 @@ pub(crate) fn run(
         done("module tree");
     }
     // Before the shares: whatever is written after them may end up on the host.
-    files::place(&setup.files, setup.root.mode, warn)?;
-    done("files");
+    if !placed {
+        files::place(&setup.files, setup.root.mode, warn)?;
+        done("files");
+    }
     let own: &[_] = match setup.root.mode {
         RootMode::Overlay | RootMode::ReadOnly => &["/tmp", "/run", "/var/tmp"],
         // The rest is the root's.

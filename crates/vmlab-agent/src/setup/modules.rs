@@ -1,6 +1,7 @@
 //! The kernel's modules.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::io::Errno;
@@ -18,6 +19,11 @@ const ASIDE: &str = "/run/vmlab/lib";
 
 /// Where modprobe may be.
 const SBIN: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// Where the module tree of the running kernel belongs.
+pub(super) fn place() -> PathBuf {
+    Path::new(MODULES).join(crate::boot::release())
+}
 
 /// Mounts the module tree of the running kernel. A root without a place for it does without, and
 /// `warn` is told: a command may not need modules.

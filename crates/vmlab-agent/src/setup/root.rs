@@ -1,18 +1,22 @@
 //! The root filesystem.
 
+use std::path::Path;
+
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount as mount_fs, mount_bind, mount_move};
 use vmlab_wire::message::{Failure, Filesystem, Root, RootMode};
 
+use super::upper::Layers;
 use super::{Mounted, Step, failed};
 
 /// Where the root is put together. The initramfs has these directories, or is writable.
 const NEW_ROOT: &str = "/newroot";
 const LOWER: &str = "/lower";
 const OVERLAY: &str = "/overlay";
+const UPPER: &str = "/overlay/upper";
 
-/// Mounts the root at [`NEW_ROOT`].
-pub(super) fn mount(root: &Root, mounted: &mut Mounted) -> Step {
+/// Mounts the root at [`NEW_ROOT`]. `fill` puts into the upper layer of an overlay what it is to have.
+pub(super) fn mount(root: &Root, mounted: &mut Mounted, fill: impl FnOnce(&Layers<'_>)) -> Step {
     make_dir(NEW_ROOT)?;
     let filesystem = &root.filesystem;
     match root.mode {
@@ -26,17 +30,18 @@ pub(super) fn mount(root: &Root, mounted: &mut Mounted) -> Step {
             make_dir(LOWER)?;
             make_dir(OVERLAY)?;
             mount_at(filesystem, LOWER.as_bytes(), true)?;
-            overlay()
+            overlay(fill)
         }
     }
 }
 
-fn overlay() -> Step {
+fn overlay(fill: impl FnOnce(&Layers<'_>)) -> Step {
     let step = "mount a tmpfs for the root's overlay";
     mount_fs("tmpfs", OVERLAY, "tmpfs", MountFlags::empty(), Some(c"mode=755"))
         .map_err(|e| failed(step, e, "the kernel needs CONFIG_TMPFS"))?;
-    make_dir("/overlay/upper")?;
+    make_dir(UPPER)?;
     make_dir("/overlay/work")?;
+    fill(&Layers { lower: Path::new(LOWER), upper: Path::new(UPPER) });
     let mount = |options| mount_fs("overlay", NEW_ROOT, "overlay", MountFlags::empty(), options);
     // With redirects, directories of the root can be renamed. Kernels before 4.10 refuse the option.
     let mounted = match mount(Some(

@@ -29,8 +29,39 @@ pub(super) fn wall_clock_ns() -> u64 {
 /// Makes the kernel look for devices that have come since it last did, and waits for their drivers.
 pub(super) fn find_devices() -> Step {
     const RESCAN: &str = "/sys/bus/pci/rescan";
+    let _quiet = QuietConsole::new();
     std::fs::write(RESCAN, "1")
         .map_err(|e| failed_io(format!("look for new devices by {RESCAN}"), &e, ""))
+}
+
+/// Which of the kernel's messages go to the console, and three further levels.
+const PRINTK: &str = "/proc/sys/kernel/printk";
+
+/// Keeps all but warnings and worse from the console until it is dropped; the kernel's log has them. Some
+/// twenty lines about new devices take longer to write than the devices take to be found.
+struct QuietConsole(Option<String>);
+
+impl QuietConsole {
+    /// Messages above this level are kept back: `KERN_WARNING` and worse are below it.
+    const LEVEL: u32 = 5;
+
+    fn new() -> Self {
+        let before = std::fs::read_to_string(PRINTK).ok();
+        let level = |line: &String| line.split_whitespace().next()?.parse::<u32>().ok();
+        let louder = before.filter(|before| level(before).is_some_and(|level| level > Self::LEVEL));
+        if louder.is_some() {
+            let _ = std::fs::write(PRINTK, Self::LEVEL.to_string());
+        }
+        Self(louder)
+    }
+}
+
+impl Drop for QuietConsole {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = std::fs::write(PRINTK, before);
+        }
+    }
 }
 
 /// The most bytes of entropy that are taken at once; the kernel's pool holds 32.
