@@ -16,10 +16,14 @@ use rustix::termios::{ControlModes, OptionalActions, tcgetattr, tcsetattr};
 use vmlab_wire::message::Ready;
 
 use crate::session::{Role, Session};
+use crate::setup::Devices;
 use crate::{kmsg, power, sys};
 
 /// The name of the virtio-serial port that leads to the host.
 const PORT_NAME: &str = "vmlab";
+
+/// What the command line of a guest has of which a snapshot will be taken.
+const SNAPSHOT: &str = "vmlab.snapshot";
 
 /// Where the kernel lists the ports of its virtio consoles.
 const PORTS: &str = "/sys/class/virtio-ports";
@@ -56,8 +60,14 @@ fn boot(started_ns: u64) -> Result<(), String> {
     let mut session = Session::new(Role::Init, fd).map_err(|e| format!("starting: {e}"))?;
     session.note_trouble(trouble);
     session.begin_setup();
+    let devices = match command_line.split_whitespace().any(|word| word == SNAPSHOT) {
+        true => Devices::find(),
+        false => Devices::default(),
+    };
+    let revivable = devices.count();
+    session.keep_devices(devices);
     let ready_ns = sys::monotonic_ns();
-    let over = session.run(Ready { release: release(), started_ns, ready_ns });
+    let over = session.run(Ready { release: release(), started_ns, ready_ns, revivable });
     session.end(&over);
     Ok(())
 }

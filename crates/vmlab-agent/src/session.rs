@@ -77,6 +77,8 @@ pub(crate) struct Session {
     trouble: Vec<String>,
     /// How the part of the set-up went that was done before the host asked for one.
     begun: setup::Step,
+    /// The devices of shares that a snapshot can be taken with.
+    devices: setup::Devices,
 }
 
 impl Session {
@@ -102,6 +104,7 @@ impl Session {
             mounted: setup::Mounted::default(),
             trouble: Vec::new(),
             begun: Ok(()),
+            devices: setup::Devices::default(),
         })
     }
 
@@ -114,6 +117,11 @@ impl Session {
     pub(crate) fn begin_setup(&mut self) {
         let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
         self.begun = setup::begin(&mut warn);
+    }
+
+    /// Takes over the devices that may be replaced.
+    pub(crate) fn keep_devices(&mut self, devices: setup::Devices) {
+        self.devices = devices;
     }
 
     /// Serves the host until the session is over.
@@ -189,7 +197,8 @@ impl Session {
                 self.writable = self.outbox.flush(&self.fd)?;
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
                 let begun = std::mem::replace(&mut self.begun, Ok(()));
-                let done = begun.and_then(|()| setup::run(&setup, &mut self.mounted, &mut warn));
+                let done = begun
+                    .and_then(|()| setup::run(&setup, &self.devices, &mut self.mounted, &mut warn));
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
                     Ok(done) => {
@@ -294,7 +303,8 @@ fn service(started_ns: u64) -> io::Result<Over> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let mut session = Session::new(Role::Service, fd)?;
     let ready_ns = sys::monotonic_ns();
-    let over = session.run(Ready { release: crate::boot::release(), started_ns, ready_ns });
+    let over =
+        session.run(Ready { release: crate::boot::release(), started_ns, ready_ns, revivable: 0 });
     session.end(&over);
     Ok(over)
 }

@@ -79,6 +79,8 @@ pub struct Ready {
     pub started_ns: u64,
     /// The same, when it had loaded its modules and opened this channel.
     pub ready_ns: u64,
+    /// How many virtio-fs devices it can go on with when others have come in their places.
+    pub revivable: u32,
 }
 
 /// How to make the guest ready for commands.
@@ -99,6 +101,8 @@ pub struct Setup {
     pub network: Option<Network>,
     /// Names of modules to load with `modprobe` once the root is there, with their parameters.
     pub modprobe: Vec<Vec<String>>,
+    /// So many virtio-fs devices, the first ones, are others than those that the kernel found.
+    pub revive: u32,
     /// Devices were added since the kernel looked for any, as to a VM that was restored.
     pub new_devices: bool,
     /// Wall-clock time, in nanoseconds since 1970.

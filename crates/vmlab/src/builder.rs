@@ -13,7 +13,7 @@ use crate::accel::{self, AccelChoice, Chosen};
 use crate::boot::{self, Needs, PreparedKernel};
 use crate::config::{
     Accel, AgentChannel, Caching, Machine, NetworkMode, ShareDevice, ShareTransport, Topology,
-    VmConfig, VmConfigBuilder,
+    VmConfig, VmConfigBuilder, share_tag,
 };
 use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
@@ -22,6 +22,7 @@ use crate::rootfs::{self, guest_bytes};
 use crate::sandbox;
 use crate::snapshot::SnapshotMode;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
+use crate::start::Devices;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
@@ -419,7 +420,7 @@ impl VmBuilder {
             RootMode::Overlay => (WireRootMode::Overlay, true, Caching::Fixed),
             RootMode::ReadWrite => (WireRootMode::ReadWrite, false, Caching::Coherent),
         };
-        let filesystem = plan.add("root", &root_path, read_only, caching);
+        let filesystem = plan.add(&root_path, read_only, caching);
         let root = Root { filesystem, mode };
         let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
 
@@ -435,6 +436,7 @@ impl VmBuilder {
             files: rootfs::files(&root_path, &self.hostname, self.network),
             network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
             modprobe: self.modules.clone(),
+            revive: 0,
             new_devices: false,
             clock_ns: 0,
             entropy: Vec::new(),
@@ -499,17 +501,18 @@ struct MountPlan {
 }
 
 impl MountPlan {
-    fn add(&mut self, tag: &str, path: &Path, read_only: bool, caching: Caching) -> Filesystem {
+    fn add(&mut self, path: &Path, read_only: bool, caching: Caching) -> Filesystem {
         let transport = self.transport;
         let path = path.to_owned();
-        self.devices.push(ShareDevice { tag: tag.to_owned(), path, read_only, transport, caching });
-        share::filesystem(tag, transport, caching)
+        let tag = share_tag(self.devices.len());
+        let filesystem = share::filesystem(&tag, transport, caching);
+        self.devices.push(ShareDevice { tag, path, read_only, transport, caching });
+        filesystem
     }
 
     fn mount(&mut self, share: &Share) -> Mount {
-        let tag = format!("share{}", self.devices.len());
         Mount {
-            filesystem: self.add(&tag, &share.host, share.read_only, Caching::Coherent),
+            filesystem: self.add(&share.host, share.read_only, Caching::Coherent),
             target: guest_bytes(&share.guest),
             read_only: share.read_only,
         }
@@ -525,7 +528,7 @@ impl MountPlan {
                 source: source.to_owned(),
                 options: String::new(),
             },
-            None => self.add("modules", dir, true, Caching::Fixed),
+            None => self.add(dir, true, Caching::Fixed),
         }
     }
 }
@@ -627,11 +630,12 @@ impl PreparedVm {
         config
     }
 
-    /// The set-up for a VM, with the present time and random numbers of its own. `new_devices` says that
-    /// its devices are not those that it booted with.
-    pub(crate) fn fresh_setup(&self, new_devices: bool) -> Setup {
+    /// The set-up for a VM, with the present time and random numbers of its own. `devices` are those that it
+    /// did not boot with.
+    pub(crate) fn fresh_setup(&self, devices: Option<Devices>) -> Setup {
         let mut setup = self.setup.clone();
-        setup.new_devices = new_devices;
+        setup.revive = devices.map_or(0, |devices| devices.revive);
+        setup.new_devices = devices.is_some_and(|devices| devices.more);
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
         let mut entropy = vec![0; ENTROPY];

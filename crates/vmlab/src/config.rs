@@ -155,6 +155,11 @@ pub enum AgentChannel {
     Serial,
 }
 
+/// The tag of a VM's share of this number, from 0 on.
+pub(crate) fn share_tag(index: usize) -> String {
+    format!("share{index}")
+}
+
 /// A host directory that the guest can mount by its tag.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct ShareDevice {

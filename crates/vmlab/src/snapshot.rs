@@ -18,7 +18,9 @@ use vmlab_artifacts::cache::{Flaw, Lease};
 use vmlab_artifacts::{Cache, ContentKey};
 
 use crate::Error;
-use crate::config::{NetworkMode, VmConfig};
+use crate::config::{
+    Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag,
+};
 use crate::guest::Greeting;
 use crate::hypervisor::{Hypervisor, Memory, Snapshot};
 use content::{checksum, save_memory};
@@ -60,6 +62,8 @@ struct Manifest {
     state: Checked,
     console: Checked,
     memory: Vec<Checked>,
+    shares: u32,
+    kept: u32,
 }
 
 /// A file's length in bytes and its checksum, a CRC-32 of all that is not zero.
@@ -103,10 +107,25 @@ pub(crate) struct Stored {
     _lease: Lease,
 }
 
-/// What a VM is without all that belongs to one run.
+/// How many shares a guest has at its snapshot whose places those of a run take: a root and a working
+/// directory.
+const SHARES: usize = 2;
+
+/// What a VM is without all that belongs to one run. It has shares where the run has, since finding their
+/// devices is most of what a guest does when it goes on, but the guest never looks into them.
 pub(crate) fn without_run(config: &VmConfig) -> VmConfig {
     let mut config = config.clone();
-    config.shares.clear();
+    // QEMU's own 9p server has no such devices.
+    let shares = if config.served_shares().next().is_some() { SHARES } else { 0 };
+    config.shares = (0..shares)
+        .map(|index| ShareDevice {
+            tag: share_tag(index),
+            path: PathBuf::from("/"),
+            read_only: true,
+            transport: ShareTransport::VirtioFs,
+            caching: Caching::Fixed,
+        })
+        .collect();
     config.network = NetworkMode::None;
     // It restricts the servers of shares.
     config.sandbox = true;
@@ -246,7 +265,9 @@ fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
         let to = create(&dir.join(memory_name(node)))?;
         memory.push(save_memory(file, &to)?);
     }
-    let manifest = Manifest { version: VERSION, generation, greeting, state, console, memory };
+    let (shares, kept) = (snapshot.shares, snapshot.kept);
+    let manifest =
+        Manifest { version: VERSION, generation, greeting, state, console, memory, shares, kept };
     write(&dir.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?;
     // All of this content was seen just now.
     let stamp = Stamp::of(dir, manifest.memory.len())?;
@@ -357,7 +378,9 @@ fn load(entry: &Path) -> io::Result<(Snapshot, Greeting)> {
             Ok(Memory::Template(Arc::new(file)))
         })
         .collect::<io::Result<_>>()?;
-    Ok((Snapshot { state: state.into(), memory, console: console.into() }, manifest.greeting))
+    let (shares, kept) = (manifest.shares, manifest.kept);
+    let (state, console) = (state.into(), console.into());
+    Ok((Snapshot { state, memory, console, shares, kept }, manifest.greeting))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
 use crate::builder::PreparedVm;
-use crate::config::{Accel, VmConfig};
+use crate::config::{Accel, NetworkMode, VmConfig};
 use crate::error::ErrorClass;
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
@@ -111,7 +111,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
             timeline.end(Phase::Boot);
             let came_up = machine.handle.serial().position();
-            let setup = machine.set_up(false, came_up, timeline);
+            let setup = machine.set_up(None, came_up, timeline);
             let setup = setup.map_err(|error| machine.failed(error))?;
             let Machine { handle, connection, .. } = machine;
             Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
@@ -174,7 +174,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     fn take(&self, timeline: &mut Timeline) -> Result<(Snapshot, Greeting, Snapshot), Error> {
         let prepared = self.prepared;
         prepared.progress.phase(Phase::Boot.name());
-        let config = prepared.to_boot(without_run(&prepared.config));
+        let mut config = prepared.to_boot(without_run(&prepared.config));
+        config.boot.command_line.push_str(" vmlab.snapshot");
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
             let origin = Origin::BootForSnapshot;
@@ -186,6 +187,9 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let greeting = machine.connection.greeting();
             let greeting = greeting.ok_or_else(|| machine.failed(machine.lost(Lost::Closed)))?;
             machine.end();
+            let kept = greeting.ready.revivable;
+            let kept = if kept == snapshot.shares { kept } else { 0 };
+            let snapshot = Snapshot { kept, ..snapshot };
             timeline.end(Phase::Snapshot);
             Ok((snapshot.clone(), greeting, snapshot))
         })
@@ -203,9 +207,11 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let run_dir = RunDir::create()?;
         let ready = greeting.ready.clone();
         let resume = |socket| Connection::resume(socket, greeting);
+        let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
         let machine = self.start(&prepared.config, origin, run_dir.path(), resume)?;
-        let setup = machine.set_up(true, 0, timeline).map_err(|error| machine.failed(error))?;
+        let devices = Some(Devices::of(&prepared.config, kept));
+        let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
         Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
     }
@@ -235,6 +241,23 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     }
 }
 
+/// The devices that come to a guest which goes on from a snapshot.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Devices {
+    /// Shares that take the places of those of the snapshot.
+    pub(crate) revive: u32,
+    /// Whether there are others, which the guest has to find.
+    pub(crate) more: bool,
+}
+
+impl Devices {
+    fn of(config: &VmConfig, kept: u32) -> Self {
+        let shares = config.shares.len().try_into().unwrap_or(u32::MAX);
+        let more = shares > kept || config.network != NetworkMode::None;
+        Self { revive: kept.min(shares), more }
+    }
+}
+
 /// A machine whose guest is not ready for commands yet.
 struct Machine<'a> {
     prepared: &'a PreparedVm,
@@ -255,18 +278,18 @@ impl Machine<'_> {
         }
     }
 
-    /// Has the guest made ready. `new_devices` says that it goes on from a snapshot, and `came_up` where its
+    /// Has the guest made ready. `devices` are new if it goes on from a snapshot, and `came_up` is where its
     /// console was before.
     fn set_up(
         &self,
-        new_devices: bool,
+        devices: Option<Devices>,
         came_up: u64,
         timeline: &mut Timeline,
     ) -> Result<SetupReport, Error> {
         // Made only now: it tells the time.
-        let setup = HostMessage::Setup(Box::new(self.prepared.fresh_setup(new_devices)));
+        let setup = HostMessage::Setup(Box::new(self.prepared.fresh_setup(devices)));
         self.send(&setup)?;
-        if new_devices {
+        if devices.is_some() {
             let woken = self.connection.wait_setting_up(Some(Instant::now() + WAKE_TIME));
             if woken.map_err(|lost| self.lost(lost))?.is_none() {
                 return Err(self.too_slow(None));

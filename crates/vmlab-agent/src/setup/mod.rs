@@ -4,6 +4,7 @@ mod files;
 mod modules;
 mod network;
 mod pseudo;
+mod revive;
 mod root;
 mod system;
 mod upper;
@@ -68,6 +69,8 @@ pub(crate) struct Done {
     pub(crate) own_filesystems: OwnFilesystems,
 }
 
+pub(crate) use revive::Devices;
+
 /// Does what is the same for every guest, before the host says what this one is to be. Where VMs are
 /// restored, it was done before the snapshot. `warn` is as for [`run`].
 pub(crate) fn begin(warn: &mut dyn FnMut(String)) -> Step {
@@ -83,6 +86,7 @@ pub(crate) fn adjust_clock(by_ns: i64, warn: &mut dyn FnMut(String)) {
 /// Makes the guest ready. `warn` tells the host of what does not keep it from running commands.
 pub(crate) fn run(
     setup: &Setup,
+    devices: &Devices,
     mounted: &mut Mounted,
     warn: &mut dyn FnMut(String),
 ) -> Result<Done, Failure> {
@@ -96,6 +100,11 @@ pub(crate) fn run(
     system::clock(setup.clock_ns, warn);
     system::entropy(&setup.entropy, warn);
     done("clock and entropy");
+    if setup.revive > 0 {
+        let revived = devices.revive(setup.revive);
+        revived.map_err(|e| failed_io("go on with the devices of the snapshot", &e, ""))?;
+        done("revived devices");
+    }
     if setup.new_devices {
         system::find_devices()?;
         done("new devices");

@@ -14,6 +14,10 @@ pub struct Snapshot {
     pub memory: Vec<Memory>,
     /// What the serial console had shown until then.
     pub console: Arc<[u8]>,
+    /// The shares that the guest knew, and that are in the snapshot no more.
+    pub shares: u32,
+    /// How many of them, the first ones, the guest can go on with when others have come in their places.
+    pub kept: u32,
 }
 
 /// The content of some RAM.

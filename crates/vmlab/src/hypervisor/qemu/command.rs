@@ -57,6 +57,10 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
     args.option("-cpu", cpu(config.accel));
     args.option("-m", format!("{}M", config.memory.0 / MIB));
     cpus(&mut args, config, &memory);
+    if fds.memory.is_some() && !fds.incoming {
+        // Its devices are plugged in before it runs.
+        args.flags(&["-S"]);
+    }
     if fds.incoming {
         args.option("-incoming", "defer");
     } else {
@@ -81,7 +85,7 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
         args.option("-device", format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on"));
     }
     backends(&mut args, config, fds);
-    if !fds.incoming {
+    if fds.memory.is_none() {
         for device in devices(config) {
             args.option("-device", device.to_string());
         }
@@ -232,6 +236,11 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
     }
 }
 
+/// The name of the device that is plugged in at a place.
+pub(super) fn plug_id(place: u32) -> String {
+    format!("plug{place}")
+}
+
 /// A device that a run brings: its driver and properties. None of their values has a comma.
 pub(super) struct Device {
     driver: &'static str,
@@ -246,11 +255,12 @@ impl fmt::Display for Device {
 }
 
 impl Device {
-    /// The arguments of `device_add` for a VM that goes on from a snapshot, of its device number `index`.
-    pub(super) fn to_plug(&self, index: usize) -> Value {
+    /// The arguments of `device_add` that plug it in at a place, from 0 on.
+    pub(super) fn to_plug(&self, place: u32) -> Value {
         // The bridge has no slot of number 0.
-        let slot = format!("{:#x}", index + 1);
-        let mut arguments = json!({"driver": self.driver, "bus": PLUG_BUS, "addr": slot});
+        let slot = format!("{:#x}", place + 1);
+        let id = plug_id(place);
+        let mut arguments = json!({"driver": self.driver, "bus": PLUG_BUS, "addr": slot, "id": id});
         for (name, value) in &self.properties {
             arguments[name] = match value.parse::<u64>() {
                 Ok(number) => number.into(),

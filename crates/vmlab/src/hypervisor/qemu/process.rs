@@ -24,7 +24,7 @@ use super::super::{
     ExitReason, HypervisorError, Memory, Origin, SerialConsole, Snapshot, StartOptions, VmHandle,
     VmState,
 };
-use super::command::{Descriptors, arguments, devices};
+use super::command::{Descriptors, arguments, devices, plug_id};
 use super::files::FileServers;
 use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
@@ -57,10 +57,15 @@ pub(super) struct QemuVm {
     durable: Arc<AtomicBool>,
     /// Its RAM, if a snapshot can be taken.
     memory: Vec<Arc<File>>,
+    /// How many shares it has.
+    shares: u32,
 }
 
 /// How long QEMU may take to write the state of its devices. It has some 100 kB and takes 10 ms.
 const STATE_TIME: Duration = Duration::from_secs(10);
+
+/// How long QEMU may take to take devices out of a VM.
+const UNPLUG_TIME: Duration = Duration::from_secs(5);
 
 /// The longest state of devices that is believed.
 const MAX_STATE: u64 = 256 * 1024 * 1024;
@@ -168,6 +173,10 @@ impl QemuVm {
             Origin::Boot => (false, false),
             Origin::BootForSnapshot => (false, true),
             Origin::Snapshot(_) => (true, false),
+        };
+        let shares_of = match &options.origin {
+            Origin::Snapshot(snapshot) => Some((snapshot.shares, snapshot.kept)),
+            _ => None,
         };
         let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
         let (mut ours, theirs) =
@@ -284,31 +293,56 @@ impl QemuVm {
             supervisor: Mutex::new(Some(supervisor)),
             durable,
             memory,
+            shares: u32::try_from(config.shares.len()).unwrap_or(u32::MAX),
         };
         if !vm.shared.qmp.wait_ready()
             && let Some(ExitReason::MonitorFailed(said)) = vm.wait(None)
         {
             return Err(HypervisorError::Refused { said });
         }
-        if with_state {
-            vm.plug(config)?;
+        match shares_of {
+            Some(places) => vm.plug(config, places)?,
+            None if for_snapshot => {
+                vm.plug_in(config, 0..)?;
+                vm.shared.qmp.execute("cont")?;
+            }
+            None => {}
         }
         Ok(vm)
     }
 }
 
 impl QemuVm {
-    /// Waits until the VM goes on, and gives it the devices of its run.
-    fn plug(&self, config: &VmConfig) -> Result<(), HypervisorError> {
-        let qmp = &self.shared.qmp;
-        if !qmp.wait_resumed() {
+    /// Gives a VM that goes on from a snapshot the devices of its run, as soon as it runs. `taken` places had
+    /// shares of the snapshot in them, and the first `kept` can have new ones.
+    fn plug(&self, config: &VmConfig, (taken, kept): (u32, u32)) -> Result<(), HypervisorError> {
+        if !self.shared.qmp.wait_resumed() {
             let said = self.wait(None).map(|reason| reason.to_string());
             return Err(HypervisorError::Refused { said: said.unwrap_or_default() });
         }
-        let devices = devices(config).into_iter().enumerate();
-        devices.map(|(index, device)| device.to_plug(index)).try_for_each(|arguments| {
-            qmp.run("device_add", arguments, None).map(drop)
-        })
+        let places = (0..kept).chain(taken..);
+        self.plug_in(config, places)
+    }
+
+    fn plug_in(
+        &self,
+        config: &VmConfig,
+        places: impl Iterator<Item = u32>,
+    ) -> Result<(), HypervisorError> {
+        for (device, place) in devices(config).iter().zip(places) {
+            self.shared.qmp.run("device_add", device.to_plug(place), None)?;
+        }
+        Ok(())
+    }
+
+    /// Takes all devices out that were plugged in before the VM ran. The guest is not asked: to the bridge's
+    /// controller, which nobody has switched them on by, they are not in use.
+    fn unplug(&self) -> Result<(), HypervisorError> {
+        let qmp = &self.shared.qmp;
+        for place in 0..self.shares {
+            qmp.run("device_del", json!({"id": plug_id(place)}), None)?;
+        }
+        qmp.wait_unplugged(self.shares, Instant::now() + UNPLUG_TIME)
     }
 }
 
@@ -561,6 +595,7 @@ impl VmHandle for QemuVm {
         if self.memory.is_empty() {
             return Err(failed("it was not started for a snapshot".to_owned()));
         }
+        self.unplug()?;
         let (ours, theirs) = UnixStream::pair().map_err(resource("sockets"))?;
         ours.set_read_timeout(Some(STATE_TIME)).map_err(resource("sockets"))?;
         self.shared.qmp.give("state", theirs.as_fd())?;
@@ -576,6 +611,8 @@ impl VmHandle for QemuVm {
                 state: state.into(),
                 memory: self.memory.iter().cloned().map(Memory::Own).collect(),
                 console: self.shared.console.kept().into(),
+                shares: self.shares,
+                kept: 0,
             }),
             status => {
                 let why = result.get("error-desc").and_then(Value::as_str);

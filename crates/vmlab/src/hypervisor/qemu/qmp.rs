@@ -46,6 +46,8 @@ struct State {
     paused: bool,
     /// The VM's CPUs have been started once.
     resumed: bool,
+    /// Devices that are gone.
+    unplugged: u32,
     closed: bool,
 }
 
@@ -158,6 +160,26 @@ impl Qmp {
         }
     }
 
+    /// Waits until so many devices have been taken out of the VM.
+    pub(super) fn wait_unplugged(
+        &self,
+        count: u32,
+        deadline: Instant,
+    ) -> Result<(), HypervisorError> {
+        let failed = |said: &str| {
+            HypervisorError::Command { command: "device_del", said: said.to_owned() }
+        };
+        let mut state = self.lock();
+        while state.unplugged < count {
+            if state.closed {
+                return Err(failed("it has ended"));
+            }
+            state = wait_until(&self.changed, state, Some(deadline))
+                .ok_or_else(|| failed("the devices stay"))?;
+        }
+        Ok(())
+    }
+
     /// Why QEMU stopped the VM, once it has said so.
     pub(super) fn shutdown_cause(&self) -> Option<ShutdownCause> {
         self.lock().shutdown
@@ -243,6 +265,8 @@ impl Qmp {
                 state.shutdown =
                     Some(serde_json::from_value(reason).unwrap_or(ShutdownCause::Unknown));
             }
+            // Without a name it is a part of a device.
+            Some("DEVICE_DELETED") if line.data.get("device").is_some() => state.unplugged += 1,
             Some("STOP") => state.paused = true,
             Some("RESUME") => {
                 state.paused = false;
