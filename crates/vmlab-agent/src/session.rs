@@ -71,8 +71,6 @@ pub(crate) struct Session {
     writable: bool,
     /// Whether the guest has been made ready.
     ready: bool,
-    /// The mounts to take down before the power goes.
-    mounted: setup::Mounted,
     /// What went wrong in the boot.
     trouble: Vec<String>,
     /// How the part of the set-up went that was done before the host asked for one.
@@ -101,7 +99,6 @@ impl Session {
             readable: true,
             writable: true,
             ready: role == Role::Service,
-            mounted: setup::Mounted::default(),
             trouble: Vec::new(),
             begun: Ok(()),
             devices: setup::Devices::default(),
@@ -198,7 +195,7 @@ impl Session {
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
                 let begun = std::mem::replace(&mut self.begun, Ok(()));
                 let done = begun
-                    .and_then(|()| setup::run(&setup, &self.devices, &mut self.mounted, &mut warn));
+                    .and_then(|()| setup::run(&setup, &self.devices, &mut warn));
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
                     Ok(done) => {
@@ -275,7 +272,8 @@ impl Session {
             }),
         }
         if self.role == Role::Init {
-            self.mounted.take_down();
+            // That is all that the host's files need. Filesystems of the guest's own are as after a sync, too.
+            rustix::fs::sync();
         }
         if matches!(over, Over::PowerOff) {
             self.outbox.message(&GuestMessage::PoweringOff);

@@ -11,7 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, mount_bind, unm
 use vmlab_wire::message::{Failure, File, Mount, RootMode};
 
 use super::root::mount_at;
-use super::{Mounted, Step, failed, failed_io};
+use super::{Step, failed, failed_io};
 
 /// Where files are while they are put in their places.
 const ASIDE: &str = "/run/vmlab-files";
@@ -35,13 +35,9 @@ fn make_dir(path: &Path) -> Step {
 }
 
 /// Mounts a share at its target.
-pub(super) fn share(share: &Mount, mounted: &mut Mounted) -> Step {
+pub(super) fn share(share: &Mount) -> Step {
     make_dir(path(&share.target)?)?;
-    mount_at(&share.filesystem, &share.target, share.read_only)?;
-    if !share.read_only {
-        mounted.add(&share.target);
-    }
-    Ok(())
+    mount_at(&share.filesystem, &share.target, share.read_only)
 }
 
 fn write(path: &Path, file: &File) -> io::Result<()> {

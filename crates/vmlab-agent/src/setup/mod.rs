@@ -12,7 +12,6 @@ mod upper;
 use std::fmt::Display;
 
 use rustix::io::Errno;
-use rustix::mount::UnmountFlags;
 use vmlab_wire::message::{Failure, RootMode, Setup, SetupReport};
 
 use crate::exec::OwnFilesystems;
@@ -38,27 +37,6 @@ fn failed_io(step: impl Display, error: &std::io::Error, hint: &str) -> Failure 
         hint => format!("{error} ({hint})"),
     };
     Failure { step: step.to_string(), detail, errno }
-}
-
-/// Mount points that have to be taken down before the power goes, in the order of their mounting.
-#[derive(Debug, Default)]
-pub(crate) struct Mounted {
-    writable: Vec<Vec<u8>>,
-}
-
-impl Mounted {
-    fn add(&mut self, target: &[u8]) {
-        self.writable.push(target.to_vec());
-    }
-
-    /// Writes everything back and unmounts what can be.
-    pub(crate) fn take_down(&mut self) {
-        rustix::fs::sync();
-        for target in self.writable.drain(..).rev() {
-            // What is still in use has at least been synced.
-            let _ = rustix::mount::unmount(target.as_slice(), UnmountFlags::DETACH);
-        }
-    }
 }
 
 /// A guest that is ready.
@@ -87,7 +65,6 @@ pub(crate) fn adjust_clock(by_ns: i64, warn: &mut dyn FnMut(String)) {
 pub(crate) fn run(
     setup: &Setup,
     devices: &Devices,
-    mounted: &mut Mounted,
     warn: &mut dyn FnMut(String),
 ) -> Result<Done, Failure> {
     let mut report = SetupReport::default();
@@ -110,7 +87,7 @@ pub(crate) fn run(
         done("new devices");
     }
     let mut placed = false;
-    root::mount(&setup.root, mounted, |layers| {
+    root::mount(&setup.root, |layers| {
         // What cannot be made now is made through the overlay, which says why if it cannot be made there.
         placed = layers.place(&setup.files).is_ok();
         if setup.modules.is_some() {
@@ -138,7 +115,7 @@ pub(crate) fn run(
     };
     let own_filesystems = OwnFilesystems::of(own.iter().copied());
     for share in &setup.shares {
-        files::share(share, mounted)?;
+        files::share(share)?;
     }
     if !setup.shares.is_empty() {
         done("shares");

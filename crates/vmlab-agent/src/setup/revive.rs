@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::ptr::NonNull;
 
 /// Where the kernel lists the devices that its virtio-fs driver has.
@@ -84,7 +84,9 @@ struct Queue {
 /// The MSI-X table of a device.
 struct Msix {
     control_at: usize,
-    table: PathBuf,
+    /// The memory that the table is in: of whatever device is in the place. It was mapped before the snapshot,
+    /// so that a guest that goes on has nothing to map.
+    mapped: Mapped,
     table_offset: usize,
     vectors: Vec<[u32; VECTOR_LEN / 4]>,
 }
@@ -324,15 +326,14 @@ impl Msix {
             let at = table_offset + index * VECTOR_LEN;
             [0, 4, 8, 12].map(|word| mapped.read(at + word))
         });
-        Ok(Self { control_at: at + 2, table_offset, vectors: vectors.collect(), table })
+        let vectors = vectors.collect();
+        Ok(Self { control_at: at + 2, table_offset, vectors, mapped })
     }
 
     fn restore(&self, file: &File, config: &[u8; CONFIG_LEN]) -> io::Result<()> {
-        let length = self.table_offset + self.vectors.len() * VECTOR_LEN;
-        let mapped = Mapped::new(&self.table, length)?;
         for (index, vector) in self.vectors.iter().enumerate() {
             for (word, value) in vector.iter().enumerate() {
-                mapped.write(self.table_offset + index * VECTOR_LEN + word * 4, *value);
+                self.mapped.write(self.table_offset + index * VECTOR_LEN + word * 4, *value);
             }
         }
         let at = self.control_at;

@@ -7,7 +7,7 @@ use rustix::mount::{MountFlags, mount as mount_fs, mount_bind, mount_move};
 use vmlab_wire::message::{Failure, Filesystem, Root, RootMode};
 
 use super::upper::Layers;
-use super::{Mounted, Step, failed};
+use super::{Step, failed};
 
 /// Where the root is put together. The initramfs has these directories, or is writable.
 const NEW_ROOT: &str = "/newroot";
@@ -16,15 +16,13 @@ const OVERLAY: &str = "/overlay";
 const UPPER: &str = "/overlay/upper";
 
 /// Mounts the root at [`NEW_ROOT`]. `fill` puts into the upper layer of an overlay what it is to have.
-pub(super) fn mount(root: &Root, mounted: &mut Mounted, fill: impl FnOnce(&Layers<'_>)) -> Step {
+pub(super) fn mount(root: &Root, fill: impl FnOnce(&Layers<'_>)) -> Step {
     make_dir(NEW_ROOT)?;
     let filesystem = &root.filesystem;
     match root.mode {
         RootMode::ReadOnly => mount_at(filesystem, NEW_ROOT.as_bytes(), true),
         RootMode::ReadWrite => {
-            mount_at(filesystem, NEW_ROOT.as_bytes(), false)?;
-            mounted.add(b"/");
-            Ok(())
+            mount_at(filesystem, NEW_ROOT.as_bytes(), false)
         }
         RootMode::Overlay => {
             make_dir(LOWER)?;
