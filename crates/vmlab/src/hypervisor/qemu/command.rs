@@ -305,7 +305,7 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Boot, Caching, VmConfigBuilder};
+    use crate::config::{Boot, Caching, ShareDevice, VmConfigBuilder};
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
 
@@ -320,7 +320,8 @@ mod tests {
         };
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
         let shares = vec![10, 11];
-        let fds = Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: false };
+        let fds =
+            Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: false };
         let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }
