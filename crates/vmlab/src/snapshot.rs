@@ -66,6 +66,19 @@ struct Manifest {
     kept: u32,
 }
 
+/// A manifest and its checksum, a CRC-32 of it as JSON without spaces.
+#[derive(Debug, Serialize, Deserialize)]
+struct Sealed {
+    checksum: u32,
+    content: Manifest,
+}
+
+impl Sealed {
+    fn of(content: Manifest) -> serde_json::Result<Self> {
+        Ok(Self { checksum: crc32fast::hash(&serde_json::to_vec(&content)?), content })
+    }
+}
+
 /// A file's length in bytes and its checksum, a CRC-32 of all that is not zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Checked {
@@ -184,13 +197,8 @@ impl Place {
             taken = Some(more);
             Ok(())
         };
-        let (entry, lease) = self.cache.get_or_build_unflushed(
-            KIND,
-            &self.key,
-            verify,
-            build,
-            |_| on_wait(),
-        )?;
+        let (entry, lease) =
+            self.cache.get_or_build_unflushed(KIND, &self.key, verify, build, |_| on_wait())?;
         let (snapshot, greeting) = load(&entry).map_err(|source| Error::Io {
             what: "read the snapshot",
             path: entry.clone(),
@@ -266,11 +274,19 @@ fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
         memory.push(save_memory(file, &to)?);
     }
     let (shares, kept) = (snapshot.shares, snapshot.kept);
-    let manifest =
-        Manifest { version: VERSION, generation, greeting, state, console, memory, shares, kept };
+    let manifest = Sealed::of(Manifest {
+        version: VERSION,
+        generation,
+        greeting,
+        state,
+        console,
+        memory,
+        shares,
+        kept,
+    })?;
     write(&dir.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?;
     // All of this content was seen just now.
-    let stamp = Stamp::of(dir, manifest.memory.len())?;
+    let stamp = Stamp::of(dir, manifest.content.memory.len())?;
     write(&dir.join(STAMP), &serde_json::to_vec(&stamp)?)
 }
 
@@ -295,9 +311,11 @@ impl Stamp {
 }
 
 fn manifest(entry: &Path) -> Result<Manifest, Flaw> {
-    let manifest: Manifest = serde_json::from_slice(&std::fs::read(entry.join(MANIFEST))?)?;
-    match manifest.version {
-        VERSION => Ok(manifest),
+    let read: Sealed = serde_json::from_slice(&std::fs::read(entry.join(MANIFEST))?)?;
+    let Sealed { checksum, content } = Sealed::of(read.content)?;
+    match content.version {
+        _ if checksum != read.checksum => Err("its manifest is not what was written".into()),
+        VERSION => Ok(content),
         other => Err(format!("it has version {other}, not {VERSION}").into()),
     }
 }
@@ -350,8 +368,7 @@ fn renew(path: &Path, content: &[u8]) {
 /// A small file's content, checked.
 fn plain(entry: &Path, name: &str, expected: Checked) -> Result<Vec<u8>, Flaw> {
     let content = std::fs::read(entry.join(name))?;
-    let found =
-        Checked { length: content.len() as u64, checksum: crc32fast::hash(&content) };
+    let found = Checked { length: content.len() as u64, checksum: crc32fast::hash(&content) };
     if found == expected {
         Ok(content)
     } else {
