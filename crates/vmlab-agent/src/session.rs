@@ -194,8 +194,7 @@ impl Session {
                 self.writable = self.outbox.flush(&self.fd)?;
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
                 let begun = std::mem::replace(&mut self.begun, Ok(()));
-                let done = begun
-                    .and_then(|()| setup::run(&setup, &self.devices, &mut warn));
+                let done = begun.and_then(|()| setup::run(&setup, &self.devices, &mut warn));
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
                     Ok(done) => {

@@ -18,9 +18,7 @@ use vmlab_artifacts::cache::{Flaw, Lease};
 use vmlab_artifacts::{Cache, ContentKey};
 
 use crate::Error;
-use crate::config::{
-    Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag,
-};
+use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
 use crate::guest::Greeting;
 use crate::hypervisor::{Hypervisor, Memory, Snapshot};
 use content::{checksum, save_memory};

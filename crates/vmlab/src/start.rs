@@ -119,10 +119,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     }
 
     /// Boots once more where the first boot failed for a reason that is not the kernel's.
-    fn boot_twice<T>(
-        &self,
-        mut boot: impl FnMut() -> Result<T, StartFailure>,
-    ) -> Result<T, Error> {
+    fn boot_twice<T>(&self, mut boot: impl FnMut() -> Result<T, StartFailure>) -> Result<T, Error> {
         let booted = match boot() {
             Err(failure) if failure.stale_code && self.prepared.config.accel == Accel::Tcg => {
                 self.prepared.progress.note(STALE_CODE);
@@ -135,7 +132,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
 
     /// Lets the VM go on from a snapshot, which is taken where there is none; `None` where that cannot be
     /// done.
-    pub(crate) fn from_snapshot(&self, timeline: &mut Timeline) -> Result<Option<Booted>, Error> {
+    pub(crate) fn use_snapshot(&self, timeline: &mut Timeline) -> Result<Option<Booted>, Error> {
         let prepared = self.prepared;
         if prepared.snapshots == SnapshotMode::Never {
             return Ok(None);
@@ -225,8 +222,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     ) -> Result<Machine<'_>, StartFailure> {
         let prepared = self.prepared;
         let since = Instant::now();
-        let options =
-            StartOptions { log_dir: log_dir.to_owned(), deadline: self.deadline, origin };
+        let options = StartOptions { log_dir: log_dir.to_owned(), deadline: self.deadline, origin };
         let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
         (self.started)(&handle);
         let channel =

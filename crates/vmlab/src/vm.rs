@@ -77,7 +77,7 @@ impl Vm {
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let starter = Starter { prepared: &prepared, started: &started, deadline };
-        let booted = match starter.from_snapshot(&mut timeline)? {
+        let booted = match starter.use_snapshot(&mut timeline)? {
             Some(booted) => booted,
             None => starter.boot(&mut timeline)?,
         };

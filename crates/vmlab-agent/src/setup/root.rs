@@ -21,9 +21,7 @@ pub(super) fn mount(root: &Root, fill: impl FnOnce(&Layers<'_>)) -> Step {
     let filesystem = &root.filesystem;
     match root.mode {
         RootMode::ReadOnly => mount_at(filesystem, NEW_ROOT.as_bytes(), true),
-        RootMode::ReadWrite => {
-            mount_at(filesystem, NEW_ROOT.as_bytes(), false)
-        }
+        RootMode::ReadWrite => mount_at(filesystem, NEW_ROOT.as_bytes(), false),
         RootMode::Overlay => {
             make_dir(LOWER)?;
             make_dir(OVERLAY)?;

@@ -37,6 +37,9 @@ pub(crate) enum Lost {
     Protocol(String),
 }
 
+/// How a set-up went, and the host's time when that was known.
+pub(crate) type SetupOutcome = (Result<SetupReport, Failure>, SystemTime);
+
 /// What an agent says before it is spoken to.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Greeting {
@@ -62,8 +65,7 @@ struct State {
     queue: VecDeque<Vec<u8>>,
     ready: Option<Ready>,
     setting_up: bool,
-    /// With the host's time when it came.
-    setup: Option<(Result<SetupReport, Failure>, SystemTime)>,
+    setup: Option<SetupOutcome>,
     powering_off: bool,
     processes: HashMap<ProcessId, Process>,
     next_process: u32,
@@ -174,7 +176,7 @@ impl Connection {
     pub(crate) fn wait_setup(
         &self,
         deadline: Option<Instant>,
-    ) -> Result<Option<(Result<SetupReport, Failure>, SystemTime)>, Lost> {
+    ) -> Result<Option<SetupOutcome>, Lost> {
         self.wait_for(deadline, |state| state.setup.clone())
     }
 

@@ -29,10 +29,7 @@ pub(super) fn checksum(file: &File) -> io::Result<Checked> {
 
 /// Gives all runs of pages that are not zero to `seen`, with their offsets. The checksum is of these pages
 /// alone, with their places, so that it does not depend on how a filesystem keeps holes.
-fn visit(
-    file: &File,
-    mut seen: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> io::Result<Checked> {
+fn visit(file: &File, mut seen: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<Checked> {
     let length = file.metadata()?.len();
     let mut crc = crc32fast::Hasher::new();
     let mut buffer = vec![0; CHUNK];

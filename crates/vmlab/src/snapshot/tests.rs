@@ -41,11 +41,18 @@ fn snapshot(seed: u8) -> Snapshot {
         state: vec![seed; 1000].into(),
         memory: vec![node(PAGE), node(LENGTH / 2)],
         console: format!("the console of {seed}\n").into_bytes().into(),
+        shares: 2,
+        kept: u32::from(seed % 3),
     }
 }
 
 fn greeting(seed: u8) -> Greeting {
-    let ready = Ready { release: format!("6.{seed}"), started_ns: 1, ready_ns: u64::from(seed) };
+    let ready = Ready {
+        release: format!("6.{seed}"),
+        started_ns: 1,
+        ready_ns: u64::from(seed),
+        revivable: 0,
+    };
     Greeting { ready, warnings: vec!["a warning".to_owned()] }
 }
 
@@ -318,7 +325,7 @@ impl Hypervisor for Fake {
     }
 
     fn probe(&self) -> Result<ProbeReport, HypervisorError> {
-        unimplemented!()
+        unreachable!("nothing starts it")
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -332,7 +339,7 @@ impl Hypervisor for Fake {
     }
 
     fn start(&self, _: &VmConfig, _: StartOptions) -> Result<Arc<dyn VmHandle>, HypervisorError> {
-        unimplemented!()
+        unreachable!("nothing starts it")
     }
 
     fn command_line(&self, _: &VmConfig) -> Vec<OsString> {
@@ -418,7 +425,6 @@ fn what_shapes_a_vm_is_in_the_key() {
 #[test]
 fn what_a_run_brings_is_not_in_the_key() {
     let world = World::new();
-    let usual = world.key(&world.config(|config| config));
     let share = |tag: &str, read_only, transport, caching| ShareDevice {
         tag: tag.to_owned(),
         path: world.dir.path().to_owned(),
@@ -426,26 +432,26 @@ fn what_a_run_brings_is_not_in_the_key() {
         transport,
         caching,
     };
-    for config in
-        [
-            world.config(|config| {
-                config.share(share("a", true, ShareTransport::VirtioFs, Caching::Fixed))
-            }),
-            world.config(|config| {
-                config
-                    .share(share("b", false, ShareTransport::NineP, Caching::Coherent))
-                    .share(share("c", true, ShareTransport::VirtioFs, Caching::Fixed))
-            }),
-            world.config(|config| config.network(NetworkMode::User)),
-            world.config(|config| config.sandbox(false)),
-        ]
-    {
+    let served = |config: VmConfigBuilder| {
+        config.share(share("a", true, ShareTransport::VirtioFs, Caching::Fixed))
+    };
+    let usual = world.key(&world.config(served));
+    let another = || share("b", false, ShareTransport::VirtioFs, Caching::Coherent);
+    for config in [
+        world.config(|config| config.share(another())),
+        world.config(|config| served(config).share(another())),
+        world.config(|config| served(config).network(NetworkMode::User)),
+        world.config(|config| served(config).sandbox(false)),
+    ] {
         assert_eq!(world.key(&config), usual, "{config:?}");
     }
+    // What QEMU itself serves has other devices, for which the guest has to look.
+    let of_qemu = share("c", true, ShareTransport::NineP, Caching::Fixed);
+    assert_ne!(world.key(&world.config(|config| config.share(of_qemu))), usual);
     // A kernel is what is in it, wherever it is.
     let moved = world.dir.path().join("moved");
     std::fs::copy(world.dir.path().join("kernel"), &moved).unwrap();
-    let mut config = world.config(|config| config);
+    let mut config = world.config(served);
     config.boot.image = moved;
     assert_eq!(world.key(&config), usual);
 }

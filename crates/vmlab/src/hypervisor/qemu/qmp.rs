@@ -166,9 +166,8 @@ impl Qmp {
         count: u32,
         deadline: Instant,
     ) -> Result<(), HypervisorError> {
-        let failed = |said: &str| {
-            HypervisorError::Command { command: "device_del", said: said.to_owned() }
-        };
+        let failed =
+            |said: &str| HypervisorError::Command { command: "device_del", said: said.to_owned() };
         let mut state = self.lock();
         while state.unplugged < count {
             if state.closed {
@@ -218,8 +217,7 @@ impl Qmp {
             state.next_id += 1;
             id
         };
-        let line =
-            format!("{}\n", json!({"execute": command, "arguments": arguments, "id": id}));
+        let line = format!("{}\n", json!({"execute": command, "arguments": arguments, "id": id}));
         self.write(line.as_bytes(), fd).map_err(|e| failed(format!("it has ended ({e})")))?;
         let deadline = Instant::now() + ANSWER_TIME;
         let mut state = self.lock();
@@ -244,8 +242,7 @@ impl Qmp {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&fds));
-        let sent =
-            sendmsg(&*writer, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
+        let sent = sendmsg(&*writer, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?;
         writer.write_all(&line[sent..])
     }
 
