@@ -141,9 +141,9 @@ pub(crate) struct VmArgs {
     /// Load a module before the command, with its parameters: 'kvm-amd nested=1'
     #[arg(long, value_name = "MODULE")]
     pub(crate) module: Vec<String>,
-    /// The guest's host name
-    #[arg(long, value_name = "NAME", default_value = "vmlab")]
-    pub(crate) hostname: String,
+    /// The guest's host name; vmlab- and six digits of its own unless given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
     /// Who runs the command: a name or number of the guest's root, or `caller`
     #[arg(short, long, value_name = "USER", default_value = "root")]
     pub(crate) user: String,

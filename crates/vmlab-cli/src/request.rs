@@ -107,7 +107,6 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         })
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
-        .hostname(args.hostname)
         .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
     vm = match (args.cpus.as_deref(), args.topology.as_deref()) {
         (Some("host"), _) => {
@@ -125,6 +124,9 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             MachineArg::Microvm => Machine::Microvm,
             MachineArg::Q35 => Machine::Q35,
         });
+    }
+    if let Some(name) = args.hostname {
+        vm = vm.hostname(name);
     }
     for share in &args.share {
         vm = vm.share(share.parse::<Share>().context("--share")?);

@@ -249,7 +249,7 @@ fn a_read_only_root_refuses_writes() {
         fact modprobe bash -c 'modprobe xfs && grep -w xfs /proc/filesystems'
         "#,
     );
-    let facts = Facts::of(&site.run(&["--root-mode", "ro"], words).output());
+    let facts = Facts::of(&site.run(&["--root-mode", "ro", "--hostname", "vmlab"], words).output());
     for dir in ["/", "/etc", "/usr/bin", "/usr/lib", "/var/lib", "after remount"] {
         facts.expect_failure(dir, "Read-only file system");
     }

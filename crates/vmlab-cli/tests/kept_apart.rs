@@ -69,7 +69,8 @@ fn a_share_over_etc_keeps_its_files() {
     for root_mode in MODES {
         for access in ["", ":ro"] {
             let share = format!("{}:/etc{access}", shared.display());
-            let options = ["--no-cwd", "--root-mode", root_mode, "--share", &share];
+            let name = ["--hostname", "vmlab", "--no-cwd"];
+            let options = [&name[..], &["--root-mode", root_mode, "--share", &share]].concat();
             let outcome =
                 site.sh(&options, "cat /etc/hostname /etc/resolv.conf; uname -n").output();
             // The share is what is seen; the guest's name is its own all the same.
@@ -92,7 +93,8 @@ fn a_root_that_is_written_to_keeps_its_own_files() {
     let share = format!("{}:/etc", shared.display());
     for options in [&[][..], &["--share", share.as_str()]] {
         for root_mode in ["rw", "overlay", "ro"] {
-            let mode = ["--no-cwd", "--rootfs", &rootfs, "--root-mode", root_mode];
+            let rootfs = ["--no-cwd", "--rootfs", &rootfs, "--root-mode", root_mode];
+            let mode = [&rootfs[..], &["--hostname", "vmlab"]].concat();
             let options: Vec<_> = mode.iter().chain(options).copied().collect();
             let script = "cat /etc/hostname; ls -A /run";
             let outcome = site.sh(&options, script).env("PATH", "/bin").output();
@@ -123,8 +125,10 @@ fn nothing_is_made_in_a_share_over_the_guests_own_memory() {
         .collect();
     for root_mode in MODES {
         let shares = share.iter().flat_map(|share| ["--share", share]);
-        let options: Vec<_> =
-            ["--no-cwd", "--root-mode", root_mode].into_iter().chain(shares).collect();
+        let options: Vec<_> = ["--no-cwd", "--hostname", "vmlab", "--root-mode", root_mode]
+            .into_iter()
+            .chain(shares)
+            .collect();
         let mut run = site
             .sh(&options, "cat /etc/hostname; ls -A /run /tmp /var/tmp")
             .env("TMPDIR", "/tmp/temporary")

@@ -1,9 +1,10 @@
 //! From what a user wants to a VM that is ready to start.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
@@ -17,8 +18,9 @@ use crate::config::{
 };
 use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
+use crate::random;
 use crate::report::{Phase, Report, Timeline};
-use crate::rootfs::{self, guest_bytes};
+use crate::rootfs::{Identity, guest_bytes};
 use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::snapshot::SnapshotMode;
@@ -30,9 +32,6 @@ use crate::vm::Vm;
 /// How long a guest may take to come up. Booting takes one to three seconds under TCG; the rest is for
 /// machines that are busy with other things.
 pub const BOOT_TIME: Duration = Duration::from_secs(120);
-
-/// The name that guests have unless they are given another.
-const HOSTNAME: &str = "vmlab";
 
 /// The guest's address in QEMU's user-mode network.
 const USER_NETWORK: Network =
@@ -56,7 +55,7 @@ pub enum RootMode {
 /// Collects what a VM should be.
 ///
 /// ```no_run
-/// use std::time::Duration;
+/// use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// use vmlab::units::Bytes;
 /// use vmlab::{AccelChoice, RootMode, Share, Vm};
 ///
@@ -89,7 +88,7 @@ pub struct VmBuilder {
     share_via: ShareVia,
     sandbox: bool,
     network: NetworkMode,
-    hostname: String,
+    hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
     qemu_args: Vec<String>,
@@ -124,7 +123,7 @@ impl Default for VmBuilder {
             share_via: ShareVia::Auto,
             sandbox: true,
             network: NetworkMode::None,
-            hostname: HOSTNAME.to_owned(),
+            hostname: None,
             append: Vec::new(),
             full_console: false,
             qemu_args: Vec::new(),
@@ -227,9 +226,9 @@ impl VmBuilder {
         self
     }
 
-    /// The guest's host name.
+    /// The guest's host name; one that no other guest has unless set.
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
-        self.hostname = name.into();
+        self.hostname = Some(name.into());
         self
     }
 
@@ -344,7 +343,8 @@ impl VmBuilder {
         let machine =
             self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
         let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
-        let setup = self.setup(&mut plan, &environment, &kernel)?;
+        let root = absolute(&self.root)?;
+        let setup = self.setup(&mut plan, &environment, &kernel, &root)?;
         let mut config = VmConfigBuilder::new(prepared.boot)
             .memory(self.memory)
             .topology(self.topology)
@@ -360,9 +360,11 @@ impl VmBuilder {
         let config = config.build()?;
         capabilities.check(self.hypervisor.name(), &config)?;
         timeline.end(Phase::Prepare);
+        let identity = Identity { root, hostname: self.hostname, network: self.network };
         Ok(PreparedVm {
             config,
             setup,
+            identity,
             kernel,
             environment,
             accel_reason,
@@ -413,27 +415,28 @@ impl VmBuilder {
         plan: &mut MountPlan,
         environment: &Environment,
         kernel: &Kernel,
+        root_path: &Path,
     ) -> Result<Setup, Error> {
-        let root_path = absolute(&self.root)?;
         let (mode, read_only, caching) = match self.root_mode {
             RootMode::ReadOnly => (WireRootMode::ReadOnly, true, Caching::Fixed),
             RootMode::Overlay => (WireRootMode::Overlay, true, Caching::Fixed),
             RootMode::ReadWrite => (WireRootMode::ReadWrite, false, Caching::Coherent),
         };
-        let filesystem = plan.add(&root_path, read_only, caching);
+        let filesystem = plan.add(root_path, read_only, caching);
         let root = Root { filesystem, mode };
-        let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, &root_path));
+        let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, root_path));
 
         let cwd = environment.cwd.as_path();
         let cwd = (self.share_cwd && !is_of_the_kernel(cwd)).then_some(cwd);
         let shares = self.shares_in_order(cwd)?;
         let shares = shares.iter().map(|share| plan.mount(share)).collect();
         Ok(Setup {
-            hostname: self.hostname.clone(),
+            // What each start has for itself is in `fresh_setup`.
+            hostname: String::new(),
             root,
             modules,
             shares,
-            files: rootfs::files(&root_path, &self.hostname, self.network),
+            files: Vec::new(),
             network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
             modprobe: self.modules.clone(),
             revive: 0,
@@ -537,6 +540,7 @@ impl MountPlan {
 pub struct PreparedVm {
     pub(crate) config: VmConfig,
     pub(crate) setup: Setup,
+    identity: Identity,
     pub(crate) kernel: Kernel,
     pub(crate) environment: Environment,
     pub(crate) accel_reason: Option<String>,
@@ -632,17 +636,19 @@ impl PreparedVm {
 
     /// The set-up for a VM, with the present time and random numbers of its own. `devices` are those that it
     /// did not boot with.
-    pub(crate) fn fresh_setup(&self, devices: Option<Devices>) -> Setup {
-        let mut setup = self.setup.clone();
-        setup.revive = devices.map_or(0, |devices| devices.revive);
-        setup.new_devices = devices.is_some_and(|devices| devices.more);
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        setup.clock_ns = now.unwrap_or_default().as_nanos().try_into().unwrap_or(u64::MAX);
+    pub(crate) fn fresh_setup(&self, devices: Option<Devices>) -> io::Result<Setup> {
+        let (hostname, files) = self.identity.fresh()?;
         let mut entropy = vec![0; ENTROPY];
-        // Without it the guest still has what its CPU gives.
-        let got = rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty());
-        entropy.truncate(got.unwrap_or(0));
-        setup.entropy = entropy;
-        setup
+        random::fill(&mut entropy)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(Setup {
+            hostname,
+            files,
+            entropy,
+            revive: devices.map_or(0, |devices| devices.revive),
+            new_devices: devices.is_some_and(|devices| devices.more),
+            clock_ns: now.as_nanos().try_into().unwrap_or(u64::MAX),
+            ..self.setup.clone()
+        })
     }
 }

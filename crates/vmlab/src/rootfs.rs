@@ -1,20 +1,62 @@
 //! Files of the root that cannot be in the guest as they are on the host.
 
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vmlab_wire::message::File;
 
 use crate::config::NetworkMode;
+use crate::random;
 
 /// The name server of QEMU's user-mode network.
 const USER_NETWORK_DNS: &str = "10.0.2.3";
+
+/// What the names of guests begin with that are given none. The rest is each one's own.
+const HOSTNAME: &str = "vmlab-";
+
+/// Digits behind it: enough for all guests of a host at a time.
+const HOSTNAME_DIGITS: usize = 6;
+
+/// Digits of a machine id, as machine-id(5) has them.
+const MACHINE_ID_DIGITS: usize = 32;
+
+/// Where the machine id is.
+const MACHINE_ID: &str = "etc/machine-id";
+
+/// What makes a guest with some root another one than the host and than all other guests.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) root: PathBuf,
+    /// Its host name, if it is given one.
+    pub(crate) hostname: Option<String>,
+    pub(crate) network: NetworkMode,
+}
+
+impl Identity {
+    /// A guest's host name, and the files that it gets.
+    ///
+    /// # Errors
+    /// When the host has no random numbers.
+    pub(crate) fn fresh(&self) -> io::Result<(String, Vec<File>)> {
+        let hostname = match &self.hostname {
+            Some(name) => name.clone(),
+            None => format!("{HOSTNAME}{}", random::hex(HOSTNAME_DIGITS)?),
+        };
+        let mut files = files(&self.root, &hostname, self.network);
+        if self.root.join(MACHINE_ID).is_file() {
+            let id = random::hex(MACHINE_ID_DIGITS)?;
+            files.push(file(&format!("/{MACHINE_ID}"), 0o444, format!("{id}\n")));
+        }
+        Ok((hostname, files))
+    }
+}
 
 /// The files that a guest with the root `root` gets.
 ///
 /// `hostname` is the guest's. Where this process is not root, what sudo and PAM need of files that
 /// only root can read is made up: everybody may become the guest's root, and nobody has a password.
-pub(crate) fn files(root: &Path, hostname: &str, network: NetworkMode) -> Vec<File> {
+fn files(root: &Path, hostname: &str, network: NetworkMode) -> Vec<File> {
     let mut files = vec![file("/etc/hostname", 0o644, format!("{hostname}\n"))];
     if let Ok(hosts) = std::fs::read_to_string(root.join("etc/hosts")) {
         files.push(file("/etc/hosts", 0o644, with_host(&hosts, hostname)));
@@ -94,6 +136,28 @@ mod tests {
         assert_eq!(with_host(known, "g"), known);
         assert_eq!(with_host("# g\n", "g"), "# g\n127.0.1.1 g\n");
         assert_eq!(with_host("", "g"), "127.0.1.1 g\n");
+    }
+
+    #[test]
+    fn every_guest_is_another() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        let identity = |hostname: Option<&str>| {
+            let root = root.path().to_owned();
+            let hostname = hostname.map(str::to_owned);
+            Identity { root, hostname, network: NetworkMode::None }.fresh().unwrap()
+        };
+        let id = |files: &[File]| {
+            let file = files.iter().find(|f| f.path == b"/etc/machine-id")?;
+            Some(String::from_utf8(file.content.clone()).unwrap())
+        };
+        let (one, two) = (identity(None), identity(None));
+        assert!(one.0.starts_with("vmlab-") && one.0 != two.0, "{} {}", one.0, two.0);
+        assert_eq!(identity(Some("given")).0, "given");
+        assert_eq!(id(&one.1), None, "its root has none");
+        std::fs::write(root.path().join("etc/machine-id"), "of the host\n").unwrap();
+        let (one, two) = (id(&identity(None).1).unwrap(), id(&identity(None).1).unwrap());
+        assert!(one.trim_end().len() == 32 && one != two, "{one} {two}");
     }
 
     #[test]

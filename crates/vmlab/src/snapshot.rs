@@ -21,6 +21,7 @@ use crate::Error;
 use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
 use crate::guest::Greeting;
 use crate::hypervisor::{Hypervisor, Memory, Snapshot};
+use crate::random;
 use content::{checksum, save_memory};
 
 /// The cache's kind of entries.
@@ -41,6 +42,9 @@ pub enum SnapshotMode {
 /// The version of entries; it rises when what is in them, or in a guest at its snapshot, changes in a way
 /// that the key does not tell.
 const VERSION: u32 = 1;
+
+/// Digits of a snapshot's number.
+const GENERATION_DIGITS: usize = 32;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state";
@@ -255,9 +259,7 @@ fn create(path: &Path) -> io::Result<File> {
 }
 
 fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
-    let mut random = [0; 16];
-    rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty())?;
-    let generation = random.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let generation = random::hex(GENERATION_DIGITS)?;
     let plain = |name: &str, content: &[&[u8]]| -> io::Result<Checked> {
         let content = content.concat();
         write(&dir.join(name), &content)?;

@@ -283,8 +283,13 @@ impl Machine<'_> {
         timeline: &mut Timeline,
     ) -> Result<SetupReport, Error> {
         // Made only now: it tells the time.
-        let setup = HostMessage::Setup(Box::new(self.prepared.fresh_setup(devices)));
-        self.send(&setup)?;
+        let setup = self.prepared.fresh_setup(devices).map_err(|source| Error::Io {
+            what: "read",
+            path: "the host's random numbers".into(),
+            source,
+            hint: "",
+        })?;
+        self.send(&HostMessage::Setup(Box::new(setup)))?;
         if devices.is_some() {
             let woken = self.connection.wait_setting_up(Some(Instant::now() + WAKE_TIME));
             if woken.map_err(|lost| self.lost(lost))?.is_none() {

@@ -221,9 +221,12 @@ fn after_a_restart_of_the_host_all_is_read() {
     assert_eq!(names(dir.path()).len(), SMALL.len() + 3, "{:?}", names(dir.path()));
 }
 
+/// What becomes of a file.
+type Way = fn(&Path);
+
 #[test]
 fn a_stamp_that_is_of_no_use_is_made_anew() {
-    let ways: [(&str, fn(&Path)); 5] = [
+    let ways: [(&str, Way); 5] = [
         ("missing", |stamp| std::fs::remove_file(stamp).unwrap()),
         ("empty", |stamp| cut(stamp, |_| 0)),
         ("cut", |stamp| cut(stamp, |length| length - 3)),
