@@ -82,6 +82,10 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
         AgentChannel::Serial => args.option("-serial", "chardev:agent"),
     }
     if fds.memory.is_some() {
+        if config.machine == Machine::Q35 {
+            // It would tell the guest of each device that is plugged in or taken out.
+            args.option("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+        }
         args.option("-device", format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on"));
     }
     backends(&mut args, config, fds);
