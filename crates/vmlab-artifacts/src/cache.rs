@@ -22,14 +22,16 @@ mod content_key;
 mod error;
 mod lease;
 mod manifest;
+mod remembered;
 #[cfg(test)]
 mod tests;
 
-pub use content_key::ContentKey;
+pub use content_key::{ContentKey, Digest};
 pub use error::CacheError;
 pub(crate) use error::advice;
 pub use lease::{Lease, Leases};
 pub use manifest::{Manifest, ManifestError};
+pub use remembered::{ContentStamp, Sources};
 
 /// Overrides the place of the cache.
 pub const CACHE_DIR_ENV: &str = "VMLAB_CACHE_DIR";
