@@ -1,11 +1,13 @@
 //! From a kernel to what a VM boots: an image that starts fast, an initramfs that reaches the root,
 //! and a command line.
 
+mod findings;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
 use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
-use vmlab_artifacts::cache::{Flaw, Leases};
+use vmlab_artifacts::cache::{Flaw, Leases, Sources};
 use vmlab_artifacts::features::{Lack, MissingOption, ModuleNames, missing};
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::kconfig::{KernelConfig, Tristate};
@@ -16,10 +18,15 @@ use vmlab_artifacts::{
 
 use crate::Error;
 use crate::config::{AgentChannel, Boot, ConfigError, ShareTransport};
+use crate::identity::of_this_program;
 use crate::share::ShareVia;
+use findings::Findings;
 
 /// The agent for guests of this architecture, built with this library.
 static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
+
+/// The SHA-256 of it, in hexadecimal digits.
+pub(crate) const AGENT_SHA256: &str = env!("VMLAB_AGENT_SHA256");
 
 /// Kinds of cache entries.
 const IMAGES: &str = "boot-images";
@@ -65,7 +72,7 @@ pub(crate) fn prepare(
     arguments: &[String],
     progress: &dyn Progress,
 ) -> Result<PreparedKernel, Error> {
-    let image = BootImage::open(&kernel.boot_image)?;
+    let image = BootImage::open_unversioned(&kernel.boot_image)?;
     if image.arch() != Arch::HOST {
         let path = kernel.boot_image.clone();
         return Err(
@@ -73,27 +80,23 @@ pub(crate) fn prepare(
         );
     }
     let direct = direct_image(cache, &image, &kernel.leases)?;
-    let mut known = Known::of(kernel)?;
-    known.find_drivers(&direct)?;
-    let Way { modules: wanted, channel, transport } =
-        way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
-    if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
+    let found = Findings::of(cache, kernel, needs, Some(&direct))?;
+    if let Some(why) = found.silence.as_ref().filter(|_| image.arch() == Arch::X86_64) {
         progress.note(why);
     }
     for note in kernel.no_modules.iter().cloned().chain(other_release(kernel)) {
         progress.note(&note);
     }
-    let modules = match &kernel.modules {
-        Some(dir) if !wanted.is_empty() => Some((ModuleTree::open(dir)?, wanted)),
-        _ => None,
-    };
+    let modules = kernel.modules.as_deref().filter(|_| !found.modules.is_empty());
+    let modules = modules.map(|tree| (tree, found.modules.as_slice()));
+    let Findings { channel, transport, sees_ecam, .. } = found;
     let boot = Boot {
         image: direct,
         arch: image.arch(),
         initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
-    Ok(PreparedKernel { boot, channel, transport, sees_ecam: known.sees_ecam() })
+    Ok(PreparedKernel { boot, channel, transport, sees_ecam })
 }
 
 /// What to say of modules that a build has made for another release than the boot image's. Those of
@@ -203,8 +206,8 @@ impl Lacking {
 ///
 /// # Errors
 /// [`Error::KernelLacks`] when it cannot.
-pub(crate) fn check(kernel: &Kernel, needs: Needs) -> Result<(), Error> {
-    way_to_root(&Known::of(kernel)?, needs).map(drop).map_err(|lacking| lacking.of(kernel))
+pub(crate) fn check(cache: &Cache, kernel: &Kernel, needs: Needs) -> Result<(), Error> {
+    Findings::of(cache, kernel, needs, None).map(drop)
 }
 
 /// How a guest comes to its root.
@@ -337,7 +340,8 @@ fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<Pat
         source,
         hint: "",
     };
-    let key = ContentKey::new("boot-image-1").file("bzImage", image.path()).map_err(read)?.finish();
+    let key = ContentKey::new("boot-image-1").known_file(cache, "bzImage", image.path());
+    let key = key.map_err(read)?.finish();
     let build = |dir: &Path| {
         match image.extract() {
             Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
@@ -366,35 +370,52 @@ fn verify_image(entry: &Path) -> Result<(), Flaw> {
     }
     let vmlinux = entry.join(IMAGE_FILE);
     verify_length(entry, IMAGE_FILE)?;
-    match BootImage::open(&vmlinux)?.pvh_entry() {
+    match BootImage::open_unversioned(&vmlinux)?.pvh_entry() {
         Some(_) => Ok(()),
         None => Err("it has no PVH entry".into()),
     }
 }
 
-/// Builds, or finds, the initramfs with these modules and all that they need.
+/// Builds, or finds, the initramfs with these modules of a tree and all that they need.
 fn initramfs(
     cache: &Cache,
-    modules: Option<(ModuleTree, Vec<&'static str>)>,
+    modules: Option<(&Path, &[String])>,
     leases: &Leases,
 ) -> Result<PathBuf, Error> {
-    let closure: Vec<ModuleRef> = match &modules {
-        Some((tree, wanted)) => tree.closure(wanted)?,
-        None => Vec::new(),
-    };
-    let mut key = ContentKey::new("initramfs-1").field("agent", AGENT);
+    let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
+    let question = of_this_program(ContentKey::new("modules-of-initramfs"))
+        .field("tree", modules.map_or(&[][..], |(dir, _)| dir.as_os_str().as_encoded_bytes()));
+    let wanted = modules.iter().flat_map(|(_, wanted)| wanted.iter());
+    let question = wanted.fold(question, |key, name| key.field("wanted", name)).finish();
+    if let Some(key) = cache.recall::<String>(INITRAMFS, &question)
+        && let Some(entry) = cache.lookup(INITRAMFS, &key, verify)?
+        && let Some(lease) = cache.lease(INITRAMFS, &key)?
+    {
+        leases.add(lease);
+        return Ok(entry.join(INITRAMFS_FILE));
+    }
+
+    let mut sources = Sources::default();
+    let mut key = ContentKey::new("initramfs-2").field("agent", AGENT_SHA256);
+    let mut closure: Vec<ModuleRef> = Vec::new();
+    let mut tree = None;
+    if let Some((dir, wanted)) = modules {
+        ModuleTree::index_files(dir).for_each(|file| sources.add(file));
+        let opened = ModuleTree::open(dir)?;
+        closure = opened.closure(&wanted.iter().map(String::as_str).collect::<Vec<_>>())?;
+        tree = Some(opened);
+    }
     for module in &closure {
+        sources.add(&module.path);
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
         })?;
     }
-    let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
+    let key = key.finish();
     let build = |dir: &Path| {
         let mut contents = Vec::new();
-        if let Some((tree, _)) = &modules {
-            for module in &closure {
-                contents.push(tree.read(module)?);
-            }
+        for module in &closure {
+            contents.extend(tree.as_ref().map(|tree| tree.read(module)).transpose()?);
         }
         let list: Vec<BootModule<'_>> = closure
             .iter()
@@ -406,7 +427,8 @@ fn initramfs(
         write_length(dir, INITRAMFS_FILE, archive.len())
     };
     let kind = (INITRAMFS, INITRAMFS_KEPT);
-    let entry = cache.get_or_build_bounded(kind, &key.finish(), leases, verify, build)?;
+    let entry = cache.get_or_build_bounded(kind, &key, leases, verify, build)?;
+    cache.remember(INITRAMFS, &question, &sources, &key);
     Ok(entry.join(INITRAMFS_FILE))
 }
 

@@ -316,7 +316,8 @@ impl VmBuilder {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
             None => {
                 let fits = |kernel: &Kernel| {
-                    boot::check(kernel, self.needs(kernel)).map_err(|error| error.to_string())
+                    boot::check(&cache, kernel, self.needs(kernel))
+                        .map_err(|error| error.to_string())
                 };
                 store.resolve_default_for(&fits, &*self.progress)?
             }
@@ -324,12 +325,12 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel);
-        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
+        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, &cache)?;
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         match accel {
             // The microvm has no timer that the guest could check its time-stamp counter against.
             Accel::Tcg => {
-                arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz_since()));
+                arguments.push(format!("tsc=reliable tsc_early_khz={}", tsc.khz(&cache)));
             }
             Accel::Kvm if !self.full_console => arguments.push("quiet".to_owned()),
             Accel::Kvm => {}

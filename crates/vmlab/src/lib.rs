@@ -23,6 +23,7 @@ pub mod doctor;
 mod error;
 pub mod guest;
 pub mod hypervisor;
+mod identity;
 pub mod report;
 mod rootfs;
 mod runs;

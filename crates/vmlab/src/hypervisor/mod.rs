@@ -228,6 +228,15 @@ pub enum HypervisorError {
         #[source]
         source: std::io::Error,
     },
+    /// Its program cannot be read.
+    #[error("{} cannot be read, to tell it from other versions of it", program.display())]
+    Identify {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The host could not provide what a VM needs.
     #[error("{what} could not be made for the VM")]
     Resource {

@@ -2,6 +2,7 @@
 
 mod command;
 mod files;
+mod identity;
 mod process;
 mod qmp;
 
