@@ -25,6 +25,7 @@ mod manifest;
 mod remembered;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 pub use content_key::{ContentKey, Digest};
 pub use error::CacheError;
@@ -32,6 +33,7 @@ pub(crate) use error::advice;
 pub use lease::{Lease, Leases};
 pub use manifest::{Manifest, ManifestError};
 pub use remembered::{ContentStamp, Sources};
+pub use usage::{EntryUsage, Freed};
 
 /// Overrides the place of the cache.
 pub const CACHE_DIR_ENV: &str = "VMLAB_CACHE_DIR";
@@ -236,18 +238,27 @@ impl Cache {
         make_dirs(&dir)?;
         let path = dir.join(key);
         let fail = |error| CacheError::io("lock the cache entry", &path, error);
-        let mut file = open_lock_file(&path).map_err(fail)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                let pid =
-                    file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-                on_wait(pid);
-                file.lock().map_err(fail)?;
+        let mut on_wait = Some(on_wait);
+        let mut file = loop {
+            let mut file = open_lock_file(&path).map_err(fail)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut text = String::new();
+                    let pid =
+                        file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                    if let Some(on_wait) = on_wait.take() {
+                        on_wait(pid);
+                    }
+                    file.lock().map_err(fail)?;
+                }
+                Err(TryLockError::Error(error)) => return Err(fail(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(fail(error)),
-        }
+            // The lock of an entry that is gone may have been swept since it was opened.
+            if is_linked(&file, &path) {
+                break file;
+            }
+        };
         // The pid serves messages only, so a full disk is left for the build to report.
         let _ = file
             .rewind()

@@ -30,15 +30,25 @@ impl fmt::Display for Digest {
     }
 }
 
-/// Hashes a file.
-pub(super) fn digest(path: &Path) -> io::Result<Digest> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut chunk = vec![0; CHUNK];
-    loop {
-        match file.read(&mut chunk)? {
-            0 => return Ok(Digest(hash.finalize().into())),
-            n => hash.update(&chunk[..n]),
+impl Digest {
+    /// Hashes what is in memory.
+    pub fn of(content: &[u8]) -> Digest {
+        Digest(Sha256::digest(content).into())
+    }
+
+    /// Hashes a file; [`Cache::digest`] does so once for each state of it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_file(path: &Path) -> io::Result<Digest> {
+        let mut file = File::open(path)?;
+        let mut hash = Sha256::new();
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            match file.read(&mut chunk)? {
+                0 => return Ok(Digest(hash.finalize().into())),
+                n => hash.update(&chunk[..n]),
+            }
         }
     }
 }
@@ -77,7 +87,7 @@ impl ContentKey {
     /// # Errors
     /// When the file cannot be read.
     pub fn file(self, name: &str, path: &Path) -> io::Result<ContentKey> {
-        Ok(self.field(name, digest(path)?))
+        Ok(self.field(name, Digest::of_file(path)?))
     }
 
     /// As [`file`](ContentKey::file), with the same result; the content of a file that is as it was is not

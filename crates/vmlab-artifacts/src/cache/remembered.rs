@@ -14,11 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
-use super::content_key::{Digest, digest};
-use super::{Cache, ContentKey, check_name, make_dirs};
+use super::{Cache, ContentKey, Digest, check_name, make_dirs};
 
 /// The directory of all answers.
 pub(super) const REMEMBERED: &str = ".remembered";
@@ -183,8 +182,28 @@ impl Cache {
         let key = ContentKey::new("digest-1").field("path", path.as_os_str().as_encoded_bytes());
         self.remembered("digest", &key.finish(), |sources| {
             sources.add(path);
-            digest(path)
+            Digest::of_file(path)
         })
+    }
+
+    /// Forgets the answers whose sources have changed, and those beyond a number that will do; all of
+    /// them if `all` says so. Says how many.
+    pub fn forget(&self, all: bool) -> usize {
+        let dir = self.root().join(REMEMBERED);
+        let answers = || fs::read_dir(&dir).into_iter().flatten().flatten().map(|item| item.path());
+        let before = answers().count();
+        for path in answers() {
+            let holds = || {
+                let record: Record<IgnoredAny> =
+                    serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
+                Some(unchanged(&record.sources))
+            };
+            if all || holds() != Some(true) {
+                let _ = fs::remove_file(&path);
+            }
+        }
+        forget_all_but(&dir, KEPT);
+        before.saturating_sub(answers().count())
     }
 
     fn answer_path(&self, subject: &str, key: &str) -> Option<PathBuf> {
@@ -334,12 +353,13 @@ mod tests {
         // As `printf one | sha256sum` says.
         let of_one = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed";
         assert_eq!(cache.digest(&file).unwrap().to_string(), of_one);
+        assert_eq!(Digest::of(b"one").to_string(), of_one);
         let remembered = dir.path().join("cache").join(REMEMBERED);
         assert!(!remembered.exists(), "the file is too young");
         let path_key =
             ContentKey::new("digest-1").field("path", file.as_os_str().as_encoded_bytes());
         let key = path_key.finish();
-        cache.remember("digest", &key, &sources(&file, settled), &digest(&file).unwrap());
+        cache.remember("digest", &key, &sources(&file, settled), &Digest::of_file(&file).unwrap());
         assert_eq!(fs::read_dir(&remembered).unwrap().count(), 1);
         let known = || ContentKey::new("t").known_file(&cache, "f", &file).unwrap().finish();
         let read = || ContentKey::new("t").file("f", &file).unwrap().finish();
@@ -349,6 +369,21 @@ mod tests {
         assert_ne!(cache.digest(&file).unwrap().to_string(), of_one);
         fs::remove_file(&file).unwrap();
         assert!(cache.digest(&file).is_err());
+    }
+
+    #[test]
+    fn answers_that_hold_no_more_are_forgotten() {
+        let (_dir, cache, file, settled) = site();
+        cache.remember("s", "k", &sources(&file, settled), &"answer");
+        cache.remember("s", "always", &Sources::default(), &1);
+        assert_eq!(cache.forget(false), 0);
+        fs::write(&file, "two").unwrap();
+        fs::write(cache.root().join(REMEMBERED).join("s-damaged"), "{").unwrap();
+        assert_eq!(cache.forget(false), 2);
+        assert_eq!(cache.recall("s", "always"), Some(1));
+        assert_eq!(cache.forget(true), 1);
+        assert_eq!(cache.recall::<u64>("s", "always"), None);
+        assert_eq!(cache.forget(true), 0);
     }
 
     #[test]
