@@ -13,7 +13,8 @@ use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::kconfig::{KernelConfig, Tristate};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
-    Arch, Availability, Cache, CacheError, ContentKey, Feature, Features, Kernel, Progress,
+    Arch, Availability, Cache, CacheError, ContentKey, Digest, Feature, Features, Kernel, Kind,
+    Progress,
 };
 
 use crate::Error;
@@ -35,6 +36,23 @@ const INITRAMFS: &str = "initramfs";
 /// How many entries of each kind are kept. An extracted kernel has 30 to 90 MiB, an initramfs has some.
 const IMAGES_KEPT: usize = 8;
 const INITRAMFS_KEPT: usize = 32;
+
+/// The two, for whoever looks after the cache.
+pub(crate) const KINDS: [Kind; 2] = [
+    Kind {
+        name: IMAGES,
+        kept: Some(IMAGES_KEPT),
+        verify: |entry| verify_image(entry).and_then(|()| verify_digest(entry, IMAGE_FILE)),
+    },
+    Kind {
+        name: INITRAMFS,
+        kept: Some(INITRAMFS_KEPT),
+        verify: |entry| {
+            verify_length(entry, INITRAMFS_FILE)?;
+            verify_digest(entry, INITRAMFS_FILE)
+        },
+    },
+];
 
 /// Files in cache entries.
 const IMAGE_FILE: &str = "vmlinux";
@@ -345,8 +363,7 @@ fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<Pat
     let build = |dir: &Path| {
         match image.extract() {
             Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
-                write(&dir.join(IMAGE_FILE), &vmlinux)?;
-                write_length(dir, IMAGE_FILE, vmlinux.len())
+                write_sealed(dir, IMAGE_FILE, &vmlinux)
             }
             Ok(_) => write(&dir.join(NO_PVH_FILE), b"no PVH entry\n"),
             // The kernel can extract itself from a format that is unknown here. From a damaged
@@ -423,8 +440,7 @@ fn initramfs(
             .map(|(module, content)| BootModule { name: &module.name, content, params: "" })
             .collect();
         let archive = build_initramfs(AGENT, &list)?;
-        write(&dir.join(INITRAMFS_FILE), &archive)?;
-        write_length(dir, INITRAMFS_FILE, archive.len())
+        write_sealed(dir, INITRAMFS_FILE, &archive)
     };
     let kind = (INITRAMFS, INITRAMFS_KEPT);
     let entry = cache.get_or_build_bounded(kind, &key, leases, verify, build)?;
@@ -441,13 +457,33 @@ fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
     })
 }
 
-/// Records a file's length beside it, so that a look-up notices one that was cut short.
-fn write_length(dir: &Path, file: &str, length: usize) -> Result<(), Error> {
-    write(&length_file(dir, file), length.to_string().as_bytes())
+/// Writes a file, and beside it its length, so that a look-up notices when it was cut short, and its
+/// digest, for whoever looks for damage and has the time.
+fn write_sealed(dir: &Path, file: &str, content: &[u8]) -> Result<(), Error> {
+    write(&dir.join(file), content)?;
+    write(&length_file(dir, file), content.len().to_string().as_bytes())?;
+    write(&digest_file(dir, file), Digest::of(content).to_string().as_bytes())
 }
 
 fn length_file(dir: &Path, file: &str) -> PathBuf {
     dir.join(format!("{file}.length"))
+}
+
+fn digest_file(dir: &Path, file: &str) -> PathBuf {
+    dir.join(format!("{file}.sha256"))
+}
+
+/// Compares a file with its digest. Entries that earlier versions have made have none.
+fn verify_digest(dir: &Path, file: &str) -> Result<(), Flaw> {
+    let recorded = match std::fs::read_to_string(digest_file(dir, file)) {
+        Ok(recorded) => recorded,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    match Digest::of_file(&dir.join(file))?.to_string() == recorded.trim() {
+        true => Ok(()),
+        false => Err(format!("the content of {file} has changed").into()),
+    }
 }
 
 fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {

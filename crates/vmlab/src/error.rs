@@ -31,6 +31,14 @@ pub enum Error {
     /// The kernel's modules cannot be used.
     #[error(transparent)]
     Modules(#[from] ModulesError),
+    /// There are no such entries in the cache.
+    #[error("the cache has no kind `{name}`; there are {}", have.join(", "))]
+    NoSuchKind {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        have: Vec<String>,
+    },
     /// The initramfs cannot be made.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
@@ -241,6 +249,7 @@ impl Error {
             | Self::Modules(_)
             | Self::Initramfs(_)
             | Self::Cache(_)
+            | Self::NoSuchKind { .. }
             | Self::KernelLacks { .. }
             | Self::Config(_)
             | Self::Share { .. }

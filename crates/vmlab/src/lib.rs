@@ -18,6 +18,7 @@
 mod accel;
 mod boot;
 mod builder;
+pub mod cache;
 pub mod config;
 pub mod doctor;
 mod error;
