@@ -4,6 +4,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use sha2::{Digest, Sha256};
+
 const PROFILE: &str = "agent";
 
 fn main() {
@@ -38,6 +40,10 @@ fn main() {
     let agent = target_dir.join(&target).join(PROFILE).join("vmlab-agent");
     assert!(is_static(&agent), "{} is not static", agent.display());
     println!("cargo::rustc-env=VMLAB_AGENT={}", agent.display());
+    // Half a megabyte, whose hash would otherwise be taken at each run.
+    let content = std::fs::read(&agent).expect("the agent is there");
+    let hash: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("cargo::rustc-env=VMLAB_AGENT_SHA256={hash}");
 }
 
 /// Whether an ELF file asks for no interpreter: the guest has none when the agent starts.

@@ -189,6 +189,21 @@ impl BootImage {
     /// The content is not decompressed, so that damage further inside is found by
     /// [`BootImage::extract`] only.
     pub fn open(path: &Path) -> Result<BootImage, BootImageError> {
+        let (file, mut image) = BootImage::open_header(path)?;
+        if let (None, Some(range)) = (&image.header.version, &image.header.banner_range) {
+            image.header.version = banner::find_in_file(&file, range.clone())
+                .map_err(|source| BootImageError::Io { path: path.to_owned(), source })?;
+        }
+        Ok(image)
+    }
+
+    /// As [`BootImage::open`], but a `vmlinux` or `Image`, whose header does not have the version string,
+    /// is not searched for it: that means to read most of it.
+    pub fn open_unversioned(path: &Path) -> Result<BootImage, BootImageError> {
+        BootImage::open_header(path).map(|(_, image)| image)
+    }
+
+    fn open_header(path: &Path) -> Result<(File, BootImage), BootImageError> {
         let io_error = |source| BootImageError::Io { path: path.to_owned(), source };
         let invalid = |defect| BootImageError::Invalid { path: path.to_owned(), defect };
 
@@ -201,11 +216,8 @@ impl BootImage {
         let len = file.metadata().map_err(io_error)?.len();
         // The reader below cannot say why it failed; a file that cannot be read at all fails here.
         file.read_at(&mut [0], 0).map_err(io_error)?;
-        let mut header = parse(&ReadCache::new(&file)).map_err(invalid)?;
-        if let (None, Some(range)) = (&header.version, &header.banner_range) {
-            header.version = banner::find_in_file(&file, range.clone()).map_err(io_error)?;
-        }
-        Ok(BootImage { path: path.to_owned(), len, header })
+        let header = parse(&ReadCache::new(&file)).map_err(invalid)?;
+        Ok((file, BootImage { path: path.to_owned(), len, header }))
     }
 
     /// The architecture that the kernel is for.

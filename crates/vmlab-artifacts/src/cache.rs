@@ -17,19 +17,24 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 mod content_key;
 mod error;
 mod lease;
 mod manifest;
+mod remembered;
 #[cfg(test)]
 mod tests;
+mod usage;
 
-pub use content_key::ContentKey;
+pub use content_key::{ContentKey, Digest};
 pub use error::CacheError;
 pub(crate) use error::advice;
 pub use lease::{Lease, Leases};
 pub use manifest::{Manifest, ManifestError};
+pub use remembered::{ContentStamp, Sources};
+pub use usage::{EntryUsage, Freed};
 
 /// Overrides the place of the cache.
 pub const CACHE_DIR_ENV: &str = "VMLAB_CACHE_DIR";
@@ -141,14 +146,15 @@ impl Cache {
         build: impl FnOnce(&Path) -> Result<(), E>,
         on_wait: impl FnOnce(Option<u32>),
     ) -> Result<(PathBuf, Lease), E> {
-        self.get_or_build_with(kind, key, verify, build, on_wait, Durability::Flushed)
+        self.get_or_build_with((kind, key), verify, build, (on_wait, None), Durability::Flushed)
     }
 
     /// As [`get_or_build_leased`](Cache::get_or_build_leased), but the entry is not flushed to disk: for
-    /// what is large, and whose content `verify` checks after the host was restarted.
+    /// what is large, and whose content `verify` checks after the host was restarted. Another process that
+    /// builds it is not waited for beyond `until`.
     ///
     /// # Errors
-    /// As [`get_or_build`](Cache::get_or_build).
+    /// As [`get_or_build`](Cache::get_or_build), and [`CacheError::Busy`].
     pub fn get_or_build_unflushed<E: From<CacheError>>(
         &self,
         kind: &str,
@@ -156,17 +162,18 @@ impl Cache {
         verify: impl Fn(&Path) -> Result<(), Flaw>,
         build: impl FnOnce(&Path) -> Result<(), E>,
         on_wait: impl FnOnce(Option<u32>),
+        until: Option<Instant>,
     ) -> Result<(PathBuf, Lease), E> {
-        self.get_or_build_with(kind, key, verify, build, on_wait, Durability::LeftToTheKernel)
+        let durability = Durability::LeftToTheKernel;
+        self.get_or_build_with((kind, key), verify, build, (on_wait, until), durability)
     }
 
     fn get_or_build_with<E: From<CacheError>>(
         &self,
-        kind: &str,
-        key: &str,
+        (kind, key): (&str, &str),
         verify: impl Fn(&Path) -> Result<(), Flaw>,
         build: impl FnOnce(&Path) -> Result<(), E>,
-        on_wait: impl FnOnce(Option<u32>),
+        (on_wait, until): (impl FnOnce(Option<u32>), Option<Instant>),
         durability: Durability,
     ) -> Result<(PathBuf, Lease), E> {
         let leased = || -> Result<Option<(PathBuf, Lease)>, CacheError> {
@@ -178,7 +185,7 @@ impl Cache {
         }
         let entry = self.entry_path(kind, key)?;
         // Who deletes an entry has this lock, too.
-        let _lock = self.lock(kind, key, on_wait)?;
+        let _lock = self.lock(kind, key, on_wait, until)?;
         if let Some(found) = leased()? {
             return Ok(found);
         }
@@ -235,7 +242,7 @@ impl Cache {
         if fs::symlink_metadata(self.entry_path(kind, key)?).is_err() {
             return Ok(false);
         }
-        let _lock = self.lock(kind, key, |_| {})?;
+        let _lock = self.lock(kind, key, |_| {}, None)?;
         let _excluded = Lease::exclude(&self.entry_path(kind, key)?)?;
         self.sweep(kind)?;
         self.discard(kind, key)
@@ -251,29 +258,42 @@ impl Cache {
         Ok(self.kind_dir(kind)?.join(key))
     }
 
-    /// Takes the lock of a key, waiting for as long as another holds it.
+    /// Takes the lock of a key, waiting for as long as another holds it, but not beyond `until`.
     fn lock(
         &self,
         kind: &str,
         key: &str,
         on_wait: impl FnOnce(Option<u32>),
+        until: Option<Instant>,
     ) -> Result<File, CacheError> {
         let dir = self.kind_dir(kind)?.join(".lock");
         make_dirs(&dir)?;
         let path = dir.join(key);
         let fail = |error| CacheError::io("lock the cache entry", &path, error);
-        let mut file = open_lock_file(&path).map_err(fail)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                let pid =
-                    file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-                on_wait(pid);
-                file.lock().map_err(fail)?;
+        let mut on_wait = Some(on_wait);
+        let mut file = loop {
+            let mut file = open_lock_file(&path).map_err(fail)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut text = String::new();
+                    let pid =
+                        file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                    if let Some(on_wait) = on_wait.take() {
+                        on_wait(pid);
+                    }
+                    match until {
+                        None => file.lock().map_err(fail)?,
+                        Some(until) => lock_until(&file, until, &path)?,
+                    }
+                }
+                Err(TryLockError::Error(error)) => return Err(fail(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(fail(error)),
-        }
+            // The lock of an entry that is gone may have been swept since it was opened.
+            if is_linked(&file, &path) {
+                break file;
+            }
+        };
         // The pid serves messages only, so a full disk is left for the build to report.
         let _ = file
             .rewind()
@@ -435,6 +455,23 @@ fn make_dirs(dir: &Path) -> Result<(), CacheError> {
 
 fn open_lock_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// Locks a file that another has locked; looks often, since flock(2) knows no time limit.
+fn lock_until(file: &File, until: Instant, path: &Path) -> Result<(), CacheError> {
+    const LOOK: Duration = Duration::from_millis(10);
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(LOOK),
+            Err(TryLockError::WouldBlock) => {
+                return Err(CacheError::Busy { path: path.to_owned() });
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(CacheError::io("lock the cache entry", path, error));
+            }
+        }
+    }
 }
 
 fn is_linked(file: &File, path: &Path) -> bool {

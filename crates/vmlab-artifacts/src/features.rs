@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -266,13 +266,19 @@ pub struct ModuleNames {
 }
 
 impl ModuleNames {
+    /// The files that [`read`](ModuleNames::read) reads.
+    pub fn files(tree: &Path) -> [PathBuf; 2] {
+        [tree.join("modules.dep"), tree.join("modules.builtin")]
+    }
+
     /// Reads `modules.dep` and `modules.builtin` of a module tree.
     ///
     /// # Errors
     /// When one of the two cannot be read; a missing `modules.builtin` is an empty one.
     pub fn read(tree: &Path) -> io::Result<ModuleNames> {
-        let dep = std::fs::read_to_string(tree.join("modules.dep"))?;
-        let builtin = match std::fs::read_to_string(tree.join("modules.builtin")) {
+        let [dep, builtin] = ModuleNames::files(tree);
+        let dep = std::fs::read_to_string(dep)?;
+        let builtin = match std::fs::read_to_string(builtin) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error),

@@ -4,6 +4,7 @@
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use memchr::memmem;
 use serde::{Deserialize, Serialize};
@@ -39,32 +40,31 @@ impl std::fmt::Display for Tristate {
     }
 }
 
-/// A parsed kernel configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A kernel configuration, parsed when it is asked for the first time.
+#[derive(Debug, Clone)]
 pub struct KernelConfig {
     text: String,
-    values: BTreeMap<String, String>,
+    values: OnceLock<BTreeMap<String, String>>,
 }
 
+impl PartialEq for KernelConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for KernelConfig {}
+
 impl KernelConfig {
-    /// Parses the text of a `.config` file. Lines that are no settings are ignored; of two settings
+    /// Takes the text of a `.config` file. Lines that are no settings are ignored; of two settings
     /// of one option the later one holds, as in Kconfig itself.
     pub fn parse(text: impl AsRef<[u8]>) -> KernelConfig {
         let text = String::from_utf8_lossy(text.as_ref()).into_owned();
-        let mut values = BTreeMap::new();
-        for line in text.lines() {
-            let line = line.trim();
-            if let Some(unset) =
-                line.strip_prefix("# CONFIG_").and_then(|l| l.strip_suffix(" is not set"))
-            {
-                values.remove(unset);
-            } else if let Some((name, value)) =
-                line.strip_prefix("CONFIG_").and_then(|l| l.split_once('='))
-            {
-                values.insert(name.to_owned(), unquote(value));
-            }
-        }
-        KernelConfig { text, values }
+        KernelConfig { text, values: OnceLock::new() }
+    }
+
+    fn values(&self) -> &BTreeMap<String, String> {
+        self.values.get_or_init(|| settings(&self.text))
     }
 
     /// Finds the configuration that CONFIG_IKCONFIG embedded, in an uncompressed kernel (or in its
@@ -81,13 +81,13 @@ impl KernelConfig {
             let text =
                 compress::decompress(Compression::Gzip, stream, Limit::max(CONFIG_LEN_MAX)).ok()?;
             let config = KernelConfig::parse(text);
-            (!config.values.is_empty()).then_some(config)
+            (!config.values().is_empty()).then_some(config)
         })
     }
 
     /// Whether anything is to be built as a module.
     pub fn has_modules(&self) -> bool {
-        self.values.values().any(|value| value == "m")
+        self.values().values().any(|value| value == "m")
     }
 
     /// How the option is set. `name` goes with or without its prefix `CONFIG_`. An option with a
@@ -102,18 +102,36 @@ impl KernelConfig {
 
     /// The option's value as it is in the file, strings without their quotes.
     pub fn value(&self, name: &str) -> Option<&str> {
-        self.values.get(name.strip_prefix("CONFIG_").unwrap_or(name)).map(String::as_str)
+        self.values().get(name.strip_prefix("CONFIG_").unwrap_or(name)).map(String::as_str)
     }
 
     /// All options that are set, without their prefix `CONFIG_`, sorted by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.values.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+        self.values().iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// The text that was parsed.
     pub fn text(&self) -> &str {
         &self.text
     }
+}
+
+/// The settings in the text of a configuration.
+fn settings(text: &str) -> BTreeMap<String, String> {
+    let mut values = BTreeMap::new();
+    for line in text.lines() {
+        let line = line.trim();
+        if let Some(unset) =
+            line.strip_prefix("# CONFIG_").and_then(|l| l.strip_suffix(" is not set"))
+        {
+            values.remove(unset);
+        } else if let Some((name, value)) =
+            line.strip_prefix("CONFIG_").and_then(|l| l.split_once('='))
+        {
+            values.insert(name.to_owned(), unquote(value));
+        }
+    }
+    values
 }
 
 /// Removes the quotes of a string value, and the backslashes before quotes and backslashes in it.

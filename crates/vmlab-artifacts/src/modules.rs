@@ -206,6 +206,11 @@ impl ModuleTree {
         Ok(ModuleTree { dir: dir.to_owned(), release, index })
     }
 
+    /// The files that [`open`](ModuleTree::open) reads, as far as they are there.
+    pub fn index_files(dir: &Path) -> impl Iterator<Item = PathBuf> {
+        index::FILES.iter().map(|name| dir.join(name))
+    }
+
     /// The tree's directory.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cache::{Flaw, Leases};
 use crate::source::{apt, deb, local};
 use crate::{
-    Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec,
+    Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec, Kind,
     Origin, Progress, Select, Silent, version,
 };
 
@@ -20,6 +20,9 @@ use entry::Entry;
 
 /// The cache kind of kernels.
 const KERNELS: &str = "kernels";
+
+/// It, for whoever looks after the cache.
+pub(crate) const KIND: Kind = Kind { name: KERNELS, kept: None, verify: entry::verify_all };
 
 /// Finds kernels, and keeps those that were fetched.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::exit::{self, Code};
-use crate::{doctor, generate, kernel, output, request, run};
+use crate::{cache, doctor, generate, kernel, output, request, run};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -33,6 +33,9 @@ enum Command {
     /// Fetch, list, inspect and remove kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// List, verify and empty the cache of kernels and of what is made from them
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// Say what this host can do, what is missing, and how to get it
     Doctor {
         /// Print JSON
@@ -78,6 +81,38 @@ pub(crate) enum KernelCommand {
         /// Key, package, release, or as for `run -k`
         #[arg(required = true)]
         kernels: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// List what is in the cache, with its size on disk and its last use
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look for damaged entries; ends with code 1 if there are any
+    Verify {
+        /// Only these kinds, such as kernels
+        kinds: Vec<String>,
+        /// Remove damaged entries that are not in use; they are made or fetched anew when wanted
+        #[arg(long)]
+        repair: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove what is beyond each kind's bound, and what killed processes have left
+    Gc {
+        /// Remove entries, the least recently used first, until all take no more than this on disk: 2G
+        #[arg(long, value_name = "SIZE")]
+        max: Option<String>,
+    },
+    /// Remove all entries that are not in use
+    Clear {
+        /// Only these kinds, such as boot-images
+        kinds: Vec<String>,
     },
 }
 
@@ -237,6 +272,7 @@ pub(crate) fn dispatch() -> Code {
         Command::Run(args) => request::of_run(args).and_then(|request| run::run(&request)),
         Command::Shell(args) => request::of_shell(args).and_then(|request| run::run(&request)),
         Command::Kernel(command) => done(kernel::run(command)),
+        Command::Cache(command) => cache::run(command),
         Command::Doctor { json } => doctor::run(json),
         Command::Completions { shell } => done(generate::completions(&mut Cli::command(), shell)),
         Command::Man { dir } => done(generate::man(Cli::command(), &dir)),

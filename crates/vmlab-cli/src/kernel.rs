@@ -103,7 +103,7 @@ fn description(kernel: &Kernel) -> Vec<[String; 2]> {
     .into()
 }
 
-fn print_json(value: &impl serde::Serialize) -> Result<()> {
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     output::stdout(text.as_bytes())

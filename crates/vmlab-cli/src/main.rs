@@ -1,5 +1,6 @@
 //! The `vmlab` command.
 
+mod cache;
 mod cli;
 mod command;
 mod doctor;

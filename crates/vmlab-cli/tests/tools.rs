@@ -76,7 +76,14 @@ fn manual_pages_are_rendered() {
         .map(|item| item.unwrap().file_name().to_string_lossy().into_owned())
         .collect();
     names.sort();
-    for page in ["vmlab.1", "vmlab-run.1", "vmlab-shell.1", "vmlab-kernel.1", "vmlab-doctor.1"] {
+    for page in [
+        "vmlab.1",
+        "vmlab-run.1",
+        "vmlab-shell.1",
+        "vmlab-kernel.1",
+        "vmlab-cache.1",
+        "vmlab-doctor.1",
+    ] {
         assert!(names.iter().any(|name| name == page), "{page}: {names:?}");
     }
     for name in &names {

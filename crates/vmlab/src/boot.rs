@@ -1,25 +1,33 @@
 //! From a kernel to what a VM boots: an image that starts fast, an initramfs that reaches the root,
 //! and a command line.
 
+mod findings;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
 use vmlab_artifacts::boot_image::{BootFormat, BootImage, BootImageError, Defect, pvh_entry};
-use vmlab_artifacts::cache::{Flaw, Leases};
+use vmlab_artifacts::cache::{Flaw, Leases, Sources};
 use vmlab_artifacts::features::{Lack, MissingOption, ModuleNames, missing};
 use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::kconfig::{KernelConfig, Tristate};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
-    Arch, Availability, Cache, CacheError, ContentKey, Feature, Features, Kernel, Progress,
+    Arch, Availability, Cache, CacheError, ContentKey, Digest, Feature, Features, Kernel, Kind,
+    Progress,
 };
 
 use crate::Error;
 use crate::config::{AgentChannel, Boot, ConfigError, ShareTransport};
+use crate::identity::of_this_program;
 use crate::share::ShareVia;
+use findings::Findings;
 
 /// The agent for guests of this architecture, built with this library.
 static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
+
+/// The SHA-256 of it, in hexadecimal digits.
+pub(crate) const AGENT_SHA256: &str = env!("VMLAB_AGENT_SHA256");
 
 /// Kinds of cache entries.
 const IMAGES: &str = "boot-images";
@@ -28,6 +36,23 @@ const INITRAMFS: &str = "initramfs";
 /// How many entries of each kind are kept. An extracted kernel has 30 to 90 MiB, an initramfs has some.
 const IMAGES_KEPT: usize = 8;
 const INITRAMFS_KEPT: usize = 32;
+
+/// The two, for whoever looks after the cache.
+pub(crate) const KINDS: [Kind; 2] = [
+    Kind {
+        name: IMAGES,
+        kept: Some(IMAGES_KEPT),
+        verify: |entry| verify_image(entry).and_then(|()| verify_digest(entry, IMAGE_FILE)),
+    },
+    Kind {
+        name: INITRAMFS,
+        kept: Some(INITRAMFS_KEPT),
+        verify: |entry| {
+            verify_length(entry, INITRAMFS_FILE)?;
+            verify_digest(entry, INITRAMFS_FILE)
+        },
+    },
+];
 
 /// Files in cache entries.
 const IMAGE_FILE: &str = "vmlinux";
@@ -65,7 +90,7 @@ pub(crate) fn prepare(
     arguments: &[String],
     progress: &dyn Progress,
 ) -> Result<PreparedKernel, Error> {
-    let image = BootImage::open(&kernel.boot_image)?;
+    let image = BootImage::open_unversioned(&kernel.boot_image)?;
     if image.arch() != Arch::HOST {
         let path = kernel.boot_image.clone();
         return Err(
@@ -73,27 +98,23 @@ pub(crate) fn prepare(
         );
     }
     let direct = direct_image(cache, &image, &kernel.leases)?;
-    let mut known = Known::of(kernel)?;
-    known.find_drivers(&direct)?;
-    let Way { modules: wanted, channel, transport } =
-        way_to_root(&known, needs).map_err(|lacking| lacking.of(kernel))?;
-    if let Some(why) = known.silence().filter(|_| image.arch() == Arch::X86_64) {
+    let found = Findings::of(cache, kernel, needs, Some(&direct))?;
+    if let Some(why) = found.silence.as_ref().filter(|_| image.arch() == Arch::X86_64) {
         progress.note(why);
     }
     for note in kernel.no_modules.iter().cloned().chain(other_release(kernel)) {
         progress.note(&note);
     }
-    let modules = match &kernel.modules {
-        Some(dir) if !wanted.is_empty() => Some((ModuleTree::open(dir)?, wanted)),
-        _ => None,
-    };
+    let modules = kernel.modules.as_deref().filter(|_| !found.modules.is_empty());
+    let modules = modules.map(|tree| (tree, found.modules.as_slice()));
+    let Findings { channel, transport, sees_ecam, .. } = found;
     let boot = Boot {
         image: direct,
         arch: image.arch(),
         initramfs: initramfs(cache, modules, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
-    Ok(PreparedKernel { boot, channel, transport, sees_ecam: known.sees_ecam() })
+    Ok(PreparedKernel { boot, channel, transport, sees_ecam })
 }
 
 /// What to say of modules that a build has made for another release than the boot image's. Those of
@@ -203,8 +224,8 @@ impl Lacking {
 ///
 /// # Errors
 /// [`Error::KernelLacks`] when it cannot.
-pub(crate) fn check(kernel: &Kernel, needs: Needs) -> Result<(), Error> {
-    way_to_root(&Known::of(kernel)?, needs).map(drop).map_err(|lacking| lacking.of(kernel))
+pub(crate) fn check(cache: &Cache, kernel: &Kernel, needs: Needs) -> Result<(), Error> {
+    Findings::of(cache, kernel, needs, None).map(drop)
 }
 
 /// How a guest comes to its root.
@@ -337,12 +358,12 @@ fn direct_image(cache: &Cache, image: &BootImage, leases: &Leases) -> Result<Pat
         source,
         hint: "",
     };
-    let key = ContentKey::new("boot-image-1").file("bzImage", image.path()).map_err(read)?.finish();
+    let key = ContentKey::new("boot-image-1").known_file(cache, "bzImage", image.path());
+    let key = key.map_err(read)?.finish();
     let build = |dir: &Path| {
         match image.extract() {
             Ok(Some(vmlinux)) if pvh_entry(&vmlinux).is_some() => {
-                write(&dir.join(IMAGE_FILE), &vmlinux)?;
-                write_length(dir, IMAGE_FILE, vmlinux.len())
+                write_sealed(dir, IMAGE_FILE, &vmlinux)
             }
             Ok(_) => write(&dir.join(NO_PVH_FILE), b"no PVH entry\n"),
             // The kernel can extract itself from a format that is unknown here. From a damaged
@@ -366,35 +387,52 @@ fn verify_image(entry: &Path) -> Result<(), Flaw> {
     }
     let vmlinux = entry.join(IMAGE_FILE);
     verify_length(entry, IMAGE_FILE)?;
-    match BootImage::open(&vmlinux)?.pvh_entry() {
+    match BootImage::open_unversioned(&vmlinux)?.pvh_entry() {
         Some(_) => Ok(()),
         None => Err("it has no PVH entry".into()),
     }
 }
 
-/// Builds, or finds, the initramfs with these modules and all that they need.
+/// Builds, or finds, the initramfs with these modules of a tree and all that they need.
 fn initramfs(
     cache: &Cache,
-    modules: Option<(ModuleTree, Vec<&'static str>)>,
+    modules: Option<(&Path, &[String])>,
     leases: &Leases,
 ) -> Result<PathBuf, Error> {
-    let closure: Vec<ModuleRef> = match &modules {
-        Some((tree, wanted)) => tree.closure(wanted)?,
-        None => Vec::new(),
-    };
-    let mut key = ContentKey::new("initramfs-1").field("agent", AGENT);
+    let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
+    let question = of_this_program(ContentKey::new("modules-of-initramfs"))
+        .field("tree", modules.map_or(&[][..], |(dir, _)| dir.as_os_str().as_encoded_bytes()));
+    let wanted = modules.iter().flat_map(|(_, wanted)| wanted.iter());
+    let question = wanted.fold(question, |key, name| key.field("wanted", name)).finish();
+    if let Some(key) = cache.recall::<String>(INITRAMFS, &question)
+        && let Some(entry) = cache.lookup(INITRAMFS, &key, verify)?
+        && let Some(lease) = cache.lease(INITRAMFS, &key)?
+    {
+        leases.add(lease);
+        return Ok(entry.join(INITRAMFS_FILE));
+    }
+
+    let mut sources = Sources::default();
+    let mut key = ContentKey::new("initramfs-2").field("agent", AGENT_SHA256);
+    let mut closure: Vec<ModuleRef> = Vec::new();
+    let mut tree = None;
+    if let Some((dir, wanted)) = modules {
+        ModuleTree::index_files(dir).for_each(|file| sources.add(file));
+        let opened = ModuleTree::open(dir)?;
+        closure = opened.closure(&wanted.iter().map(String::as_str).collect::<Vec<_>>())?;
+        tree = Some(opened);
+    }
     for module in &closure {
+        sources.add(&module.path);
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
         })?;
     }
-    let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
+    let key = key.finish();
     let build = |dir: &Path| {
         let mut contents = Vec::new();
-        if let Some((tree, _)) = &modules {
-            for module in &closure {
-                contents.push(tree.read(module)?);
-            }
+        for module in &closure {
+            contents.extend(tree.as_ref().map(|tree| tree.read(module)).transpose()?);
         }
         let list: Vec<BootModule<'_>> = closure
             .iter()
@@ -402,11 +440,11 @@ fn initramfs(
             .map(|(module, content)| BootModule { name: &module.name, content, params: "" })
             .collect();
         let archive = build_initramfs(AGENT, &list)?;
-        write(&dir.join(INITRAMFS_FILE), &archive)?;
-        write_length(dir, INITRAMFS_FILE, archive.len())
+        write_sealed(dir, INITRAMFS_FILE, &archive)
     };
     let kind = (INITRAMFS, INITRAMFS_KEPT);
-    let entry = cache.get_or_build_bounded(kind, &key.finish(), leases, verify, build)?;
+    let entry = cache.get_or_build_bounded(kind, &key, leases, verify, build)?;
+    cache.remember(INITRAMFS, &question, &sources, &key);
     Ok(entry.join(INITRAMFS_FILE))
 }
 
@@ -419,13 +457,33 @@ fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
     })
 }
 
-/// Records a file's length beside it, so that a look-up notices one that was cut short.
-fn write_length(dir: &Path, file: &str, length: usize) -> Result<(), Error> {
-    write(&length_file(dir, file), length.to_string().as_bytes())
+/// Writes a file, and beside it its length, so that a look-up notices when it was cut short, and its
+/// digest, for whoever looks for damage and has the time.
+fn write_sealed(dir: &Path, file: &str, content: &[u8]) -> Result<(), Error> {
+    write(&dir.join(file), content)?;
+    write(&length_file(dir, file), content.len().to_string().as_bytes())?;
+    write(&digest_file(dir, file), Digest::of(content).to_string().as_bytes())
 }
 
 fn length_file(dir: &Path, file: &str) -> PathBuf {
     dir.join(format!("{file}.length"))
+}
+
+fn digest_file(dir: &Path, file: &str) -> PathBuf {
+    dir.join(format!("{file}.sha256"))
+}
+
+/// Compares a file with its digest. Entries that earlier versions have made have none.
+fn verify_digest(dir: &Path, file: &str) -> Result<(), Flaw> {
+    let recorded = match std::fs::read_to_string(digest_file(dir, file)) {
+        Ok(recorded) => recorded,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    match Digest::of_file(&dir.join(file))?.to_string() == recorded.trim() {
+        true => Ok(()),
+        false => Err(format!("the content of {file} has changed").into()),
+    }
 }
 
 fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {

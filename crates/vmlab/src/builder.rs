@@ -325,7 +325,8 @@ impl VmBuilder {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
             None => {
                 let fits = |kernel: &Kernel| {
-                    boot::check(kernel, self.needs(kernel)).map_err(|error| error.to_string())
+                    boot::check(&cache, kernel, self.needs(kernel))
+                        .map_err(|error| error.to_string())
                 };
                 store.resolve_default_for(&fits, &*self.progress)?
             }
@@ -333,7 +334,7 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel);
-        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
+        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, &cache)?;
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         if accel == Accel::Kvm && !self.full_console {
             arguments.push("quiet".to_owned());
@@ -629,7 +630,7 @@ impl PreparedVm {
         if let Some(tsc) = self.tsc {
             let line = &mut config.boot.command_line;
             // First, so that users can have their own.
-            *line = format!("tsc=reliable tsc_early_khz={} {line}", tsc.khz_since());
+            *line = format!("tsc=reliable tsc_early_khz={} {line}", tsc.khz(&self.cache));
         }
         config
     }

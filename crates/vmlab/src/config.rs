@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmlab_artifacts::Arch;
 
@@ -114,7 +114,7 @@ impl Machine {
 }
 
 /// How a share reaches the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ShareTransport {
     /// vmlab's own server, over virtio-fs.
     #[serde(rename = "virtiofs")]
@@ -146,7 +146,7 @@ pub enum NetworkMode {
 }
 
 /// The byte channel between host and agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AgentChannel {
     /// A port of a virtio console device.

@@ -14,6 +14,7 @@ use vmlab_vmm::probe::KvmUnusable;
 
 use crate::config::ConfigError;
 use crate::hypervisor::{ExitReason, HypervisorError};
+use crate::units::BytesError;
 
 /// A failure of vmlab, of the guest, or of what was asked for.
 #[derive(Debug, Error)]
@@ -31,6 +32,22 @@ pub enum Error {
     /// The kernel's modules cannot be used.
     #[error(transparent)]
     Modules(#[from] ModulesError),
+    /// A variable should be a size.
+    #[error("{variable}: {source}")]
+    Size {
+        /// The variable.
+        variable: &'static str,
+        /// Why it is none.
+        source: BytesError,
+    },
+    /// There are no such entries in the cache.
+    #[error("the cache has no kind `{name}`; there are {}", have.join(", "))]
+    NoSuchKind {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        have: Vec<String>,
+    },
     /// The initramfs cannot be made.
     #[error(transparent)]
     Initramfs(#[from] InitramfsError),
@@ -241,6 +258,8 @@ impl Error {
             | Self::Modules(_)
             | Self::Initramfs(_)
             | Self::Cache(_)
+            | Self::Size { .. }
+            | Self::NoSuchKind { .. }
             | Self::KernelLacks { .. }
             | Self::Config(_)
             | Self::Share { .. }

@@ -18,11 +18,13 @@
 mod accel;
 mod boot;
 mod builder;
+pub mod cache;
 pub mod config;
 pub mod doctor;
 mod error;
 pub mod guest;
 pub mod hypervisor;
+mod identity;
 mod random;
 pub mod report;
 mod rootfs;

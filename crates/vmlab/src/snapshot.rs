@@ -12,16 +12,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use vmlab_artifacts::cache::{Flaw, Lease};
-use vmlab_artifacts::{Cache, ContentKey};
+use vmlab_artifacts::cache::{Flaw, Freed, Lease};
+use vmlab_artifacts::{Cache, ContentKey, Kind};
 
 use crate::Error;
 use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
 use crate::guest::Greeting;
 use crate::hypervisor::{Hypervisor, Memory, Snapshot};
 use crate::random;
+use crate::units::{Bytes, MIB};
 use content::{checksum, save_memory};
 
 /// The cache's kind of entries.
@@ -106,6 +108,31 @@ struct FileStamp {
     changed: (i64, i64),
 }
 
+/// Names the variable that says how much all snapshots together may take.
+pub const MAX_ENV: &str = "VMLAB_SNAPSHOTS_MAX";
+
+/// How much that is unless it says so: some twenty-five guests of 512 MiB, and little of a laptop's disk.
+const MAX: Bytes = Bytes(2048 * MIB);
+
+/// Brings all snapshots together within their bound. Those in use stay, and of the others the ones that
+/// were used last.
+///
+/// # Errors
+/// When the variable is no size, or one cannot be removed.
+pub(crate) fn prune(cache: &Cache) -> Result<Freed, Error> {
+    Ok(cache.prune_to_size(KIND, max()?.0)?)
+}
+
+fn max() -> Result<Bytes, Error> {
+    match std::env::var(MAX_ENV) {
+        Ok(text) => text.parse().map_err(|source| Error::Size { variable: MAX_ENV, source }),
+        Err(_) => Ok(MAX),
+    }
+}
+
+/// For whoever looks after the cache.
+pub(crate) const CACHE_KIND: Kind = Kind { name: KIND, kept: None, verify: verify_all };
+
 /// A place for the snapshot of one kind of VM.
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
@@ -157,12 +184,13 @@ impl Place {
         hypervisor: &dyn Hypervisor,
         config: &VmConfig,
     ) -> Result<Option<Self>, Error> {
+        max()?;
         // Nobody knows what they add to a VM.
         if !config.qemu_args.is_empty() || !hypervisor.capabilities().snapshot {
             return Ok(None);
         }
         let config = without_run(config);
-        let Some(identity) = hypervisor.snapshot_identity(&config)? else { return Ok(None) };
+        let Some(identity) = hypervisor.snapshot_identity(&config, cache)? else { return Ok(None) };
         let read = |source| Error::Io {
             what: "read the kernel",
             path: config.boot.image.clone(),
@@ -191,6 +219,7 @@ impl Place {
         &self,
         take: impl FnOnce() -> Result<(Snapshot, Greeting, T), Error>,
         on_wait: impl FnOnce(),
+        until: Option<Instant>,
     ) -> Result<(Stored, Option<T>), Error> {
         let mut taken = None;
         let build = |dir: &Path| -> Result<(), Error> {
@@ -199,8 +228,12 @@ impl Place {
             taken = Some(more);
             Ok(())
         };
+        let (cache, key) = (&self.cache, &self.key);
         let (entry, lease) =
-            self.cache.get_or_build_unflushed(KIND, &self.key, verify, build, |_| on_wait())?;
+            cache.get_or_build_unflushed(KIND, key, verify, build, |_| on_wait(), until)?;
+        if taken.is_some() {
+            prune(cache)?;
+        }
         let (snapshot, greeting) = load(&entry).map_err(|source| Error::Io {
             what: "read the snapshot",
             path: entry.clone(),
@@ -232,7 +265,7 @@ fn condemn(entry: &Path) {
 fn add_file(key: ContentKey, cache: &Cache, name: &str, path: &Path) -> io::Result<ContentKey> {
     match path.strip_prefix(cache.root()).ok().and_then(Path::to_str) {
         Some(entry) => Ok(key.field(name, entry)),
-        None => key.file(name, path),
+        None => key.known_file(cache, name, path),
     }
 }
 

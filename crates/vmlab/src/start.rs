@@ -146,16 +146,17 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         }
         for _ in 0..SNAPSHOT_TRIES {
             let wait = || prepared.progress.phase("waiting for a snapshot");
-            let (stored, taken) = match place.get_or_take(|| self.take(timeline), wait) {
-                Ok(found) => found,
-                // That is what the user has to know of the kernel.
-                Err(error) if error.evidence().is_some() => return Err(error),
-                Err(error) => {
-                    let why = crate::error::chain(&error);
-                    prepared.progress.note(&format!("the VM boots without a snapshot: {why}"));
-                    return Ok(None);
-                }
-            };
+            let (stored, taken) =
+                match place.get_or_take(|| self.take(timeline), wait, self.deadline) {
+                    Ok(found) => found,
+                    // That is what the user has to know of the kernel.
+                    Err(error) if error.evidence().is_some() => return Err(error),
+                    Err(error) => {
+                        let why = crate::error::chain(&error);
+                        prepared.progress.note(&format!("the VM boots without a snapshot: {why}"));
+                        return Ok(None);
+                    }
+                };
             // This VM is the one that the snapshot was taken of, and goes on in the same memory.
             let snapshot = taken.unwrap_or_else(|| stored.snapshot.clone());
             match self.restore(snapshot, stored.greeting.clone(), timeline) {

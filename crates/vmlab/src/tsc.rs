@@ -5,8 +5,17 @@
 
 use std::time::{Duration, Instant};
 
+use vmlab_artifacts::cache::Sources;
+use vmlab_artifacts::{Cache, ContentKey};
+
+use crate::identity::of_this_boot;
+
 /// The shortest time to measure over: clocks are read to about 50 ns, so this gives 10 ppm.
 const SPAN: Duration = Duration::from_millis(5);
+
+/// How far a frequency of before may be from what a shorter measurement gives, as the divisor of a
+/// fraction: the clocks are read to about 50 ns, and a run measures over some hundred microseconds.
+const TOLERANCE: u64 = 1000;
 
 /// A point in time on both clocks.
 #[derive(Debug, Clone, Copy)]
@@ -30,16 +39,38 @@ impl TscPoint {
         best.map_or_else(|| read(()).1, |(_, point)| point)
     }
 
+    /// The counter's frequency in kHz, measured once in a boot of the host. It is measured again when it
+    /// does not agree with the time since this point: a host that is a VM can be moved to another processor.
+    pub(crate) fn khz(self, cache: &Cache) -> u64 {
+        let key = of_this_boot(ContentKey::new("tsc-1")).finish();
+        if let Some(known) = cache.recall::<u64>("tsc", &key)
+            && agree(known, self.khz_so_far())
+        {
+            return known;
+        }
+        let khz = self.khz_since();
+        cache.remember("tsc", &key, &Sources::default(), &khz);
+        khz
+    }
+
     /// The counter's frequency in kHz, measured from this point until now, or a little later.
-    pub(crate) fn khz_since(self) -> u64 {
+    fn khz_since(self) -> u64 {
         while self.time.elapsed() < SPAN {
             std::hint::spin_loop();
         }
+        self.khz_so_far()
+    }
+
+    fn khz_so_far(self) -> u64 {
         let now = Self::now();
         let nanos = now.time.duration_since(self.time).as_nanos();
         let ticks = u128::from(now.counter.wrapping_sub(self.counter));
         (ticks * 1_000_000 / nanos.max(1)) as u64
     }
+}
+
+fn agree(known: u64, measured: u64) -> bool {
+    known.abs_diff(measured).saturating_mul(TOLERANCE) <= known
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -66,5 +97,21 @@ mod tests {
         let long = start.khz_since();
         assert!(long > 100_000, "{long} kHz");
         assert!(short.abs_diff(long) * 1000 < long, "{short} and {long} kHz");
+    }
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn a_frequency_of_before_is_used_only_if_it_is_still_right() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let start = TscPoint::now();
+        let khz = start.khz(&cache);
+        let near = |other: u64| khz.abs_diff(other) * 1000 < khz;
+        // Told from the one that would be measured, and believed.
+        let key = of_this_boot(ContentKey::new("tsc-1")).finish();
+        cache.remember("tsc", &key, &Sources::default(), &(khz + khz / 5000));
+        assert_eq!(start.khz(&cache), khz + khz / 5000);
+        cache.remember("tsc", &key, &Sources::default(), &(khz * 2));
+        assert!(near(start.khz(&cache)));
+        assert!(near(cache.recall("tsc", &key).unwrap()));
     }
 }

@@ -1,13 +1,57 @@
 //! Keys made from all that shapes an entry.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::Cache;
 
 /// How much of a file is read at a time.
 const CHUNK: usize = 256 * 1024;
+
+/// The SHA-256 of a file's content. It is shown as 64 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Digest([u8; 32]);
+
+impl AsRef<[u8]> for Digest {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl Digest {
+    /// Hashes what is in memory.
+    pub fn of(content: &[u8]) -> Digest {
+        Digest(Sha256::digest(content).into())
+    }
+
+    /// Hashes a file; [`Cache::digest`] does so once for each state of it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn of_file(path: &Path) -> io::Result<Digest> {
+        let mut file = File::open(path)?;
+        let mut hash = Sha256::new();
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            match file.read(&mut chunk)? {
+                0 => return Ok(Digest(hash.finalize().into())),
+                n => hash.update(&chunk[..n]),
+            }
+        }
+    }
+}
 
 /// Builds a key from named fields: SHA-256 over each name and value with its length before it.
 ///
@@ -43,25 +87,21 @@ impl ContentKey {
     /// # Errors
     /// When the file cannot be read.
     pub fn file(self, name: &str, path: &Path) -> io::Result<ContentKey> {
-        let mut file = File::open(path)?;
-        let mut digest = Sha256::new();
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            match file.read(&mut chunk)? {
-                0 => break,
-                n => digest.update(&chunk[..n]),
-            }
-        }
-        Ok(self.field(name, digest.finalize()))
+        Ok(self.field(name, Digest::of_file(path)?))
+    }
+
+    /// As [`file`](ContentKey::file), with the same result; the content of a file that is as it was is not
+    /// read again.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn known_file(self, cache: &Cache, name: &str, path: &Path) -> io::Result<ContentKey> {
+        Ok(self.field(name, cache.digest(path)?))
     }
 
     /// The key: 64 hexadecimal digits.
     pub fn finish(self) -> String {
-        use std::fmt::Write;
-        self.hash.finalize().iter().fold(String::with_capacity(64), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+        Digest(self.hash.finalize().into()).to_string()
     }
 
     fn bytes(&mut self, bytes: &[u8]) {

@@ -41,6 +41,12 @@ pub enum CacheError {
         /// The entry.
         path: PathBuf,
     },
+    /// Another process builds it for longer than this one can wait.
+    #[error("another process holds {} for longer than this one has time", path.display())]
+    Busy {
+        /// Its lock.
+        path: PathBuf,
+    },
     /// A kind or key that cannot be a file name.
     #[error(
         "`{name}` cannot be a cache {what}: 1 to {MAX_KEY} letters, digits or ._+~-:@,=, and no dot in front"

@@ -20,7 +20,7 @@ pub struct Lease {
 impl Lease {
     /// Takes an entry that was found; `None` when it has been deleted since. The time of the last
     /// lease is the entry's time of change.
-    pub(super) fn take(entry: &Path) -> Result<Option<Lease>, CacheError> {
+    pub(crate) fn take(entry: &Path) -> Result<Option<Lease>, CacheError> {
         let dir = match File::open(entry) {
             Ok(dir) => dir,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -90,27 +90,6 @@ impl Cache {
             self.prune(kind, keep)?;
         }
         Ok(entry)
-    }
-
-    /// Deletes the entries of a kind beyond the `keep` that were leased last. Those in use stay.
-    ///
-    /// # Errors
-    /// [`CacheError::Io`] when one cannot be deleted.
-    pub fn prune(&self, kind: &str, keep: usize) -> Result<(), CacheError> {
-        let mut entries: Vec<(SystemTime, String)> = self
-            .entries(kind)?
-            .into_iter()
-            .filter_map(|entry| Some((entry.path.metadata().ok()?.modified().ok()?, entry.key)))
-            .collect();
-        entries.sort();
-        let surplus = entries.len().saturating_sub(keep);
-        for (_, key) in entries.into_iter().take(surplus) {
-            match self.remove(kind, &key) {
-                Ok(_) | Err(CacheError::InUse { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ const CHILD_DIR: &str = "VMLAB_TEST_CACHE_CHILD";
 /// Tells it to stop in the middle of building.
 const CHILD_HANGS: &str = "VMLAB_TEST_CACHE_HANGS";
 
-fn whole(dir: &Path) -> Result<(), Flaw> {
+pub(super) fn whole(dir: &Path) -> Result<(), Flaw> {
     match fs::read_to_string(dir.join("content"))?.as_str() {
         "whole" => Ok(()),
         other => Err(format!("it says {other:?}").into()),
@@ -20,7 +20,7 @@ fn fill(dir: &Path) -> Result<(), CacheError> {
     fs::write(dir.join("content"), "whole").map_err(|e| CacheError::io("write", dir, e))
 }
 
-fn staged(cache: &Cache) -> Vec<String> {
+pub(super) fn staged(cache: &Cache) -> Vec<String> {
     let dir = cache.root().join("k/.staging");
     let Ok(listing) = fs::read_dir(dir) else { return Vec::new() };
     listing.flatten().map(|item| item.file_name().to_string_lossy().into_owned()).collect()

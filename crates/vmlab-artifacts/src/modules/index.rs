@@ -9,6 +9,15 @@ use super::{ModulesError, normalize, read_capped};
 /// The largest index file that is read, in bytes. Distribution kernels have 2 MiB.
 const INDEX_LEN_MAX: usize = 64 << 20;
 
+/// The names of the index files.
+pub(super) const FILES: [&str; 5] = [
+    "modules.dep",
+    "modules.softdep",
+    "modules.alias",
+    "modules.builtin",
+    "modules.builtin.modinfo",
+];
+
 /// A module that is a file.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {

@@ -10,7 +10,7 @@ use crate::cache::{CacheError, Flaw, Leases};
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
 use crate::modules;
-use crate::{Cache, ContentKey, KernelError};
+use crate::{Cache, ContentKey, KernelError, Kind};
 
 mod build_tree;
 #[cfg(test)]
@@ -27,6 +27,15 @@ const LINKED_MODULES: &str = "linked-modules";
 
 /// How many of them are kept. Links cost nothing while the modules are there, but their directory may go.
 const LINKED_MODULES_KEPT: usize = 16;
+
+/// The two, for whoever looks after the cache.
+pub(crate) const CONFIGS_KIND: Kind =
+    Kind { name: CONFIGS, kept: Some(CONFIGS_KEPT), verify: verify_config };
+pub(crate) const LINKED_MODULES_KIND: Kind = Kind {
+    name: LINKED_MODULES,
+    kept: Some(LINKED_MODULES_KEPT),
+    verify: |dir| linked_tree(dir).map(drop),
+};
 
 /// Largest uncompressed image that is searched for its configuration, in bytes.
 const MAX_SEARCHED: u64 = 1 << 30;
@@ -378,15 +387,9 @@ pub(crate) fn read_config(path: &Path) -> Result<KernelConfig, KernelError> {
 /// file, because it means to unpack the image.
 fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConfig>, KernelError> {
     let key = stamp(ContentKey::new("config-1"), image.path()).finish();
-    let verify = |dir: &Path| -> Result<(), Flaw> {
-        match dir.join("config").is_file() || dir.join("none").is_file() {
-            true => Ok(()),
-            false => Err("it is empty".into()),
-        }
-    };
     let leases = Leases::default();
     let kind = (CONFIGS, CONFIGS_KEPT);
-    let entry = cache.get_or_build_bounded(kind, &key, &leases, verify, |dir| {
+    let entry = cache.get_or_build_bounded(kind, &key, &leases, verify_config, |dir| {
         // Damage inside the image is reported by whoever boots it.
         let kernel = match image.extract() {
             Ok(None) if image.file_len() <= MAX_SEARCHED => fs::read(image.path()).ok(),
@@ -404,6 +407,21 @@ fn embedded_config(cache: &Cache, image: &BootImage) -> Result<Option<KernelConf
     existing([entry.join("config")]).map(|path| read_config(&path)).transpose()
 }
 
+fn verify_config(dir: &Path) -> Result<(), Flaw> {
+    match dir.join("config").is_file() || dir.join("none").is_file() {
+        true => Ok(()),
+        false => Err("it is empty".into()),
+    }
+}
+
+/// The module tree in an entry.
+fn linked_tree(dir: &Path) -> Result<PathBuf, Flaw> {
+    let mut trees = fs::read_dir(dir.join("lib/modules"))?.flatten().map(|item| item.path());
+    let tree = trees.next().ok_or("it has no module tree")?;
+    fs::metadata(tree.join("modules.dep"))?;
+    Ok(tree)
+}
+
 /// A cached module tree with the modules of `home`; made anew when a stamp file changes.
 fn linked_modules(
     cache: &Cache,
@@ -417,17 +435,11 @@ fn linked_modules(
     let state =
         stamps.iter().fold(ContentKey::new("linked-modules-2"), |key, file| stamp(key, file));
     let key = format!("{prefix}-{}", &state.finish()[..32]);
-    let find = |dir: &Path| -> Result<PathBuf, Flaw> {
-        let mut trees = fs::read_dir(dir.join("lib/modules"))?.flatten().map(|item| item.path());
-        let tree = trees.next().ok_or("it has no module tree")?;
-        fs::metadata(tree.join("modules.dep"))?;
-        Ok(tree)
-    };
     let entry = cache.get_or_build_bounded(
         (LINKED_MODULES, LINKED_MODULES_KEPT),
         &key,
         leases,
-        |dir| find(dir).map(|_| ()),
+        |dir| linked_tree(dir).map(drop),
         |dir| {
             // Trees of earlier builds of the same directory have no further use, but for VMs that run.
             for old in cache.entries(LINKED_MODULES)? {
@@ -441,7 +453,7 @@ fn linked_modules(
             build(dir)
         },
     )?;
-    find(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
+    linked_tree(&entry).map_err(|source| KernelError::Modules { tree: home.to_owned(), source })
 }
 
 /// Adds a file's identity and state to a key; a missing file is a state, too.

@@ -1,5 +1,7 @@
 use super::*;
 
+mod remembered;
+
 const NEEDS: Needs = Needs {
     overlay: true,
     network: false,

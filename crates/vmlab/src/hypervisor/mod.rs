@@ -14,6 +14,8 @@ use std::time::Instant;
 use serde::Serialize;
 use thiserror::Error;
 
+use vmlab_artifacts::Cache;
+
 pub use console::SerialConsole;
 pub use snapshot::{Memory, Origin, Snapshot};
 
@@ -43,12 +45,16 @@ pub trait Hypervisor: Send + Sync {
 
     /// What a snapshot depends on besides the VM's configuration: this hypervisor's program, and what of
     /// the host its VMs can see. A snapshot is of use only where this is the same. `None` when it takes
-    /// none.
+    /// none. What was worked out from files is remembered in `cache`.
     ///
     /// # Errors
     /// What is missing, and how to get it.
-    fn snapshot_identity(&self, config: &VmConfig) -> Result<Option<String>, HypervisorError> {
-        let _ = config;
+    fn snapshot_identity(
+        &self,
+        config: &VmConfig,
+        cache: &Cache,
+    ) -> Result<Option<String>, HypervisorError> {
+        let _ = (config, cache);
         Ok(None)
     }
 
@@ -246,6 +252,15 @@ pub enum HypervisorError {
     Run {
         /// The program.
         program: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Its program cannot be read.
+    #[error("{} cannot be read, to tell it from other versions of it", program.display())]
+    Identify {
+        /// The program.
+        program: PathBuf,
         /// Why.
         #[source]
         source: std::io::Error,

@@ -337,7 +337,11 @@ impl Hypervisor for Fake {
         capabilities
     }
 
-    fn snapshot_identity(&self, _: &VmConfig) -> Result<Option<String>, HypervisorError> {
+    fn snapshot_identity(
+        &self,
+        _: &VmConfig,
+        _: &Cache,
+    ) -> Result<Option<String>, HypervisorError> {
         Ok(self.identity.map(str::to_owned))
     }
 
@@ -484,8 +488,9 @@ fn one_that_is_there_is_used_until_it_is_damaged_or_condemned() {
     let taken = AtomicUsize::new(0);
     // The seed of what is found, and whether it was taken for that.
     let get = |seed: u8| {
-        let (stored, more) =
-            place.get_or_take(|| taking(&taken, seed), || panic!("nobody else is there")).unwrap();
+        let (stored, more) = place
+            .get_or_take(|| taking(&taken, seed), || panic!("nobody else is there"), None)
+            .unwrap();
         assert_eq!(stored.greeting.ready.release, format!("6.{}", stored.snapshot.state[0]));
         let found = (stored.snapshot.state[0], more.is_some());
         (stored, found)
@@ -519,13 +524,13 @@ fn one_that_cannot_be_taken_leaves_nothing() {
     let world = World::new();
     let place = world.place(&world.config(|config| config)).unwrap();
     let failed: Result<(Stored, Option<()>), _> =
-        place.get_or_take(|| Err(Error::CommandNotFound { program: "x".into() }), || {});
+        place.get_or_take(|| Err(Error::CommandNotFound { program: "x".into() }), || {}, None);
     assert!(matches!(failed, Err(Error::CommandNotFound { .. })));
     assert_eq!(world.entries(), 0);
     let staging = world.cache.root().join(KIND).join(".staging");
     assert_eq!(names(&staging), [""; 0]);
     let taken = AtomicUsize::new(0);
-    assert!(place.get_or_take(|| taking(&taken, 1), || {}).unwrap().1.is_some());
+    assert!(place.get_or_take(|| taking(&taken, 1), || {}, None).unwrap().1.is_some());
 }
 
 #[test]
@@ -546,7 +551,7 @@ fn of_many_who_want_one_at_once_one_takes_it() {
                     taking(&taken, 1)
                 };
                 let wait = || _ = waited.fetch_add(1, Ordering::Relaxed);
-                let (stored, _) = place.get_or_take(take, wait).unwrap();
+                let (stored, _) = place.get_or_take(take, wait, None).unwrap();
                 assert_eq!(stored.snapshot.state[0], 1);
             });
         }

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::command::{apt, run};
 use super::packages::{Package, PackageFilter};
 use super::sources::HostSource;
+use crate::cache::{Flaw, Lease};
 use crate::source::deb::stanza_fields;
 use crate::spec::Distro;
 use crate::{Arch, ContentKey, KernelError, Progress};
@@ -58,6 +59,15 @@ pub(super) struct Index {
     pub(super) packages: Vec<Package>,
 }
 
+/// Whether the saved index of an apt root, if it has one, can be read.
+pub(super) fn verify(dir: &Path) -> Result<(), Flaw> {
+    match fs::read(dir.join("index.json")) {
+        Ok(bytes) => Ok(serde_json::from_slice::<Index>(&bytes).map(drop)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 impl AptRoot {
     pub(super) fn new(
         cache_root: &Path,
@@ -77,7 +87,7 @@ impl AptRoot {
             .field("arch", arch.debian())
             .field("config", config.as_encoded_bytes())
             .finish();
-        AptRoot { dir: cache_root.join("apt").join(&key[..24]), source, arch, distro }
+        AptRoot { dir: cache_root.join(super::APT).join(&key[..24]), source, arch, distro }
     }
 
     /// The suite's kernel packages; asks the archive where the lists are old, or `fresh` says so.
@@ -148,13 +158,22 @@ impl AptRoot {
         Ok(debs)
     }
 
-    /// Makes the directories and files that apt wants, and locks them against other processes.
-    fn prepare(&self) -> Result<File, KernelError> {
+    /// Makes the directories and files that apt wants, and locks them against other processes that use
+    /// or delete them.
+    fn prepare(&self) -> Result<(Lease, File), KernelError> {
+        let make = |dir: &Path| {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+            made.map_err(|e| KernelError::cache_io("make the directory for apt's lists", dir, e))
+        };
+        // It can be deleted until it is in use.
+        let lease = loop {
+            make(&self.dir)?;
+            if let Some(lease) = Lease::take(&self.dir)? {
+                break lease;
+            }
+        };
         for sub in ["sources", "lists/partial", "cache/archives/partial", "state"] {
-            let dir = self.dir.join(sub);
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| {
-                KernelError::cache_io("make the directory for apt's lists", &dir, e)
-            })?;
+            make(&self.dir.join(sub))?;
         }
         let path = self.dir.join("lock");
         let fail = |e| KernelError::cache_io("lock apt's lists with", &path, e);
@@ -175,7 +194,7 @@ impl AptRoot {
             fs::write(&path, text)
                 .map_err(|e| KernelError::cache_io("write apt's settings to", &path, e))?;
         }
-        Ok(lock)
+        Ok((lease, lock))
     }
 
     fn deb822(&self) -> String {

@@ -77,6 +77,24 @@ pub(super) fn prove(kick: &Kick, step: &dyn Fn(&'static str)) -> Result<KvmProof
     })
 }
 
+fn open() -> Result<Kvm, KvmUnusable> {
+    let kvm = Kvm::new().map_err(|error| KvmUnusable::from_open(error.into()))?;
+    let version = kvm.get_api_version();
+    match u32::try_from(version) {
+        Ok(KVM_API_VERSION) => Ok(kvm),
+        _ => Err(KvmUnusable::WrongApiVersion(version)),
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmUnusable> {
+    kvm.create_vm().map_err(|error| KvmUnusable::from_create_vm(error.into()))
+}
+
+/// A VM without anything in it.
+pub(super) fn make_vm() -> Result<VmFd, KvmUnusable> {
+    create_vm(&open()?)
+}
+
 /// A VM with one vCPU and the code of the proof.
 struct Guest<'a> {
     kick: &'a Kick,
@@ -96,11 +114,7 @@ fn failed(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmUnusable {
 
 impl<'a> Guest<'a> {
     fn new(kick: &'a Kick) -> Result<Self, KvmUnusable> {
-        let kvm = Kvm::new().map_err(|error| KvmUnusable::from_open(error.into()))?;
-        let version = kvm.get_api_version();
-        if u32::try_from(version) != Ok(KVM_API_VERSION) {
-            return Err(KvmUnusable::WrongApiVersion(version));
-        }
+        let kvm = open()?;
         for (capability, name) in CAPABILITIES {
             if !kvm.check_extension(capability) {
                 return Err(KvmUnusable::MissingCapability(name));
@@ -109,7 +123,7 @@ impl<'a> Guest<'a> {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("tell which processor features it supports"))?;
-        let vm = kvm.create_vm().map_err(|error| KvmUnusable::from_create_vm(error.into()))?;
+        let vm = create_vm(&kvm)?;
         vm.set_tss_address(TSS_ADDRESS).map_err(failed("place the task state segment"))?;
 
         let no_memory = |source| KvmUnusable::CannotRun { step: "get guest memory", source };

@@ -2,18 +2,18 @@
 
 mod command;
 mod files;
+mod identity;
 mod memory;
 mod process;
 mod qmp;
 
 use std::ffi::OsString;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use vmlab_artifacts::{Arch, find_program};
+use vmlab_artifacts::{Arch, Cache, find_program};
 
 use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
 use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
@@ -104,14 +104,17 @@ impl Hypervisor for Qemu {
         }
     }
 
-    fn snapshot_identity(&self, config: &VmConfig) -> Result<Option<String>, HypervisorError> {
-        let program = self.program()?;
-        let failed = |source| HypervisorError::Run { program: self.program.clone(), source };
-        let meta = std::fs::metadata(&program).map_err(failed)?;
-        let processor = processor().map_err(failed)?;
-        let version = (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
+    fn snapshot_identity(
+        &self,
+        config: &VmConfig,
+        cache: &Cache,
+    ) -> Result<Option<String>, HypervisorError> {
+        let program = self.fingerprint(cache)?;
+        let read =
+            |source| HypervisorError::Resource { what: "the processor's description", source };
+        let processor = processor().map_err(read)?;
         let line = self.command_line(config);
-        Ok(Some(format!("{version:?} {line:?} {processor}")))
+        Ok(Some(format!("{program} {line:?} {processor}")))
     }
 
     fn start(

@@ -92,7 +92,8 @@ impl Qmp {
     pub(super) fn new(socket: &UnixStream) -> std::io::Result<Self> {
         let mut writer = socket.try_clone()?;
         let hello = json!({"execute": "qmp_capabilities", "id": CAPABILITIES});
-        writeln!(writer, "{hello}")?;
+        // In one piece: each part would be a packet of its own, for which QEMU wakes up.
+        writer.write_all(format!("{hello}\n").as_bytes())?;
         let state = State { next_id: CAPABILITIES + 1, ..State::default() };
         Ok(Self { writer: Mutex::new(writer), state: Mutex::new(state), changed: Condvar::new() })
     }
