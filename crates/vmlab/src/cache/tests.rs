@@ -26,7 +26,7 @@ fn every_kind_has_a_name_of_its_own() {
     names.sort_unstable();
     assert_eq!(
         names,
-        ["apt", "boot-images", "configs", "initramfs", "kernels", "linked-modules"],
+        ["apt", "boot-images", "configs", "initramfs", "kernels", "linked-modules", "snapshots"],
         "a kind was added: name it in the table of ARCHITECTURE.md, too"
     );
     assert!(!names.contains(&REMEMBERED));
