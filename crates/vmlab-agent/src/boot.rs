@@ -59,8 +59,9 @@ fn boot(started_ns: u64) -> Result<(), String> {
     drop(events);
     let mut session = Session::new(Role::Init, fd).map_err(|e| format!("starting: {e}"))?;
     session.note_trouble(trouble);
-    session.begin_setup();
-    let devices = match command_line.split_whitespace().any(|word| word == SNAPSHOT) {
+    let for_snapshot = command_line.split_whitespace().any(|word| word == SNAPSHOT);
+    session.begin_setup(for_snapshot);
+    let devices = match for_snapshot {
         true => Devices::find(),
         false => Devices::default(),
     };

@@ -111,9 +111,9 @@ impl Session {
     }
 
     /// Begins the set-up, before the host is told that this agent is ready for it.
-    pub(crate) fn begin_setup(&mut self) {
+    pub(crate) fn begin_setup(&mut self, for_snapshot: bool) {
         let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
-        self.begun = setup::begin(&mut warn);
+        self.begun = setup::begin(for_snapshot, &mut warn);
     }
 
     /// Takes over the devices that may be replaced.

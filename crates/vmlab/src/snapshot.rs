@@ -138,6 +138,8 @@ pub(crate) const CACHE_KIND: Kind = Kind { name: KIND, kept: None, verify: verif
 pub(crate) struct Place {
     cache: Cache,
     key: String,
+    empty: PathBuf,
+    without_run: VmConfig,
 }
 
 /// A snapshot from the cache, which stays there as long as this does.
@@ -153,25 +155,30 @@ pub(crate) struct Stored {
 /// directory.
 const SHARES: usize = 2;
 
+/// A directory of the cache with nothing in it, for shares that no run has.
+const EMPTY: &str = ".empty";
+
 /// What a VM is without all that belongs to one run. It has shares where the run has, since finding their
-/// devices is most of what a guest does when it goes on, but the guest never looks into them.
-pub(crate) fn without_run(config: &VmConfig) -> VmConfig {
+/// devices is most of what a guest does when it goes on, but there is nothing in them.
+fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     let mut config = config.clone();
     // QEMU's own 9p server has no such devices.
     let shares = if config.served_shares().next().is_some() { SHARES } else { 0 };
-    config.shares = (0..shares)
-        .map(|index| ShareDevice {
-            tag: share_tag(index),
-            path: PathBuf::from("/"),
-            read_only: true,
-            transport: ShareTransport::VirtioFs,
-            caching: Caching::Fixed,
-        })
-        .collect();
+    config.shares = (0..shares).map(|index| placeholder(index, empty)).collect();
     config.network = NetworkMode::None;
     // It restricts the servers of shares.
     config.sandbox = true;
     config
+}
+
+fn placeholder(index: usize, empty: &Path) -> ShareDevice {
+    ShareDevice {
+        tag: share_tag(index),
+        path: empty.to_owned(),
+        read_only: true,
+        transport: ShareTransport::VirtioFs,
+        caching: Caching::Fixed,
+    }
 }
 
 impl Place {
@@ -189,7 +196,9 @@ impl Place {
         if !config.qemu_args.is_empty() || !hypervisor.capabilities().snapshot {
             return Ok(None);
         }
-        let config = without_run(config);
+        let empty = cache.root().join(EMPTY);
+        std::fs::create_dir_all(&empty).map_err(|e| unwritable(&empty, e))?;
+        let config = without_run(config, &empty);
         let Some(identity) = hypervisor.snapshot_identity(&config, cache)? else { return Ok(None) };
         let read = |source| Error::Io {
             what: "read the kernel",
@@ -207,7 +216,22 @@ impl Place {
             .field("shape", shape);
         let key = add_file(key, cache, "kernel", &config.boot.image).map_err(read)?;
         let key = add_file(key, cache, "initramfs", &config.boot.initramfs).map_err(read)?;
-        Ok(Some(Self { cache: cache.clone(), key: key.finish() }))
+        Ok(Some(Self { cache: cache.clone(), key: key.finish(), empty, without_run: config }))
+    }
+
+    /// What the VM is of which a snapshot is taken.
+    pub(crate) fn without_run(&self) -> VmConfig {
+        self.without_run.clone()
+    }
+
+    /// A run's VM as one that goes on from a snapshot with so many shares: a guest whose device is not there
+    /// could not even power off.
+    pub(crate) fn with_all_shares(&self, config: &VmConfig, kept: u32) -> VmConfig {
+        let mut config = config.clone();
+        for index in config.shares.len()..kept as usize {
+            config.shares.push(placeholder(index, &self.empty));
+        }
+        config
     }
 
     /// The snapshot that is there, else one that `take` takes; what that gives besides is handed out.

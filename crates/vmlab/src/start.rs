@@ -18,7 +18,7 @@ use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
 use crate::report::{Phase, Timeline};
 use crate::runs::RunDir;
-use crate::snapshot::{Place, SnapshotMode, without_run};
+use crate::snapshot::{Place, SnapshotMode};
 use crate::vm::{evidence, lost_error};
 
 /// How long a guest that damaged itself before its agent was up is given to come up all the same.
@@ -147,7 +147,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         for _ in 0..SNAPSHOT_TRIES {
             let wait = || prepared.progress.phase("waiting for a snapshot");
             let (stored, taken) =
-                match place.get_or_take(|| self.take(timeline), wait, self.deadline) {
+                match place.get_or_take(|| self.take(&place, timeline), wait, self.deadline) {
                     Ok(found) => found,
                     // That is what the user has to know of the kernel.
                     Err(error) if error.evidence().is_some() => return Err(error),
@@ -159,7 +159,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
                 };
             // This VM is the one that the snapshot was taken of, and goes on in the same memory.
             let snapshot = taken.unwrap_or_else(|| stored.snapshot.clone());
-            match self.restore(snapshot, stored.greeting.clone(), timeline) {
+            let config = place.with_all_shares(&prepared.config, snapshot.kept);
+            match self.restore(&config, snapshot, stored.greeting.clone(), timeline) {
                 Ok(booted) => return Ok(Some(booted)),
                 Err(failure) if failure.silent => stored.condemn(),
                 Err(failure) => return Err(failure.error),
@@ -169,10 +170,14 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     }
 
     /// Boots a VM of this kind and takes a snapshot of it.
-    fn take(&self, timeline: &mut Timeline) -> Result<(Snapshot, Greeting, Snapshot), Error> {
+    fn take(
+        &self,
+        place: &Place,
+        timeline: &mut Timeline,
+    ) -> Result<(Snapshot, Greeting, Snapshot), Error> {
         let prepared = self.prepared;
         prepared.progress.phase(Phase::Boot.name());
-        let mut config = prepared.to_boot(without_run(&prepared.config));
+        let mut config = prepared.to_boot(place.without_run());
         config.boot.command_line.push_str(" vmlab.snapshot");
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
@@ -196,6 +201,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Lets the VM go on from a snapshot.
     fn restore(
         &self,
+        config: &VmConfig,
         snapshot: Snapshot,
         greeting: Greeting,
         timeline: &mut Timeline,
@@ -207,8 +213,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let resume = |socket| Connection::resume(socket, greeting);
         let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
-        let machine = self.start(&prepared.config, origin, run_dir.path(), resume)?;
-        let devices = Some(Devices::of(&prepared.config, kept));
+        let machine = self.start(config, origin, run_dir.path(), resume)?;
+        let devices = Some(Devices::of(config, kept));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
         Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })

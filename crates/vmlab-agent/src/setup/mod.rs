@@ -51,7 +51,10 @@ pub(crate) use revive::Devices;
 
 /// Does what is the same for every guest, before the host says what this one is to be. Where VMs are
 /// restored, it was done before the snapshot. `warn` is as for [`run`].
-pub(crate) fn begin(warn: &mut dyn FnMut(String)) -> Step {
+pub(crate) fn begin(for_snapshot: bool, warn: &mut dyn FnMut(String)) -> Step {
+    if for_snapshot {
+        revive::release_bridges();
+    }
     network::loopback(warn);
     pseudo::mount_kernels_own()
 }

@@ -105,6 +105,21 @@ struct Registers {
 #[derive(Default)]
 pub(crate) struct Devices(Vec<Device>);
 
+/// The kernel's driver for controllers of plugged devices, where it has one.
+const HOTPLUG: &str = "/sys/bus/pci/drivers/shpchp";
+
+/// Takes all bridges from the driver that would act on devices being plugged in and taken out: in its own
+/// time it finds that they are there already, and switches their places off.
+pub(super) fn release_bridges() {
+    let Ok(entries) = fs::read_dir(HOTPLUG) else { return };
+    for entry in entries.flatten() {
+        if entry.path().is_symlink() && entry.file_name() != "module" {
+            // One that stays is seen by the devices going away, which ends the run with a message.
+            let _ = fs::write(format!("{HOTPLUG}/unbind"), entry.file_name().as_encoded_bytes());
+        }
+    }
+}
+
 impl Devices {
     /// Reads how the driver has set them up. None at all if that cannot be done for all.
     pub(crate) fn find() -> Self {

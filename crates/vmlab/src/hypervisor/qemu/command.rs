@@ -33,8 +33,9 @@ pub(super) struct Descriptors {
     pub(super) shares: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
     pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
-    /// The VM goes on from a snapshot, whose state will be named by QMP.
-    pub(super) incoming: bool,
+    /// The VM goes on from a snapshot, whose state will be named by QMP. This is the kernel for a guest that
+    /// resets itself.
+    pub(super) incoming: Option<RawFd>,
 }
 
 /// What becomes of a guest's changes to a file that is its RAM.
@@ -57,13 +58,14 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
     args.option("-cpu", cpu(config.accel));
     args.option("-m", format!("{}M", config.memory.0 / MIB));
     cpus(&mut args, config, &memory);
-    if fds.memory.is_some() && !fds.incoming {
-        // Its devices are plugged in before it runs.
-        args.flags(&["-S"]);
-    }
-    if fds.incoming {
+    if let Some(kernel) = fds.incoming {
         args.option("-incoming", "defer");
+        args.option("-kernel", format!("/proc/self/fd/{kernel}"));
     } else {
+        if fds.memory.is_some() {
+            // Its devices are plugged in before it runs.
+            args.flags(&["-S"]);
+        }
         args.option("-kernel", &config.boot.image);
         args.option("-initrd", &config.boot.initramfs);
         args.option("-append", &config.boot.command_line);
@@ -325,7 +327,7 @@ mod tests {
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
         let shares = vec![10, 11];
         let fds =
-            Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: false };
+            Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: None };
         let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }

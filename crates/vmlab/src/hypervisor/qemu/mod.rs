@@ -6,6 +6,7 @@ mod identity;
 mod memory;
 mod process;
 mod qmp;
+mod reset_kernel;
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -129,7 +130,7 @@ impl Hypervisor for Qemu {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let shares = (6..).take(config.served_shares().count()).collect();
         let fds =
-            Descriptors { console: 3, agent: 4, qmp: 5, shares, memory: None, incoming: false };
+            Descriptors { console: 3, agent: 4, qmp: 5, shares, memory: None, incoming: None };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));
         line

@@ -28,6 +28,7 @@ use super::command::{Descriptors, arguments, devices, plug_id};
 use super::files::FileServers;
 use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
+use super::reset_kernel;
 use crate::config::VmConfig;
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
@@ -144,11 +145,11 @@ impl Sockets {
         ))
     }
 
-    fn descriptors(&self, ram: Option<&Ram>) -> Descriptors {
+    fn descriptors(&self, ram: Option<&Ram>, kernel: Option<&Arc<File>>) -> Descriptors {
         let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
         Descriptors {
             memory: ram.map(|ram| (files(ram), ram.usage)),
-            incoming: self.state.is_some(),
+            incoming: kernel.map(AsRawFd::as_raw_fd),
             console: self.console.as_raw_fd(),
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
@@ -189,7 +190,10 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        command.args(arguments(config, &theirs.descriptors(ram.as_ref()), &cpu_log));
+        let kernel = if with_state { Some(reset_kernel::file()) } else { None };
+        let kernel = kernel.transpose().map_err(resource("memory"))?;
+        let descriptors = theirs.descriptors(ram.as_ref(), kernel.as_ref());
+        command.args(arguments(config, &descriptors, &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let shares = std::mem::take(&mut ours.shares);
         let servers = servers.serve(shares).map_err(resource("file servers"))?;
@@ -206,7 +210,7 @@ impl QemuVm {
         }
         let (files, copies) = ram.map_or_else(Default::default, |ram| (ram.files, ram.copies));
         let memory = if for_snapshot { files.clone() } else { Vec::new() };
-        inherit(&mut command, theirs, files);
+        inherit(&mut command, theirs, files.into_iter().chain(kernel).collect());
         let restore = match (options.origin, ours.state.take()) {
             (Origin::Snapshot(snapshot), Some(socket)) => {
                 // The log is whole, though the console began before.
