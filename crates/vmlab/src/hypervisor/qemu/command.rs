@@ -33,9 +33,10 @@ pub(super) struct Descriptors {
     pub(super) shares: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
     pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
-    /// The VM goes on from a snapshot, whose state will be named by QMP. This is the kernel for a guest that
-    /// resets itself.
-    pub(super) incoming: Option<RawFd>,
+    /// The VM goes on from a snapshot, whose state will be named by QMP.
+    pub(super) incoming: bool,
+    /// The kernel for a guest that goes on from a snapshot and resets itself.
+    pub(super) reset_kernel: Option<RawFd>,
 }
 
 /// What becomes of a guest's changes to a file that is its RAM.
@@ -58,9 +59,11 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
     args.option("-cpu", cpu(config.accel));
     args.option("-m", format!("{}M", config.memory.0 / MIB));
     cpus(&mut args, config, &memory);
-    if let Some(kernel) = fds.incoming {
+    if fds.incoming {
         args.option("-incoming", "defer");
-        args.option("-kernel", format!("/proc/self/fd/{kernel}"));
+        if let Some(kernel) = fds.reset_kernel {
+            args.option("-kernel", format!("/proc/self/fd/{kernel}"));
+        }
     } else {
         if fds.memory.is_some() {
             // Its devices are plugged in before it runs.
@@ -326,8 +329,15 @@ mod tests {
         };
         let config = change(VmConfigBuilder::new(boot)).build().unwrap();
         let shares = vec![10, 11];
-        let fds =
-            Descriptors { console: 7, agent: 8, qmp: 9, shares, memory: None, incoming: None };
+        let fds = Descriptors {
+            console: 7,
+            agent: 8,
+            qmp: 9,
+            shares,
+            memory: None,
+            incoming: false,
+            reset_kernel: None,
+        };
         let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }

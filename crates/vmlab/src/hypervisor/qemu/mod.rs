@@ -129,8 +129,15 @@ impl Hypervisor for Qemu {
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let shares = (6..).take(config.served_shares().count()).collect();
-        let fds =
-            Descriptors { console: 3, agent: 4, qmp: 5, shares, memory: None, incoming: None };
+        let fds = Descriptors {
+            console: 3,
+            agent: 4,
+            qmp: 5,
+            shares,
+            memory: None,
+            incoming: false,
+            reset_kernel: None,
+        };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));
         line

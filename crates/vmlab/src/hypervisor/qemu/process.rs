@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
+use vmlab_artifacts::boot_image::BootImage;
 use vmlab_devices::bear_file_limits;
 
 use super::super::{
@@ -149,7 +150,8 @@ impl Sockets {
         let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
         Descriptors {
             memory: ram.map(|ram| (files(ram), ram.usage)),
-            incoming: kernel.map(AsRawFd::as_raw_fd),
+            incoming: self.state.is_some(),
+            reset_kernel: kernel.map(AsRawFd::as_raw_fd),
             console: self.console.as_raw_fd(),
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
@@ -190,7 +192,8 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        let kernel = if with_state { Some(reset_kernel::file()) } else { None };
+        let entry = BootImage::open(&config.boot.image).ok().and_then(|image| image.pvh_entry());
+        let kernel = entry.filter(|_| with_state).map(reset_kernel::file);
         let kernel = kernel.transpose().map_err(resource("memory"))?;
         let descriptors = theirs.descriptors(ram.as_ref(), kernel.as_ref());
         command.args(arguments(config, &descriptors, &cpu_log));

@@ -1,17 +1,16 @@
-//! A kernel that does nothing but reset the machine.
+//! The kernel that QEMU is given for a VM that goes on from a snapshot.
 //!
-//! On a board without a reset register, a guest that resets itself may jump into the firmware, which then
-//! starts the kernel that QEMU was given. A VM that goes on from a snapshot needs none, but a firmware
-//! without one would halt for ever.
+//! Such a VM needs none. But on a board without a reset register, a guest that resets itself jumps into the
+//! firmware, which enters the kernel that QEMU names, and would halt for ever if there were none. What is in
+//! memory there is the guest's own kernel, which has run: entered a second time, it faults beyond telling,
+//! as in a VM that booted, and so the machine is reset. The kernel given here has no content but where that
+//! is; the real one would be read as a whole at each start.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-
-/// Where it is loaded.
-const ADDRESS: u32 = 0x10_0000;
 
 /// Lengths of an ELF header and of a program header of 64 bits, in bytes.
 const HEADER: u16 = 64;
@@ -20,27 +19,23 @@ const PROGRAM_HEADER: u16 = 56;
 /// `XEN_ELFNOTE_PHYS32_ENTRY` of xen/interface/elfnote.h: the note by which a kernel is entered directly.
 const PHYS32_ENTRY: u32 = 18;
 
-/// `lidt` of a table without entries, `int3`: a fault that cannot be told, and so a reset. The table's
-/// description, six zeros, comes after the eight bytes of code.
-const CODE: [u8; 14] = {
-    let [a, b, c, d] = (ADDRESS + 8).to_le_bytes();
-    [0x0f, 0x01, 0x1d, a, b, c, d, 0xcc, 0, 0, 0, 0, 0, 0]
-};
+/// Code that is never loaded: QEMU wants a segment.
+const CODE: [u8; 4] = [0xf4; 4];
 
-/// The kernel, in memory.
-pub(super) fn file() -> io::Result<Arc<File>> {
+/// A kernel that is entered at this address, in memory.
+pub(super) fn file(entry: u32) -> io::Result<Arc<File>> {
     let mut file = File::from(memfd_create("vmlab-reset", MemfdFlags::CLOEXEC)?);
-    file.write_all(&image())?;
+    file.write_all(&image(entry))?;
     Ok(Arc::new(file))
 }
 
 /// An ELF file of 64 bits with one segment of code and one note.
-fn image() -> Vec<u8> {
+fn image(entry: u32) -> Vec<u8> {
     let note: Vec<u8> = [4, 4, PHYS32_ENTRY]
         .into_iter()
         .flat_map(u32::to_le_bytes)
         .chain(*b"Xen\0")
-        .chain(ADDRESS.to_le_bytes())
+        .chain(entry.to_le_bytes())
         .collect();
     let note_at = u64::from(HEADER + 2 * PROGRAM_HEADER);
     let code_at = note_at + note.len() as u64;
@@ -58,7 +53,7 @@ fn image() -> Vec<u8> {
     // ET_EXEC, EM_X86_64, version 1; entry, program headers behind this one, no sections.
     halves(&mut image, &[2, 62]);
     words(&mut image, &[1]);
-    longs(&mut image, &[u64::from(ADDRESS), u64::from(HEADER), 0]);
+    longs(&mut image, &[u64::from(entry), u64::from(HEADER), 0]);
     words(&mut image, &[0]);
     halves(&mut image, &[HEADER, PROGRAM_HEADER, 2, 0, 0, 0]);
     let mut segment = |kind: u32, at: u64, address: u64, length: u64| {
@@ -67,7 +62,7 @@ fn image() -> Vec<u8> {
         longs(&mut image, &[at, address, address, length, length, 4]);
     };
     // PT_LOAD and PT_NOTE.
-    segment(1, code_at, u64::from(ADDRESS), CODE.len() as u64);
+    segment(1, code_at, u64::from(entry), CODE.len() as u64);
     segment(4, note_at, 0, note.len() as u64);
     image.extend(note);
     image.extend(CODE);
@@ -81,8 +76,8 @@ mod tests {
 
     #[test]
     fn it_can_be_entered_directly() {
-        let image = image();
-        assert_eq!(pvh_entry(&image), Some(ADDRESS));
+        let image = image(0x123_4560);
+        assert_eq!(pvh_entry(&image), Some(0x123_4560));
         assert!(image.ends_with(&CODE));
     }
 }
