@@ -27,7 +27,7 @@ pub use error::KernelError;
 pub use features::{Availability, Feature, Features};
 pub use host::{SYSTEM_DIRS, find_program};
 pub use kernel::{ConfigSource, Kernel, Origin};
-pub use kinds::{KINDS, Kind};
+pub use kinds::{Bound, KINDS, Kind};
 pub use progress::{Progress, Silent};
 pub use spec::{Distro, DistroSpec, KernelSpec, Select, SpecError};
 pub use store::{KernelStore, StoredKernel};

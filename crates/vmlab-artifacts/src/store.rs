@@ -10,8 +10,8 @@ use serde::Serialize;
 use crate::cache::{Flaw, Leases};
 use crate::source::{apt, deb, local};
 use crate::{
-    Arch, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError, KernelSpec, Kind,
-    Origin, Progress, Select, Silent, version,
+    Arch, Bound, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError,
+    KernelSpec, Kind, Origin, Progress, Select, Silent, version,
 };
 
 mod entry;
@@ -22,7 +22,7 @@ use entry::Entry;
 const KERNELS: &str = "kernels";
 
 /// It, for whoever looks after the cache.
-pub(crate) const KIND: Kind = Kind { name: KERNELS, kept: None, verify: entry::verify_all };
+pub(crate) const KIND: Kind = Kind { name: KERNELS, bound: Bound::None, verify: entry::verify_all };
 
 /// Finds kernels, and keeps those that were fetched.
 #[derive(Debug, Clone)]

@@ -13,8 +13,8 @@ use vmlab_artifacts::initramfs::{BootModule, build_initramfs};
 use vmlab_artifacts::kconfig::{KernelConfig, Tristate};
 use vmlab_artifacts::modules::{ModuleRef, ModuleTree};
 use vmlab_artifacts::{
-    Arch, Availability, Cache, CacheError, ContentKey, Digest, Feature, Features, Kernel, Kind,
-    Progress,
+    Arch, Availability, Bound, Cache, CacheError, ContentKey, Digest, Feature, Features, Kernel,
+    Kind, Progress,
 };
 
 use crate::Error;
@@ -41,12 +41,12 @@ const INITRAMFS_KEPT: usize = 32;
 pub(crate) const KINDS: [Kind; 2] = [
     Kind {
         name: IMAGES,
-        kept: Some(IMAGES_KEPT),
+        bound: Bound::Entries(IMAGES_KEPT),
         verify: |entry| verify_image(entry).and_then(|()| verify_digest(entry, IMAGE_FILE)),
     },
     Kind {
         name: INITRAMFS,
-        kept: Some(INITRAMFS_KEPT),
+        bound: Bound::Entries(INITRAMFS_KEPT),
         verify: |entry| {
             verify_length(entry, INITRAMFS_FILE)?;
             verify_digest(entry, INITRAMFS_FILE)

@@ -5,7 +5,7 @@ use std::time::UNIX_EPOCH;
 
 use serde::Serialize;
 use vmlab_artifacts::cache::{Flaw, Freed};
-use vmlab_artifacts::{Cache, CacheError, KINDS, Kind};
+use vmlab_artifacts::{Bound, Cache, CacheError, KINDS, Kind};
 
 use crate::error::chain;
 use crate::{Error, boot, snapshot};
@@ -168,12 +168,15 @@ pub fn collect_garbage(cache: &Cache, max: Option<u64>) -> Result<Vec<Removed>, 
     let mut all = Vec::new();
     let kinds_there = cache.kinds()?;
     for kind in &kinds_there {
-        if let Some(keep) = kinds().find(|known| known.name == kind).and_then(|known| known.kept) {
-            all.push(Removed::of(kind, cache.prune(kind, keep)?));
-        }
-        if kind == snapshot::KIND {
-            all.push(Removed::of(kind, snapshot::prune(cache)?));
-        }
+        let known = kinds().find(|known| known.name == kind);
+        let freed = match known.map_or(Bound::None, |known| known.bound) {
+            Bound::None => Freed::default(),
+            Bound::Entries(keep) => cache.prune(kind, keep)?,
+            // The user can have another bound for these.
+            Bound::Bytes(_) if kind == snapshot::KIND => snapshot::prune(cache)?,
+            Bound::Bytes(bytes) => cache.prune_to_size(kind, bytes)?,
+        };
+        all.push(Removed::of(kind, freed));
         cache.sweep_litter(kind)?;
     }
     let forgotten = Freed { entries: cache.forget(false), ..Freed::default() };

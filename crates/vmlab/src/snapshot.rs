@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::cache::{Flaw, Freed, Lease};
-use vmlab_artifacts::{Cache, ContentKey, Kind};
+use vmlab_artifacts::{Bound, Cache, ContentKey, Kind};
 
 use crate::Error;
 use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
@@ -131,7 +131,8 @@ fn max() -> Result<Bytes, Error> {
 }
 
 /// For whoever looks after the cache.
-pub(crate) const CACHE_KIND: Kind = Kind { name: KIND, kept: None, verify: verify_all };
+pub(crate) const CACHE_KIND: Kind =
+    Kind { name: KIND, bound: Bound::Bytes(MAX.0), verify: verify_all };
 
 /// A place for the snapshot of one kind of VM.
 #[derive(Debug, Clone)]

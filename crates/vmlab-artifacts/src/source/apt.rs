@@ -17,13 +17,13 @@ use self::root::{AptRoot, Index};
 use self::sources::HostSource;
 use crate::source::deb::stanza_fields;
 use crate::spec::{Distro, DistroSpec, Select};
-use crate::{KernelError, Kind, Progress};
+use crate::{Bound, KernelError, Kind, Progress};
 
 /// The cache kind of private apt roots.
 const APT: &str = "apt";
 
 /// It, for whoever looks after the cache.
-pub(crate) const KIND: Kind = Kind { name: APT, kept: None, verify: root::verify };
+pub(crate) const KIND: Kind = Kind { name: APT, bound: Bound::None, verify: root::verify };
 
 /// How many suites are asked at the same time.
 const PARALLEL: usize = 2;

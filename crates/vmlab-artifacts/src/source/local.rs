@@ -10,7 +10,7 @@ use crate::cache::{CacheError, Flaw, Leases};
 use crate::kconfig::KernelConfig;
 use crate::kernel::{ConfigSource, Kernel, Origin};
 use crate::modules;
-use crate::{Cache, ContentKey, KernelError, Kind};
+use crate::{Bound, Cache, ContentKey, KernelError, Kind};
 
 mod build_tree;
 #[cfg(test)]
@@ -30,10 +30,10 @@ const LINKED_MODULES_KEPT: usize = 16;
 
 /// The two, for whoever looks after the cache.
 pub(crate) const CONFIGS_KIND: Kind =
-    Kind { name: CONFIGS, kept: Some(CONFIGS_KEPT), verify: verify_config };
+    Kind { name: CONFIGS, bound: Bound::Entries(CONFIGS_KEPT), verify: verify_config };
 pub(crate) const LINKED_MODULES_KIND: Kind = Kind {
     name: LINKED_MODULES,
-    kept: Some(LINKED_MODULES_KEPT),
+    bound: Bound::Entries(LINKED_MODULES_KEPT),
     verify: |dir| linked_tree(dir).map(drop),
 };
 

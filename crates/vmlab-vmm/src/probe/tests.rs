@@ -87,6 +87,22 @@ fn prove_leaves_nothing_open_or_running() {
 }
 
 #[test]
+fn a_vm_is_made_where_kvm_is_proved_and_nothing_of_it_is_left() {
+    let _alone = alone();
+    let before = open_files();
+    let proof = prove();
+    let made = makes_a_vm();
+    assert_eq!(open_files(), before);
+    match &proof {
+        Ok(_) => assert!(made.is_ok(), "{made:?}"),
+        Err(KvmUnusable::NoDevice) => assert!(matches!(made, Err(KvmUnusable::NoDevice))),
+        Err(KvmUnusable::NoPermission) => assert!(matches!(made, Err(KvmUnusable::NoPermission))),
+        // It can do that much, or not.
+        Err(_) => {}
+    }
+}
+
+#[test]
 fn a_result_is_handed_on() {
     let _alone = alone();
     let proof = supervise(Duration::from_secs(10), |kick, step| {

@@ -97,7 +97,8 @@ fn kinds_are_cleared_by_name() {
 #[test]
 fn garbage_is_what_is_beyond_a_bound() {
     let (_dir, cache) = site();
-    let bound = kinds().find(|kind| kind.name == "initramfs").unwrap().kept.unwrap();
+    let kind = kinds().find(|kind| kind.name == "initramfs").unwrap();
+    let Bound::Entries(bound) = kind.bound else { panic!("{kind:?}") };
     for n in 0..bound + 2 {
         let fill = |_: &Path| -> Result<(), CacheError> { Ok(()) };
         cache.get_or_build("initramfs", &format!("n{n}"), |_| Ok(()), fill).unwrap();

@@ -15,6 +15,14 @@ struct Site {
     dir: tempfile::TempDir,
 }
 
+/// As many sites, whose files are old enough for something to be remembered of them. Each bears one
+/// change: what has changed is young, and hides whether another change would be noticed.
+fn sites<const N: usize>() -> [Site; N] {
+    let sites = std::array::from_fn(|_| Site::new());
+    std::thread::sleep(SETTLES);
+    sites
+}
+
 impl Site {
     fn new() -> Self {
         let site = Self { dir: tempfile::tempdir().unwrap() };
@@ -26,7 +34,6 @@ impl Site {
         for module in [OVERLAY, "kernel/other.ko"] {
             site.write(module, "\x7fELF1");
         }
-        std::thread::sleep(SETTLES);
         site
     }
 
@@ -82,40 +89,45 @@ impl Site {
 
 #[test]
 fn a_kernels_findings_go_by_its_files_and_the_needs() {
-    let site = Site::new();
-    assert_eq!(site.find(NEEDS).unwrap(), ["overlay"]);
-    assert_eq!(site.remembered(), 1);
-    assert_eq!(site.find(NEEDS).unwrap(), ["overlay"]);
+    let [site, other] = sites();
+    for site in [&site, &other] {
+        assert_eq!(site.find(NEEDS).unwrap(), ["overlay"]);
+        assert_eq!(site.remembered(), 1);
+        assert_eq!(site.find(NEEDS).unwrap(), ["overlay"]);
+    }
     let no_overlay = Needs { overlay: false, ..NEEDS };
     assert!(site.find(no_overlay).unwrap().is_empty());
     assert_eq!(site.remembered(), 2);
 
     site.write_config(&all_built_in());
     assert!(site.find(NEEDS).unwrap().is_empty());
-    site.write_config(&all_built_in().replace("OVERLAY_FS=y", "OVERLAY_FS=m"));
-    assert_eq!(site.find(NEEDS).unwrap(), ["overlay"]);
-    site.write("modules.dep", "kernel/other.ko:\n");
-    let error = site.find(NEEDS).unwrap_err().to_string();
+    other.write("modules.dep", "kernel/other.ko:\n");
+    let error = other.find(NEEDS).unwrap_err().to_string();
     assert!(error.contains("CONFIG_OVERLAY_FS"), "{error}");
 }
 
 #[test]
 fn the_initramfs_goes_by_its_modules_and_their_index() {
-    let site = Site::new();
+    let [site, other, third] = sites();
     let first = site.initramfs();
-    assert_eq!(site.remembered(), 1);
-    assert_eq!(site.initramfs(), first);
+    for site in [&site, &other, &third] {
+        let made = site.initramfs();
+        assert_eq!(made.parent().unwrap().file_name(), first.parent().unwrap().file_name());
+        assert_eq!(site.remembered(), 1);
+        assert_eq!(site.initramfs(), made);
+    }
     // The entry can go while its key is remembered.
     fs::remove_dir_all(first.parent().unwrap()).unwrap();
     assert_eq!(site.initramfs(), first);
     assert!(first.exists());
 
     site.write(OVERLAY, "\x7fELF2");
-    let second = site.initramfs();
-    assert_ne!(second, first);
-    site.write("modules.dep", "kernel/overlay.ko: kernel/other.ko\nkernel/other.ko:\n");
-    let third = site.initramfs();
-    assert_ne!(third, second);
-    site.write("modules.softdep", "softdep overlay post: nothing\n");
-    assert_eq!(site.initramfs(), third);
+    assert_ne!(site.initramfs(), first);
+    let first = other.initramfs();
+    other.write("modules.dep", "kernel/overlay.ko: kernel/other.ko\nkernel/other.ko:\n");
+    assert_ne!(other.initramfs(), first);
+    // A list that was not there before.
+    let first = third.initramfs();
+    third.write("modules.softdep", "softdep overlay pre: other\n");
+    assert_ne!(third.initramfs(), first);
 }
