@@ -19,6 +19,7 @@ use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{self, guest_bytes};
+use crate::runs::RunDir;
 use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::tsc::TscPoint;
@@ -366,6 +367,7 @@ impl VmBuilder {
             boot_timeout: self.boot_timeout,
             timeline,
             progress: self.progress,
+            run_dir: None,
         })
     }
 
@@ -521,7 +523,9 @@ impl MountPlan {
     }
 }
 
-/// A VM for which everything is there.
+/// A VM for which everything is there. It can be cloned and started any number of times, also from several
+/// threads at once.
+#[derive(Clone)]
 pub struct PreparedVm {
     pub(crate) config: VmConfig,
     pub(crate) setup: Setup,
@@ -533,6 +537,7 @@ pub struct PreparedVm {
     pub(crate) boot_timeout: Duration,
     pub(crate) timeline: Timeline,
     pub(crate) progress: Arc<dyn Progress + Send>,
+    run_dir: Option<RunDir>,
 }
 
 impl std::fmt::Debug for PreparedVm {
@@ -586,6 +591,12 @@ impl PreparedVm {
         self.hypervisor.command_line(&self.config)
     }
 
+    /// Keeps the logs of the VM there; in a new directory unless set.
+    pub fn logs_in(mut self, dir: RunDir) -> Self {
+        self.run_dir = Some(dir);
+        self
+    }
+
     /// Starts the VM and waits until it is ready for commands.
     ///
     /// # Errors
@@ -601,6 +612,10 @@ impl PreparedVm {
     /// When the VM does not start, or the guest does not come up.
     pub fn start_watched(self, started: impl Fn(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
         Vm::start(self, started)
+    }
+
+    pub(crate) fn run_dir(&self) -> Result<RunDir, Error> {
+        self.run_dir.clone().map_or_else(RunDir::create, Ok)
     }
 
     pub(crate) fn fresh_setup(&self) -> Setup {

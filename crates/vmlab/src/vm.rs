@@ -89,7 +89,7 @@ impl Vm {
         prepared: PreparedVm,
         started: impl Fn(&Arc<dyn VmHandle>),
     ) -> Result<Self, Error> {
-        let mut timeline = prepared.timeline.clone();
+        let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
         prepared.progress.phase(Phase::Boot.name());
         // A limit beyond what the clock can count is none.
@@ -266,7 +266,7 @@ impl Booted {
         deadline: Option<Instant>,
         timeline: &mut Timeline,
     ) -> Result<Self, BootFailure> {
-        let run_dir = RunDir::create()?;
+        let run_dir = prepared.run_dir()?;
         let since = Instant::now();
         let options = StartOptions { log_dir: run_dir.path().to_owned(), deadline };
         let handle =
