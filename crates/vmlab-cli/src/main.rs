@@ -8,6 +8,7 @@ mod generate;
 mod kernel;
 mod output;
 mod progress;
+mod repeat;
 mod request;
 mod run;
 mod signals;

@@ -28,6 +28,8 @@ pub(crate) struct Display {
 struct State {
     phase: String,
     shown: bool,
+    /// What is done is counted, and no phases are named.
+    counting: bool,
 }
 
 impl Display {
@@ -47,6 +49,17 @@ impl Display {
     /// Whether a person watches.
     pub(crate) fn is_live(&self) -> bool {
         !self.bar.is_hidden()
+    }
+
+    /// From now on, shows this instead of phases, as there are several at a time.
+    pub(crate) fn count(&self, text: String) {
+        self.lock().counting = true;
+        self.show(text);
+    }
+
+    /// Does something that writes to the terminal, without the live line in its way.
+    pub(crate) fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.bar.suspend(write)
     }
 
     /// Takes the live line away, before anything else is written.
@@ -72,7 +85,13 @@ impl Display {
 
 impl Progress for Display {
     fn phase(&self, name: &str) {
-        let known = std::mem::replace(&mut self.lock().phase, name.to_owned()) == name;
+        let known = {
+            let mut state = self.lock();
+            if state.counting {
+                return;
+            }
+            std::mem::replace(&mut state.phase, name.to_owned()) == name
+        };
         // Where no line can live, what may take long is said once.
         let said = match self.verbosity {
             Verbosity::Quiet => false,
