@@ -72,10 +72,10 @@ impl Display {
         if self.bar.is_hidden() {
             return;
         }
+        self.bar.set_message(text);
         if !std::mem::replace(&mut self.lock().shown, true) {
             self.bar.enable_steady_tick(TICK);
         }
-        self.bar.set_message(text);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
