@@ -15,6 +15,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use anyhow::Result;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 use vmlab::RunDir;
 use vmlab::artifacts::Progress;
@@ -61,6 +62,8 @@ pub(crate) fn under(
     if let Some(lowered) = lowered {
         display.note(&lowered);
     }
+    raise_file_limit();
+    let prepared = prepared.one_of(jobs);
     let logs = RunDir::create()?;
     let group = Arc::new(Group::default());
     signals.group(Arc::clone(&group));
@@ -87,6 +90,14 @@ pub(crate) fn under(
         outcomes: outcomes.into_values().collect(),
         summary: Some(summary),
     })
+}
+
+/// Lets this process open as many files as it may: the usual limit is for one VM. Guests are given the
+/// limits that the caller had, which were read before.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it cannot be raised, the file servers divide what there is.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 impl Plan<'_> {

@@ -240,6 +240,21 @@ fn all_runs_of_a_kernel_come_before_those_of_the_next() {
 }
 
 #[test]
+fn the_vms_do_not_take_each_others_open_files() {
+    let site = Site::new();
+    // Below the hard limit there is room for three VMs, if none keeps as many directories open as it would
+    // alone; below the soft limit there is not.
+    let script = r#"ulimit -Sn 128; ulimit -Hn 320
+        exec "$VMLAB" run -q -k debian:6.12 -m 256M --share-via virtiofs \
+            --repeat 3 -j 3 --until-failure -- sh -c '
+            touch up.$VMLAB_RUN; until [ -e up.1 ] && [ -e up.2 ] && [ -e up.3 ]; do sleep 0.1; done
+            find /usr/lib /usr/share -maxdepth 2 > /dev/null && test $(ulimit -n) = 128 || exit 9
+            touch done.$VMLAB_RUN
+            until [ -e done.1 ] && [ -e done.2 ] && [ -e done.3 ]; do sleep 0.1; done; exec true'"#;
+    site.host_sh(script).patience(3 * PATIENCE).output().expect_stdout("");
+}
+
+#[test]
 fn a_person_sees_how_far_it_is() {
     let site = Site::new();
     let script = "test $VMLAB_RUN = 1 || { echo second; exit 2; }";

@@ -367,6 +367,7 @@ impl VmBuilder {
             boot_timeout: self.boot_timeout,
             timeline,
             progress: self.progress,
+            vms: 1,
             run_dir: None,
         })
     }
@@ -537,6 +538,7 @@ pub struct PreparedVm {
     pub(crate) boot_timeout: Duration,
     pub(crate) timeline: Timeline,
     pub(crate) progress: Arc<dyn Progress + Send>,
+    pub(crate) vms: usize,
     run_dir: Option<RunDir>,
 }
 
@@ -589,6 +591,13 @@ impl PreparedVm {
     /// The hypervisor's command line, with stand-ins for descriptors and logs.
     pub fn command_line(&self) -> Vec<OsString> {
         self.hypervisor.command_line(&self.config)
+    }
+
+    /// Says how many VMs of this process may run at the same time, so that each gets its part of the
+    /// process's open files; one unless set.
+    pub fn one_of(mut self, vms: usize) -> Self {
+        self.vms = vms;
+        self
     }
 
     /// Keeps the logs of the VM there; in a new directory unless set.

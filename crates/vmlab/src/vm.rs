@@ -268,7 +268,8 @@ impl Booted {
     ) -> Result<Self, BootFailure> {
         let run_dir = prepared.run_dir()?;
         let since = Instant::now();
-        let options = StartOptions { log_dir: run_dir.path().to_owned(), deadline };
+        let log_dir = run_dir.path().to_owned();
+        let options = StartOptions { log_dir, deadline, vms: prepared.vms };
         let handle =
             prepared.hypervisor.start(&prepared.config, options).map_err(Error::Hypervisor)?;
         started(&handle);

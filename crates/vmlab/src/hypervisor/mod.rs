@@ -102,6 +102,9 @@ pub struct StartOptions {
     pub log_dir: PathBuf,
     /// When to end the VM with [`ExitReason::Timeout`].
     pub deadline: Option<Instant>,
+    /// How many VMs of this process may run at the same time. What each has of the process's open files
+    /// is divided by that.
+    pub vms: usize,
 }
 
 /// What a VM can be asked to do.

@@ -125,7 +125,7 @@ impl QemuVm {
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
-        let servers = FileServers::of(config, &durable)?;
+        let servers = FileServers::of(config, options.vms, &durable)?;
         let (mut ours, theirs) = Sockets::pairs(servers.count()).map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
