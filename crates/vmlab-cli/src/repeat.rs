@@ -187,6 +187,9 @@ impl<'a> Results<'a> {
             self.tally.cancelled += 1;
         } else {
             self.count(&attempt);
+            if attempt.is_hopeless() && self.repeat.count != Some(1) {
+                self.display.note("all other runs would fail in the same way, so there are none");
+            }
         }
         let keep = failed && self.kept < KEPT_FAILURES;
         if keep || (!attempt.cancelled && !failed && self.request.verbosity == Verbosity::Verbose) {

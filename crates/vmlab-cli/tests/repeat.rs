@@ -272,6 +272,14 @@ fn a_person_sees_how_far_it_is() {
 }
 
 #[test]
+fn no_other_kernel_is_tried_after_the_first_failure() {
+    let site = Site::new();
+    let options = ["-k", DEBIAN_6_1, "--repeat", "1", "--until-failure"];
+    repeat(&site, &options, "exit 5").output().expect_code(5);
+    assert_eq!(each(&report(&site), "kernel"), [DEBIAN_6_12]);
+}
+
+#[test]
 fn what_makes_no_sense_is_refused() {
     let site = Site::new();
     let refused = |options: &[&str], said: &str| {
