@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::exit::{self, Code};
 use crate::{cache, doctor, generate, kernel, output, request, run};
@@ -212,9 +212,35 @@ pub(crate) struct RunArgs {
     /// Give the command a terminal. Ctrl-] pressed three times within a second ends the VM
     #[arg(short, long)]
     pub(crate) tty: bool,
+    #[command(flatten)]
+    pub(crate) repeat: RepeatArgs,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+/// A command many times. Each option but the first two needs one of those.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("repeated").multiple(true).args(["repeat", "until_failure"])))]
+pub(crate) struct RepeatArgs {
+    /// Run the command N times, each time in a VM of its own, and report failures and times
+    ///
+    /// The command's input is empty, and VMLAB_RUN in its environment is the number of the run, from 1.
+    /// What it writes is printed of runs that fail, or of all with -v.
+    #[arg(long, value_name = "N", conflicts_with = "tty")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) repeat: Option<u64>,
+    /// Run it until it fails, at most as often as --repeat says, and stop there
+    #[arg(long, conflicts_with = "tty")]
+    pub(crate) until_failure: bool,
+    /// VMs at the same time; as many as the host has CPUs for, unless given
+    #[arg(short, long, value_name = "J", requires = "repeated")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) jobs: Option<u16>,
+    /// What all VMs at the same time may need of the host's memory; three quarters of what is available,
+    /// unless given
+    #[arg(long, value_name = "SIZE", requires = "repeated")]
+    pub(crate) memory_budget: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ Exit codes:
   125    vmlab itself failed, or its arguments are wrong
   126    the command cannot be executed
   127    the command was not found
-With several kernels, the code is that of the first that did not give 0.";
+With several kernels or runs, the code is that of the first that did not give 0.";
 
 const GUEST_ENDED: u8 = 122;
 const GUEST_PANIC: u8 = 123;

@@ -9,6 +9,7 @@ mod generate;
 mod kernel;
 mod output;
 mod progress;
+mod repeat;
 mod request;
 mod run;
 mod signals;

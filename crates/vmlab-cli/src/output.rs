@@ -21,25 +21,34 @@ pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "vmlab: {text}");
 }
 
-/// Prints a failure: what happened, why, what the guest's console said last, and where all of it is.
+/// Prints a failure.
 pub(crate) fn error(error: &anyhow::Error) {
-    let mut text = String::from("error");
+    let _ = io::stderr().lock().write_all(explained(error).as_bytes());
+}
+
+/// A failure in lines: what happened, why, what the guest's console said last, and where all of it is.
+pub(crate) fn explained(error: &anyhow::Error) -> String {
+    let mut text = String::from("vmlab: error");
     for cause in error.chain() {
         text.push_str(": ");
         text.push_str(&cause.to_string());
     }
-    note(&text);
-    let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else { return };
+    text.push('\n');
+    let Some(evidence) = error.downcast_ref::<Error>().and_then(Error::evidence) else {
+        return text;
+    };
     if !evidence.tail.is_empty() {
-        note("from the console:");
+        text.push_str("vmlab: from the console:\n");
         for line in evidence.tail.lines() {
-            let _ = writeln!(io::stderr().lock(), "  | {line}");
+            text.push_str("  | ");
+            text.push_str(line);
+            text.push('\n');
         }
     }
     let empty = evidence.log.metadata().is_ok_and(|log| log.len() == 0);
-    if empty {
-        note("the guest wrote nothing to its console");
-    } else {
-        note(&format!("the whole console: {}", evidence.log.display()));
-    }
+    text.push_str(&match empty {
+        true => "vmlab: the guest wrote nothing to its console\n".to_owned(),
+        false => format!("vmlab: the whole console: {}\n", evidence.log.display()),
+    });
+    text
 }

@@ -28,6 +28,8 @@ pub(crate) struct Display {
 struct State {
     phase: String,
     shown: bool,
+    /// What is done is counted, and no phases are named.
+    counting: bool,
 }
 
 impl Display {
@@ -49,6 +51,17 @@ impl Display {
         !self.bar.is_hidden()
     }
 
+    /// From now on, shows this instead of phases, as there are several at a time.
+    pub(crate) fn count(&self, text: String) {
+        self.lock().counting = true;
+        self.show(text);
+    }
+
+    /// Does something that writes to the terminal, without the live line in its way.
+    pub(crate) fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.bar.suspend(write)
+    }
+
     /// Takes the live line away, before anything else is written.
     pub(crate) fn clear(&self) {
         self.bar.disable_steady_tick();
@@ -59,10 +72,10 @@ impl Display {
         if self.bar.is_hidden() {
             return;
         }
+        self.bar.set_message(text);
         if !std::mem::replace(&mut self.lock().shown, true) {
             self.bar.enable_steady_tick(TICK);
         }
-        self.bar.set_message(text);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -72,7 +85,13 @@ impl Display {
 
 impl Progress for Display {
     fn phase(&self, name: &str) {
-        let known = std::mem::replace(&mut self.lock().phase, name.to_owned()) == name;
+        let known = {
+            let mut state = self.lock();
+            if state.counting {
+                return;
+            }
+            std::mem::replace(&mut state.phase, name.to_owned()) == name
+        };
         // Where no line can live, what may take long is said once.
         let said = match self.verbosity {
             Verbosity::Quiet => false,

@@ -13,7 +13,7 @@ use vmlab::{
 };
 
 use crate::cli::{
-    AccelArg, MachineArg, NetArg, RootModeArg, RunArgs, ShareViaArg, ShellArgs, VmArgs,
+    AccelArg, MachineArg, NetArg, RepeatArgs, RootModeArg, RunArgs, ShareViaArg, ShellArgs, VmArgs,
 };
 
 /// A command to be run under one or more kernels.
@@ -24,9 +24,22 @@ pub(crate) struct Request {
     pub(crate) vm: VmBuilder,
     pub(crate) command: Vec<OsString>,
     pub(crate) terminal: bool,
+    pub(crate) repeat: Option<Repeat>,
     pub(crate) verbosity: Verbosity,
     pub(crate) json: Option<PathBuf>,
     pub(crate) dry_run: bool,
+}
+
+/// A command that is run many times.
+#[derive(Debug)]
+pub(crate) struct Repeat {
+    /// How often; `None` is until it fails.
+    pub(crate) count: Option<u64>,
+    pub(crate) until_failure: bool,
+    /// VMs at the same time.
+    pub(crate) jobs: Option<usize>,
+    /// What they may need at the same time.
+    pub(crate) memory_budget: Option<Bytes>,
 }
 
 /// How much vmlab says of itself.
@@ -42,14 +55,34 @@ pub(crate) fn of_run(args: RunArgs) -> Result<Request> {
     if terminal && !rustix::termios::isatty(std::io::stdin()) {
         bail!("-t needs a terminal on standard input; without -t, any input will do");
     }
-    request(args.vm, args.command, terminal)
+    let repeat = repeat(&args.repeat)?;
+    if args.vm.kernel.len() > 1 && repeat.as_ref().is_some_and(|repeat| repeat.count.is_none()) {
+        bail!(
+            "--until-failure with several kernels needs --repeat: under one where nothing fails, it \
+             would go on for ever"
+        );
+    }
+    request(args.vm, args.command, terminal, repeat)
+}
+
+fn repeat(args: &RepeatArgs) -> Result<Option<Repeat>> {
+    if args.repeat.is_none() && !args.until_failure {
+        return Ok(None);
+    }
+    let memory_budget = args.memory_budget.as_deref().map(str::parse::<Bytes>).transpose();
+    Ok(Some(Repeat {
+        count: args.repeat,
+        until_failure: args.until_failure,
+        jobs: args.jobs.map(usize::from),
+        memory_budget: memory_budget.context("--memory-budget")?,
+    }))
 }
 
 pub(crate) fn of_shell(args: ShellArgs) -> Result<Request> {
     let shell = shell_of(&args.vm.rootfs, std::env::var_os("SHELL"));
     // Without a terminal the shell reads commands from its input, as any shell does.
     let terminal = rustix::termios::isatty(std::io::stdin());
-    request(args.vm, vec![shell], terminal)
+    request(args.vm, vec![shell], terminal, None)
 }
 
 /// The user's shell where the guest's root has it, else what every root has.
@@ -62,7 +95,12 @@ fn shell_of(root: &Path, wanted: Option<OsString>) -> OsString {
     candidates.into_iter().find(in_root).unwrap_or_else(|| "/bin/sh".into())
 }
 
-fn request(args: VmArgs, command: Vec<OsString>, terminal: bool) -> Result<Request> {
+fn request(
+    args: VmArgs,
+    command: Vec<OsString>,
+    terminal: bool,
+    repeat: Option<Repeat>,
+) -> Result<Request> {
     let kernels = match args.kernel.is_empty() {
         true => vec![None],
         false => args.kernel.iter().cloned().map(Some).collect(),
@@ -73,7 +111,8 @@ fn request(args: VmArgs, command: Vec<OsString>, terminal: bool) -> Result<Reque
         _ => Verbosity::Normal,
     };
     let (json, dry_run) = (args.json.clone(), args.dry_run);
-    Ok(Request { kernels, vm: builder(args)?, command, terminal, verbosity, json, dry_run })
+    let vm = builder(args)?;
+    Ok(Request { kernels, vm, command, terminal, repeat, verbosity, json, dry_run })
 }
 
 fn builder(args: VmArgs) -> Result<VmBuilder> {

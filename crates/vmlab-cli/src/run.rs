@@ -17,6 +17,7 @@ use crate::command::execute;
 use crate::exit::Code;
 use crate::output;
 use crate::progress::Display;
+use crate::repeat::{self, Numbered, Summary};
 use crate::request::{Request, Verbosity};
 use crate::signals::SignalThread;
 use crate::stdio::unbuffered;
@@ -28,12 +29,15 @@ const JSON_VERSION: u32 = 1;
 #[derive(Debug, Serialize)]
 struct Outcomes {
     version: u32,
-    /// One a kernel, in their order.
+    /// One a kernel, in their order; with `--repeat`, all of a kernel, then those of the next.
     runs: Vec<Outcome>,
+    /// One a kernel, where the command was repeated.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    summaries: Vec<Summary>,
 }
 
 #[derive(Debug, Serialize)]
-struct Outcome {
+pub(crate) struct Outcome {
     kernel: Option<String>,
     command: Vec<String>,
     exit_code: u8,
@@ -42,21 +46,42 @@ struct Outcome {
     exit_reason: Option<ExitReason>,
     console_log: Option<PathBuf>,
     report: Option<Report>,
+    #[serde(flatten)]
+    pub(crate) numbered: Option<Numbered>,
 }
 
-/// What a run under one kernel came to: how the command ended, if there was one, and what is known of
-/// the VM.
-struct Ran {
-    status: Result<Option<ExitStatus>>,
-    report: Option<Report>,
+/// What one run came to: how the command ended, if there was one, and what is known of the VM.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) status: Result<Option<ExitStatus>>,
+    pub(crate) report: Option<Report>,
+}
+
+/// What was done under one kernel.
+#[derive(Debug)]
+pub(crate) struct Under {
+    pub(crate) code: Code,
+    pub(crate) outcomes: Vec<Outcome>,
+    pub(crate) summary: Option<Summary>,
+}
+
+impl Under {
+    /// A single run. What failed of vmlab itself is told.
+    pub(crate) fn one(request: &Request, kernel: Option<&String>, ran: Ran) -> Self {
+        if let Err(error) = &ran.status {
+            output::error(error);
+        }
+        let code = ran.code();
+        Self { code, outcomes: vec![outcome(request, kernel, code, ran)], summary: None }
+    }
 }
 
 impl Ran {
-    fn failed(error: impl Into<anyhow::Error>) -> Self {
+    pub(crate) fn failed(error: impl Into<anyhow::Error>) -> Self {
         Self { status: Err(error.into()), report: None }
     }
 
-    fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         match &self.status {
             Ok(status) => status.map_or(Code::SUCCESS, |status| Code(status.shell_code())),
             Err(error) => error.downcast_ref::<Error>().map_or(Code::FAILED, Code::of_error),
@@ -73,30 +98,32 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
     let signals = SignalThread::start()?;
     let mut input = Input::new(request.kernels.len());
     let mut first_failure = Code::SUCCESS;
-    let mut outcomes = Vec::new();
+    let (mut outcomes, mut summaries) = (Vec::new(), Vec::new());
     for kernel in &request.kernels {
         let display = Arc::new(Display::new(request.verbosity));
-        let ran = under(request, kernel.as_ref(), &signals, &display, &mut input);
+        let kernel = kernel.as_ref();
+        let repeat = request.repeat.as_ref().filter(|_| !request.dry_run);
+        let under = match repeat {
+            Some(repeat) => repeat::under(request, repeat, kernel, &signals, &display),
+            None => Ok(once(request, kernel, &signals, &display, &mut input)),
+        };
         display.clear();
         signals.idle();
-        let code = match (&ran.status, signals.killed_by()) {
-            (_, Some(signal)) => Code::of_signal(signal),
-            (Err(error), None) => {
-                output::error(error);
-                ran.code()
-            }
-            (Ok(_), None) => ran.code(),
-        };
+        let under = under?;
+        let killed = signals.killed_by();
+        let code = killed.map_or(under.code, Code::of_signal);
         if first_failure == Code::SUCCESS {
             first_failure = code;
         }
-        outcomes.push(outcome(request, kernel.clone(), code, ran));
-        if signals.killed_by().is_some() {
+        outcomes.extend(under.outcomes);
+        summaries.extend(under.summary);
+        let enough = repeat.is_some_and(|repeat| repeat.until_failure) && code != Code::SUCCESS;
+        if killed.is_some() || enough {
             break;
         }
     }
     if let (Some(mut file), Some(path)) = (json, &request.json) {
-        let outcomes = Outcomes { version: JSON_VERSION, runs: outcomes };
+        let outcomes = Outcomes { version: JSON_VERSION, runs: outcomes, summaries };
         let json = serde_json::to_vec_pretty(&outcomes)?;
         file.write_all(&json).with_context(|| unwritable(path))?;
     }
@@ -107,11 +134,11 @@ fn unwritable(path: &std::path::Path) -> String {
     format!("the report cannot be written to {}", path.display())
 }
 
-fn outcome(request: &Request, kernel: Option<String>, code: Code, ran: Ran) -> Outcome {
+pub(crate) fn outcome(request: &Request, kernel: Option<&String>, code: Code, ran: Ran) -> Outcome {
     let error = ran.status.as_ref().err();
     let report = ran.report;
     Outcome {
-        kernel,
+        kernel: kernel.cloned(),
         command: request.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
         exit_code: code.0,
         signal: ran.status.as_ref().ok().and_then(|status| (*status)?.signal()),
@@ -119,29 +146,42 @@ fn outcome(request: &Request, kernel: Option<String>, code: Code, ran: Ran) -> O
         exit_reason: report.as_ref().and_then(|report| report.exit_reason.clone()),
         console_log: report.as_ref().and_then(|report| report.console_log.clone()),
         report,
+        numbered: None,
     }
 }
 
-/// One run, under one kernel.
-fn under(
+/// One run under one kernel, and what is to be told of it.
+fn once(
     request: &Request,
     kernel: Option<&String>,
     signals: &SignalThread,
     display: &Arc<Display>,
     input: &mut Input,
-) -> Ran {
+) -> Under {
+    let ran = under(request, kernel, signals, display, input);
+    display.clear();
+    match signals.killed_by().map(Code::of_signal) {
+        Some(code) => {
+            Under { code, outcomes: vec![outcome(request, kernel, code, ran)], summary: None }
+        }
+        None => Under::one(request, kernel, ran),
+    }
+}
+
+/// Makes everything ready for VMs with a kernel, and says what is not as it might have been.
+pub(crate) fn prepare(
+    request: &Request,
+    kernel: Option<&String>,
+    display: &Arc<Display>,
+) -> Result<PreparedVm, Error> {
     let progress: Arc<dyn Progress + Send> = display.clone();
     let mut vm = request.vm.clone().progress(progress);
     if let Some(kernel) = kernel {
         vm = vm.kernel(kernel);
     }
-    let prepared = match vm.prepare() {
-        Ok(prepared) => prepared,
-        Err(error) => return Ran::failed(error),
-    };
+    let prepared = vm.prepare()?;
     if request.dry_run {
-        display.clear();
-        return Ran { status: dry_run(&prepared).map(|()| None), report: None };
+        return Ok(prepared);
     }
     if let Some(why) = prepared.accel_reason() {
         display.note(&format!("TCG, not KVM: {why}"));
@@ -150,6 +190,24 @@ fn under(
         && let Some(confinement) = prepared.confinement()
     {
         display.note(&confinement);
+    }
+    Ok(prepared)
+}
+
+fn under(
+    request: &Request,
+    kernel: Option<&String>,
+    signals: &SignalThread,
+    display: &Arc<Display>,
+    input: &mut Input,
+) -> Ran {
+    let prepared = match prepare(request, kernel, display) {
+        Ok(prepared) => prepared,
+        Err(error) => return Ran::failed(error),
+    };
+    if request.dry_run {
+        display.clear();
+        return Ran { status: dry_run(&prepared).map(|()| None), report: None };
     }
     let mut report = prepared.report();
     let begun = Instant::now();
@@ -204,16 +262,23 @@ fn to_the_end(
     }
     let status = status?;
     stopped?;
-    if status.oom_kills() > 0 {
-        let text = format!(
-            "the guest ran out of memory and killed {} process(es); it has {}, --memory gives it more",
-            status.oom_kills(),
-            vm.config().memory
-        );
+    if let Some(text) = out_of_memory(vm, status) {
         // Of a command that failed it is the cause, which -q does not keep back.
         if status.success() { display.note(&text) } else { output::note(&text) }
     }
     Ok(status)
+}
+
+/// What to say of a command that needed more memory than the guest has.
+pub(crate) fn out_of_memory(vm: &Vm, status: ExitStatus) -> Option<String> {
+    let killed = status.oom_kills();
+    (killed > 0).then(|| {
+        format!(
+            "the guest ran out of memory and killed {killed} process(es); it has {}, --memory gives \
+             it more",
+            vm.config().memory
+        )
+    })
 }
 
 fn summary(report: &Report, status: ExitStatus) -> String {

@@ -12,6 +12,7 @@ use vmlab::guest::{ChildControl, TerminalSize};
 use vmlab::hypervisor::{ExitReason, VmHandle};
 
 use crate::exit::Code;
+use crate::repeat::Group;
 use crate::terminal;
 
 /// How long a command with a terminal has to end after a signal that ends its session.
@@ -22,6 +23,8 @@ const SESSION_GRACE: Duration = Duration::from_secs(2);
 struct Target {
     vm: Option<Arc<dyn VmHandle>>,
     command: Option<ChildControl>,
+    /// Several VMs, which no signal is passed on to.
+    group: Option<Arc<Group>>,
     /// The command has a terminal of its own.
     terminal: bool,
     forwarded: bool,
@@ -61,6 +64,11 @@ impl SignalThread {
         *self.lock() = Target { vm: Some(vm), ..Target::default() };
     }
 
+    /// From now on, the first signal ends all these VMs, and the second this process.
+    pub(crate) fn group(&self, group: Arc<Group>) {
+        *self.lock() = Target { group: Some(group), ..Target::default() };
+    }
+
     /// From now on, the first signal is for this command.
     pub(crate) fn command(&self, command: ChildControl, terminal: bool) {
         let mut target = self.lock();
@@ -78,6 +86,7 @@ impl SignalThread {
         let mut target = self.lock();
         target.vm = None;
         target.command = None;
+        target.group = None;
     }
 
     /// The signal by which the user ended the VM.
@@ -139,17 +148,18 @@ fn take(shared: &Arc<Mutex<Target>>, signal: i32) {
     end(shared, signal);
 }
 
-/// Ends the VM, or this process where there is none.
+/// Ends the VM or the VMs, or this process where there are none.
 fn end(shared: &Mutex<Target>, signal: i32) {
-    let vm = {
+    let (vm, group) = {
         let mut target = shared.lock().unwrap_or_else(PoisonError::into_inner);
         target.killed_by = Some(signal);
-        target.vm.take()
+        (target.vm.take(), target.group.take())
     };
-    match vm {
-        Some(vm) => vm.kill(ExitReason::Killed),
+    match (vm, group) {
+        (_, Some(group)) => group.cancel(),
+        (Some(vm), None) => vm.kill(ExitReason::Killed),
         // Nothing is running that would have to be ended in order: children die with this process.
-        None => {
+        (None, None) => {
             terminal::restore();
             std::process::exit(Code::of_signal(signal).0.into());
         }

@@ -21,6 +21,7 @@ use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::random;
 use crate::report::{Phase, Report, Timeline};
 use crate::rootfs::{Identity, guest_bytes};
+use crate::runs::RunDir;
 use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::snapshot::SnapshotMode;
@@ -378,6 +379,8 @@ impl VmBuilder {
             tsc: (accel == Accel::Tcg).then_some(tsc),
             timeline,
             progress: self.progress,
+            vms: 1,
+            run_dir: None,
         })
     }
 
@@ -537,7 +540,9 @@ impl MountPlan {
     }
 }
 
-/// A VM for which everything is there.
+/// A VM for which everything is there. It can be cloned and started any number of times, also from several
+/// threads at once.
+#[derive(Clone)]
 pub struct PreparedVm {
     pub(crate) config: VmConfig,
     pub(crate) setup: Setup,
@@ -554,6 +559,8 @@ pub struct PreparedVm {
     tsc: Option<TscPoint>,
     pub(crate) timeline: Timeline,
     pub(crate) progress: Arc<dyn Progress + Send>,
+    pub(crate) vms: usize,
+    run_dir: Option<RunDir>,
 }
 
 impl std::fmt::Debug for PreparedVm {
@@ -607,6 +614,19 @@ impl PreparedVm {
         self.hypervisor.command_line(&self.to_boot(self.config.clone()))
     }
 
+    /// Says how many VMs of this process may run at the same time, so that each gets its part of the
+    /// process's open files; one unless set.
+    pub fn one_of(mut self, vms: usize) -> Self {
+        self.vms = vms;
+        self
+    }
+
+    /// Keeps the logs of the VM there; in a new directory unless set.
+    pub fn logs_in(mut self, dir: RunDir) -> Self {
+        self.run_dir = Some(dir);
+        self
+    }
+
     /// Starts the VM and waits until it is ready for commands.
     ///
     /// # Errors
@@ -622,6 +642,10 @@ impl PreparedVm {
     /// When the VM does not start, or the guest does not come up.
     pub fn start_watched(self, started: impl Fn(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
         Vm::start(self, started)
+    }
+
+    pub(crate) fn run_dir(&self) -> Result<RunDir, Error> {
+        self.run_dir.clone().map_or_else(RunDir::create, Ok)
     }
 
     /// What a VM has to be given that boots now, as it measures nothing for itself. It is no part of what

@@ -42,6 +42,7 @@ pub use accel::AccelChoice;
 pub use builder::{BOOT_TIME, PreparedVm, RootMode, VmBuilder};
 pub use error::{Error, ErrorClass, Evidence};
 pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};
+pub use runs::RunDir;
 pub use share::{Share, ShareVia};
 pub use snapshot::SnapshotMode;
 pub use vm::Vm;

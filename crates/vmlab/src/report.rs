@@ -70,6 +70,11 @@ impl Timeline {
         Self { phases: Vec::new(), since: Instant::now() }
     }
 
+    /// The same phases, with what follows counted from now on.
+    pub(crate) fn resumed(&self) -> Self {
+        Self { phases: self.phases.clone(), since: Instant::now() }
+    }
+
     /// Everything since the last call was this phase.
     pub(crate) fn end(&mut self, phase: Phase) {
         let now = Instant::now();

@@ -1,12 +1,14 @@
 //! Where the logs of runs are kept.
 //!
 //! Every run has a directory below `$XDG_STATE_HOME/vmlab/runs`. The newest are kept, so that what a
-//! failed run left can still be looked at; nothing but logs is ever in them.
+//! failed run left can still be looked at; nothing but logs is ever in them. Runs that belong together
+//! share one, and each has a part of it.
 
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,16 +20,20 @@ const KEPT_RUNS: usize = 50;
 /// Held locked while the run goes on.
 const LOCK: &str = "lock";
 
-/// The directory of one run.
-#[derive(Debug)]
-pub(crate) struct RunDir {
+/// The directory for the logs of a run. It is private to the user, and stays for some time after the run.
+#[derive(Debug, Clone)]
+pub struct RunDir {
     path: PathBuf,
-    _lock: File,
+    /// Shared with the parts, so that none of them is removed while a run goes on in another.
+    lock: Arc<File>,
 }
 
 impl RunDir {
     /// Makes a directory for a new run, and removes the oldest ones.
-    pub(crate) fn create() -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create() -> Result<Self, Error> {
         Self::create_in(&default_root()?)
     }
 
@@ -37,21 +43,45 @@ impl RunDir {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{:013}-{}-{count:06}", now.as_millis(), std::process::id());
         let path = root.join(name);
-        let failed = |source| Error::Io {
-            what: "make the log directory",
-            path: path.clone(),
-            source,
-            hint: "; XDG_STATE_HOME chooses another place",
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
-        let lock = private_file(&path.join(LOCK)).map_err(failed)?;
-        lock.lock().map_err(failed)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed(&path))?;
+        let lock = private_file(&path.join(LOCK)).map_err(failed(&path))?;
+        lock.lock().map_err(failed(&path))?;
         prune(root);
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, lock: Arc::new(lock) })
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Makes a directory in it for one of several runs that belong together. They count as one where the
+    /// oldest are removed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn part(&self, name: &str) -> Result<Self, Error> {
+        let path = self.path.join(name);
+        DirBuilder::new().mode(0o700).create(&path).map_err(failed(&path))?;
+        Ok(Self { path, lock: Arc::clone(&self.lock) })
+    }
+
+    /// Makes a file in it that only the user can read, whatever their umask.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn file(&self, name: &str) -> Result<File, Error> {
+        let path = self.path.join(name);
+        private_file(&path).map_err(failed(&path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
+    |source| Error::Io {
+        what: "make the log",
+        path: path.to_owned(),
+        source,
+        hint: "; XDG_STATE_HOME chooses another place",
     }
 }
 
@@ -98,7 +128,10 @@ mod tests {
     #[test]
     fn the_newest_and_the_running_are_kept() {
         let root = tempfile::tempdir().unwrap();
-        let running = RunDir::create_in(root.path()).unwrap();
+        let whole = RunDir::create_in(root.path()).unwrap();
+        // A part holds the lock of the whole.
+        let running = whole.part("7").unwrap();
+        drop(whole);
         let mode = running.path().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         let ended: Vec<PathBuf> = (0..KEPT_RUNS + 3)

@@ -106,7 +106,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         prepared.progress.phase(Phase::Boot.name());
         let config = prepared.to_boot(prepared.config.clone());
         self.boot_twice(|| {
-            let run_dir = RunDir::create()?;
+            let run_dir = prepared.run_dir()?;
             let machine = self.start(&config, Origin::Boot, run_dir.path(), Connection::open)?;
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
             timeline.end(Phase::Boot);
@@ -208,7 +208,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     ) -> Result<Booted, StartFailure> {
         let prepared = self.prepared;
         prepared.progress.phase(Phase::Restore.name());
-        let run_dir = RunDir::create()?;
+        let run_dir = prepared.run_dir()?;
         let ready = greeting.ready.clone();
         let resume = |socket| Connection::resume(socket, greeting);
         let kept = snapshot.kept;

@@ -72,7 +72,7 @@ impl Vm {
         prepared: PreparedVm,
         started: impl Fn(&Arc<dyn VmHandle>),
     ) -> Result<Self, Error> {
-        let mut timeline = prepared.timeline.clone();
+        let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));

@@ -130,6 +130,9 @@ pub struct StartOptions {
     pub deadline: Option<Instant>,
     /// How it begins.
     pub origin: Origin,
+    /// How many VMs of this process may run at the same time. What each has of the process's open files
+    /// is divided by that.
+    pub vms: usize,
 }
 
 /// What a VM can be asked to do.

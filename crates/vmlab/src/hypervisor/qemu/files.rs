@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use rustix::process::{Resource, getrlimit};
 use vmlab_devices::Device;
 use vmlab_devices::fs::{CachePolicy, Fs, Passthrough, PassthroughConfig, Server};
 use vmlab_devices::transport::vhost_user::{self, Served};
@@ -16,6 +17,9 @@ use crate::error::chain;
 
 /// Queues for requests of one share.
 const REQUEST_QUEUES: u32 = 1;
+
+/// With fewer descriptors than this, a server would open the same directories again and again.
+const FEWEST_DESCRIPTORS: usize = 16;
 
 /// File servers that wait for their connections.
 pub(super) struct FileServers(Vec<(PathBuf, Arc<dyn Device>)>);
@@ -28,19 +32,21 @@ pub(super) struct FileServer {
 
 impl FileServers {
     /// Opens the directories of all shares over virtio-fs. A guest's sync(2) waits for the host's disks
-    /// as long as `durable` says so.
+    /// as long as `durable` says so. The process has file servers for so many `vms`.
     ///
     /// # Errors
     /// One cannot be opened.
     pub(super) fn of(
         config: &VmConfig,
+        vms: usize,
         durable: &Arc<AtomicBool>,
     ) -> Result<Self, HypervisorError> {
         config
             .served_shares()
             .map(|share| {
                 let source = |source| HypervisorError::Share { path: share.path.clone(), source };
-                Ok((share.path.clone(), device(share, config.sandbox, durable).map_err(source)?))
+                let device = device(share, config.sandbox, descriptors(vms), durable);
+                Ok((share.path.clone(), device.map_err(source)?))
             })
             .collect::<Result<_, _>>()
             .map(Self)
@@ -78,9 +84,18 @@ impl FileServer {
     }
 }
 
+/// How many descriptors a server may keep of what is used. All servers of this process together must leave
+/// enough of them for what guests really open.
+fn descriptors(vms: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let part = usize::try_from(limit / 4).unwrap_or(usize::MAX) / vms.max(1);
+    PassthroughConfig::default().max_descriptors.min(part.max(FEWEST_DESCRIPTORS))
+}
+
 fn device(
     share: &ShareDevice,
     sandbox: bool,
+    max_descriptors: usize,
     durable: &Arc<AtomicBool>,
 ) -> io::Result<Arc<dyn Device>> {
     let cache = match share.caching {
@@ -91,8 +106,15 @@ fn device(
     let submounts = share.caching == Caching::Coherent;
     let read_only = share.read_only;
     let durable = Arc::clone(durable);
-    let config =
-        PassthroughConfig { read_only, cache, submounts, durable, sandbox, ..Default::default() };
+    let config = PassthroughConfig {
+        read_only,
+        cache,
+        submounts,
+        max_descriptors,
+        durable,
+        sandbox,
+        ..Default::default()
+    };
     let server = Server::new(Passthrough::new(&share.path, config)?);
     Ok(Arc::new(Fs::new(server, &share.tag, REQUEST_QUEUES)))
 }

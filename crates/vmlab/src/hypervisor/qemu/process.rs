@@ -171,7 +171,7 @@ impl QemuVm {
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
-        let servers = FileServers::of(config, &durable)?;
+        let servers = FileServers::of(config, options.vms, &durable)?;
         let (with_state, for_snapshot) = match &options.origin {
             Origin::Boot => (false, false),
             Origin::BootForSnapshot => (false, true),
