@@ -382,7 +382,7 @@ fn initramfs(
         Some((tree, wanted)) => tree.closure(wanted)?,
         None => Vec::new(),
     };
-    let mut key = ContentKey::new("initramfs-1").field("agent", AGENT);
+    let mut key = ContentKey::new("initramfs-2").field("agent", AGENT);
     for module in &closure {
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
@@ -399,7 +399,12 @@ fn initramfs(
         let list: Vec<BootModule<'_>> = closure
             .iter()
             .zip(&contents)
-            .map(|(module, content)| BootModule { name: &module.name, content, params: "" })
+            .map(|(module, content)| BootModule {
+                name: &module.name,
+                content,
+                params: "",
+                wave: module.wave,
+            })
             .collect();
         let archive = build_initramfs(AGENT, &list)?;
         write(&dir.join(INITRAMFS_FILE), &archive)?;
