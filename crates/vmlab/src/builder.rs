@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
@@ -17,10 +17,11 @@ use crate::config::{
 };
 use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
-use crate::report::{Phase, Report, Timeline};
+use crate::report::{Phase, Report};
 use crate::rootfs::{self, guest_bytes};
 use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
+use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
@@ -324,7 +325,9 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel);
+        let since = Instant::now();
         let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel)?;
+        timeline.note("proof of KVM", since);
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         match accel {
             // The microvm has no timer that the guest could check its time-stamp counter against.
@@ -335,7 +338,9 @@ impl VmBuilder {
             Accel::Kvm => {}
         }
         arguments.extend(self.append.iter().cloned());
+        let since = Instant::now();
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
+        timeline.note("boot image and initramfs", since);
         let machine =
             self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
         let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
@@ -574,6 +579,7 @@ impl PreparedVm {
             memory: self.config.memory,
             cpus: self.config.topology.cpus().unwrap_or(0),
             phases: self.timeline.phases(),
+            timings: self.timeline.spans(),
             guest_boot: None,
             setup_steps: Vec::new(),
             exit_reason: None,

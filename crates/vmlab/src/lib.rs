@@ -29,6 +29,7 @@ mod runs;
 mod sandbox;
 mod share;
 mod sync;
+pub mod timings;
 mod tsc;
 pub mod units;
 mod vm;

@@ -15,9 +15,10 @@ use crate::config::{Accel, VmConfig};
 use crate::error::{ErrorClass, Evidence};
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, StartOptions, VmHandle};
-use crate::report::{GuestBoot, GuestStep, Phase, Report, Timeline};
+use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::sync::lock;
+use crate::timings::{Timeline, millis};
 
 /// How long a guest that damaged itself before its agent was up is given to come up all the same.
 const OOPS_GRACE: Duration = Duration::from_secs(5);
@@ -31,6 +32,9 @@ const END_TIME: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to end its processes and write everything back.
 const STOP_TIME: Duration = Duration::from_secs(30);
+
+/// How long the guest may take to read its kernel's log. Without it, timings say less.
+const BOOT_LOG_TIME: Duration = Duration::from_secs(5);
 
 /// Why a driver may be missing that the kernel was built with.
 const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
@@ -165,6 +169,24 @@ impl Vm {
         self.connection.take_warnings()
     }
 
+    /// Asks the guest what its kernel's log says of the boot, for the [`timings`](Report::timings) of the
+    /// report. That costs some time, so it is best done when all else is.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    pub fn read_boot_log(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        // The message is short, so the only failure is that the VM has ended, which is found below.
+        let _ = self.connection.send(&HostMessage::BootLog);
+        let log = self.connection.wait_boot_log(Some(since + BOOT_LOG_TIME));
+        let mut timeline = lock(&self.timeline);
+        timeline.note("kernel's log", since);
+        if let Some(log) = log.map_err(|lost| self.lost(lost))? {
+            timeline.boot_log(&log);
+        }
+        Ok(())
+    }
+
     /// Ends all commands, writes everything back and ends the VM.
     ///
     /// # Errors
@@ -195,14 +217,16 @@ impl Vm {
 
     /// What it did so far.
     pub fn report(&self) -> Report {
-        let ms = |ns: u64| crate::report::millis(Duration::from_nanos(ns));
+        let ms = |ns: u64| millis(Duration::from_nanos(ns));
         let step = |(step, us): &(String, u64)| GuestStep {
             step: step.clone(),
-            ms: crate::report::millis(Duration::from_micros(*us)),
+            ms: millis(Duration::from_micros(*us)),
         };
+        let timeline = lock(&self.timeline);
         Report {
             release: self.ready.release.clone(),
-            phases: lock(&self.timeline).phases(),
+            phases: timeline.phases(),
+            timings: timeline.spans(),
             guest_boot: Some(GuestBoot {
                 agent_started_ms: ms(self.ready.started_ns),
                 agent_ready_ms: ms(self.ready.ready_ns),
@@ -271,6 +295,7 @@ impl Booted {
         let options = StartOptions { log_dir: run_dir.path().to_owned(), deadline };
         let handle =
             prepared.hypervisor.start(&prepared.config, options).map_err(Error::Hypervisor)?;
+        timeline.note("hypervisor's start", since);
         started(&handle);
         let starting = Starting { handle: &handle, timeout: prepared.boot_timeout, since };
         let channel = handle.take_agent_channel().ok_or_else(|| starting.lost(Lost::Closed))?;
@@ -316,6 +341,7 @@ impl Starting<'_> {
                 None => self.check_time()?,
             }
         };
+        timeline.guest_ready(&ready);
         let came_up = self.handle.serial().position();
         // Made only now: it tells the time.
         let setup = HostMessage::Setup(Box::new(prepared.fresh_setup()));
@@ -324,6 +350,9 @@ impl Starting<'_> {
         prepared.progress.phase(Phase::Setup.name());
         let deadline = self.since.checked_add(self.timeout);
         let setup = connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
+        if let Some(Ok(setup)) = &setup {
+            timeline.guest_set_up(setup);
+        }
         timeline.end(Phase::Setup);
         match setup {
             Some(Ok(setup)) => Ok((ready, setup, came_up)),

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
 use vmlab_wire::message::{
-    Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
+    BootLog, Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
 };
 use vmlab_wire::{
     Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
@@ -54,6 +54,7 @@ struct State {
     queue: VecDeque<Vec<u8>>,
     ready: Option<Ready>,
     setup: Option<Result<SetupReport, Failure>>,
+    boot_log: Option<BootLog>,
     powering_off: bool,
     processes: HashMap<ProcessId, Process>,
     next_process: u32,
@@ -140,6 +141,11 @@ impl Connection {
         deadline: Option<Instant>,
     ) -> Result<Option<Result<SetupReport, Failure>>, Lost> {
         self.wait_for(deadline, |state| state.setup.clone())
+    }
+
+    /// Waits for what the kernel's log says of the boot.
+    pub(crate) fn wait_boot_log(&self, deadline: Option<Instant>) -> Result<Option<BootLog>, Lost> {
+        self.wait_for(deadline, |state| state.boot_log.clone())
     }
 
     /// Waits until the agent says that the machine may be cut off.
@@ -394,6 +400,7 @@ impl State {
                 GuestMessage::Ready(ready) => _ = self.ready.get_or_insert(ready),
                 GuestMessage::SetupDone(report) => _ = self.setup.get_or_insert(Ok(report)),
                 GuestMessage::SetupFailed(failure) => _ = self.setup.get_or_insert(Err(failure)),
+                GuestMessage::BootLog(log) => _ = self.boot_log.get_or_insert(log),
                 GuestMessage::PoweringOff => self.powering_off = true,
                 GuestMessage::Warning(text) => {
                     if self.warnings.len() < MAX_WARNINGS {
