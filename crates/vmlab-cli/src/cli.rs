@@ -157,6 +157,9 @@ pub(crate) struct VmArgs {
     /// Write a report of the run as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
+    /// Print where the time went, on the host and in the guest, as a list on stderr, and draw it
+    #[arg(long, value_name = "FILE.svg", num_args = 0..=1, require_equals = true)]
+    pub(crate) timings: Option<Option<PathBuf>>,
     /// Print what would be run, as JSON and as QEMU's command line, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -24,7 +24,14 @@ pub(crate) struct Request {
     pub(crate) terminal: bool,
     pub(crate) verbosity: Verbosity,
     pub(crate) json: Option<PathBuf>,
+    pub(crate) timings: Option<Timings>,
     pub(crate) dry_run: bool,
+}
+
+/// Where the times of runs are shown, beside stderr.
+#[derive(Debug)]
+pub(crate) struct Timings {
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// How much vmlab says of itself.
@@ -71,7 +78,9 @@ fn request(args: VmArgs, command: Vec<OsString>, terminal: bool) -> Result<Reque
         _ => Verbosity::Normal,
     };
     let (json, dry_run) = (args.json.clone(), args.dry_run);
-    Ok(Request { kernels, vm: builder(args)?, command, terminal, verbosity, json, dry_run })
+    let timings = args.timings.clone().map(|svg| Timings { svg });
+    let vm = builder(args)?;
+    Ok(Request { kernels, vm, command, terminal, verbosity, json, timings, dry_run })
 }
 
 fn builder(args: VmArgs) -> Result<VmBuilder> {
