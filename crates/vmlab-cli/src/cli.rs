@@ -103,6 +103,10 @@ pub(crate) struct VmArgs {
     /// Board; the one that boots fastest unless given
     #[arg(long, value_enum)]
     pub(crate) machine: Option<MachineArg>,
+    /// Boot faster at the price of less: no mitigations of CPU faults, no clearing of the kernel's memory,
+    /// no jitter entropy, no messages of the boot on the console
+    #[arg(long)]
+    pub(crate) fast: bool,
     /// Add to the kernel's command line
     #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
     pub(crate) append: Vec<String>,

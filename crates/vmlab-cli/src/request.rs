@@ -109,6 +109,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         .sandbox(!args.no_sandbox)
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
+        .fast(args.fast)
         .hostname(args.hostname)
         .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
     vm = match (args.cpus.as_deref(), args.topology.as_deref()) {

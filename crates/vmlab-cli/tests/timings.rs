@@ -1,9 +1,9 @@
-//! Where the time of a run went.
+//! Where the time of a run went, and boots that are faster at the price of something.
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
 mod common;
 
-use common::{CLOUD, Outcome, Site, kernel};
+use common::{CLOUD, DEBIAN_6_12, Outcome, Site, kernel};
 use serde_json::Value;
 
 /// A line of the list: where it begins, in milliseconds, who spent the time, and on what.
@@ -74,7 +74,7 @@ fn the_phases_of_host_kernel_and_agent_are_in_one_list() {
         let phases = ["kernel", "prepare", "boot", "setup", "run", "stop"];
         assert_eq!(of("host", 0), phases, "{title}");
         assert!(of("host", 1).contains(&"hypervisor's start"), "{title}");
-        assert_eq!(of("kernel", 1), ["firmware, early kernel", "kernel"], "{title}");
+        assert_eq!(of("kernel", 1), ["before the kernel's clock", "kernel"], "{title}");
         // Every milestone of the boot was found in this kernel's log.
         let parts = [
             "memory map, firmware tables",
@@ -167,4 +167,48 @@ fn a_place_that_cannot_be_drawn_in_costs_no_run() {
     let outcome = site.run(&["--timings"], ["touch", "made"]).output();
     outcome.expect_code(0);
     assert!(site.cwd().join("made").exists());
+}
+
+#[test]
+fn fast_is_what_it_is_said_to_be_and_nothing_without_it() {
+    let site = Site::new();
+    let script = "cat /proc/cmdline /sys/devices/system/cpu/vulnerabilities/spectre_v2
+        grep -c jitterentropy /proc/crypto; dmesg | grep auto-init";
+    let usual = site.sh(&[], script).output().expect_code(0).stdout_text();
+    let fast = site.sh(&["--fast", "--append", "last=1"], script).output();
+    let console = std::fs::read_to_string(newest_console(&site)).unwrap();
+    let fast = fast.expect_code(0).stdout_text();
+    for (text, in_fast) in [
+        ("mitigations=off", true),
+        ("Vulnerable", true),
+        ("heap alloc:off", true),
+        ("Mitigation:", false),
+        ("heap alloc:on", false),
+    ] {
+        assert_eq!(
+            (fast.contains(text), usual.contains(text)),
+            (in_fast, !in_fast),
+            "{text}: {fast}\n{usual}"
+        );
+    }
+    assert!(fast.lines().any(|line| line == "0"), "{fast}");
+    assert!(!usual.lines().any(|line| line == "0"), "{usual}");
+    assert!(
+        fast.lines().next().unwrap().ends_with(" last=1"),
+        "the user has the last word: {fast}"
+    );
+    assert!(!console.contains("Linux version"), "{console}");
+    // What a person wants to see is not kept back.
+    let verbose = ["run", "-v", "--fast", "-k", kernel(DEBIAN_6_12), "--", "true"];
+    site.vmlab(verbose).output().expect_code(0).expect_stderr(&["Linux version"]);
+    // And a panic is whole.
+    let panics = site.run(&["--fast", "--append", "rdinit=/no-such-init"], ["true"]).output();
+    panics.expect_code(123).expect_stderr(&["Kernel panic - not syncing", "Call Trace"]);
+}
+
+/// The console's log of the site's newest run.
+fn newest_console(site: &Site) -> std::path::PathBuf {
+    let runs = site.state().join("vmlab/runs").read_dir().unwrap();
+    let runs = runs.map(|run| run.unwrap().path().join("console.log"));
+    runs.max_by_key(|log| log.metadata().unwrap().modified().unwrap()).unwrap()
 }

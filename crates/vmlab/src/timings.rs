@@ -136,7 +136,7 @@ impl Timeline {
         self.guest_zero_ms = Some(zero);
         let loaded = self.inner.last().map_or(begun, Span::end_ms).min(zero);
         let (started, up) = (clock.at(ready.started_ns), clock.at(ready.ready_ns));
-        self.inner.push(Span::new(Track::Kernel, "firmware, early kernel", loaded, zero));
+        self.inner.push(Span::new(Track::Kernel, "before the kernel's clock", loaded, zero));
         self.inner.push(Span::new(Track::Kernel, "kernel", zero, started));
         let mut agent = Span::new(Track::Agent, "agent", started, up);
         agent.spans = clock.spans(&ready.steps);
@@ -274,7 +274,7 @@ mod tests {
         let step = find(&spans, "modules");
         assert!((step.start_ms - kernel.end_ms() - 10.0).abs() < 0.01, "{step:?}");
         assert!((step.ms - 40.0).abs() < 0.01, "{step:?}");
-        let before = find(&spans, "firmware, early kernel");
+        let before = find(&spans, "before the kernel's clock");
         assert!(before.start_ms == 0.0 && (before.end_ms() - kernel.start_ms).abs() < 0.01);
         let depths: Vec<_> = spans[0].flat().iter().map(|(d, s)| (*d, s.name.clone())).collect();
         let depths: Vec<_> = depths.iter().map(|(d, name)| (*d, name.as_str())).collect();
