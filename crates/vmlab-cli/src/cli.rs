@@ -104,7 +104,7 @@ pub(crate) struct VmArgs {
     #[arg(long, value_enum)]
     pub(crate) machine: Option<MachineArg>,
     /// Boot faster at the price of less: no mitigations of CPU faults, no clearing of the kernel's memory,
-    /// no jitter entropy, no messages of the boot on the console
+    /// no jitter entropy
     #[arg(long)]
     pub(crate) fast: bool,
     /// Add to the kernel's command line

@@ -352,9 +352,6 @@ impl VmBuilder {
         }
         if self.fast {
             arguments.extend(FAST.iter().map(|&arg| arg.to_owned()));
-            if !self.full_console && !arguments.iter().any(|arg| arg == "quiet") {
-                arguments.push("quiet".to_owned());
-            }
         }
         arguments.extend(self.append.iter().cloned());
         let since = Instant::now();
