@@ -209,3 +209,32 @@ fn newest_console(site: &Site) -> std::path::PathBuf {
     let runs = runs.map(|run| run.unwrap().path().join("console.log"));
     runs.max_by_key(|log| log.metadata().unwrap().modified().unwrap()).unwrap()
 }
+
+#[test]
+fn several_cpus_load_modules_after_what_they_need() {
+    let site = Site::new();
+    let options = ["-m", "512M", "-c", "2", "--json", "report.json"];
+    site.run_with(CLOUD[1], &options, ["true"]).output().expect_code(0);
+    let text = std::fs::read(site.cwd().join("report.json")).unwrap();
+    let json: Value = serde_json::from_slice(&text).unwrap();
+    let boot = json["runs"][0]["report"]["timings"][2]["spans"].as_array().unwrap();
+    let named = |spans: &[Value], name: &str| -> Value {
+        spans.iter().find(|span| span["name"] == name).unwrap_or_else(|| panic!("{name}")).clone()
+    };
+    let agent = named(boot, "agent");
+    let modules = named(agent["spans"].as_array().unwrap(), "modules");
+    let times = |module: &str| {
+        let span = named(modules["spans"].as_array().unwrap(), module);
+        let start = span["start_ms"].as_f64().unwrap();
+        (start, start + span["ms"].as_f64().unwrap())
+    };
+    for (module, needed) in [
+        ("virtio", "virtio_ring"),
+        ("virtio_pci", "virtio"),
+        ("virtio_pci", "virtio_pci_modern_dev"),
+        ("virtiofs", "fuse"),
+        ("virtio_console", "virtio"),
+    ] {
+        assert!(times(module).0 >= times(needed).1 - 0.01, "{module} before {needed}: {modules}");
+    }
+}
