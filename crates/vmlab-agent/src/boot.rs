@@ -1,8 +1,6 @@
 //! From the kernel's start of PID 1 to the session with the host.
 
-use std::ffi::CString;
 use std::fs;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,13 +9,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink};
-use rustix::system::finit_module;
 use rustix::termios::{ControlModes, OptionalActions, tcgetattr, tcsetattr};
 use vmlab_wire::message::Ready;
 
 use crate::session::{Role, Session};
 use crate::setup::Devices;
-use crate::{kmsg, power, sys};
+use crate::{kmsg, modules, power, sys};
 
 /// The name of the virtio-serial port that leads to the host.
 const PORT_NAME: &str = "vmlab";
@@ -43,12 +40,20 @@ pub(crate) fn run(started_ns: u64) -> ExitCode {
 }
 
 fn boot(started_ns: u64) -> Result<(), String> {
+    let mut since = started_ns;
+    let mut steps = Vec::new();
+    let mut done = |name: &str| {
+        let now = sys::monotonic_ns();
+        steps.push((name.to_owned(), std::mem::replace(&mut since, now), now));
+    };
     mount_early()?;
     sys::reserve_stdio().map_err(|e| format!("opening /dev/null: {e}"))?;
     // The kernel would kill this process first: it has no parent to blame.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let events = uevents().map_err(|e| format!("listening for devices: {e}"))?;
-    let trouble = load_modules();
+    done("first mounts");
+    let (modules, trouble) = modules::load();
+    done("modules");
     let with_trouble = |why: String| match trouble.as_slice() {
         [] => why,
         trouble => format!("{why}; before that: {}", trouble.join("; ")),
@@ -59,8 +64,10 @@ fn boot(started_ns: u64) -> Result<(), String> {
     drop(events);
     let mut session = Session::new(Role::Init, fd).map_err(|e| format!("starting: {e}"))?;
     session.note_trouble(trouble);
+    done("channel to the host");
     let for_snapshot = command_line.split_whitespace().any(|word| word == SNAPSHOT);
     session.begin_setup(for_snapshot);
+    done("kernel's filesystems");
     let devices = match for_snapshot {
         true => Devices::find(),
         false => Devices::default(),
@@ -68,7 +75,8 @@ fn boot(started_ns: u64) -> Result<(), String> {
     let revivable = devices.count();
     session.keep_devices(devices);
     let ready_ns = sys::monotonic_ns();
-    let over = session.run(Ready { release: release(), started_ns, ready_ns, revivable });
+    let release = release();
+    let over = session.run(Ready { release, started_ns, ready_ns, steps, modules, revivable });
     session.end(&over);
     Ok(())
 }
@@ -100,37 +108,6 @@ fn uevents() -> rustix::io::Result<OwnedFd> {
     )?;
     rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, 1))?;
     Ok(socket)
-}
-
-/// Loads the modules of the initramfs in their order. Returns what went wrong, which matters only
-/// when something that is needed is then missing.
-fn load_modules() -> Vec<String> {
-    let list = match fs::read_to_string("/modules/list") {
-        Ok(list) => list,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Vec::new(),
-        Err(e) => return vec![format!("reading /modules/list: {e}")],
-    };
-    list.lines()
-        .filter(|line| !line.is_empty())
-        .filter_map(|line| load_module(line).err())
-        .collect()
-}
-
-fn load_module(line: &str) -> Result<(), String> {
-    let (name, parameters) = line.split_once(' ').unwrap_or((line, ""));
-    let path = format!("/modules/{name}");
-    let parameters = CString::new(parameters).map_err(|e| format!("{path}: {e}"))?;
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(&path, flags, Mode::empty())
-        .map_err(|e| format!("opening module {path}: {e}"))?;
-    match finit_module(&file, &parameters, 0) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
-        // What the kernel says for a symbol that no loaded module has.
-        Err(Errno::NOENT) => {
-            Err(format!("loading module {path}: a module that it needs is missing"))
-        }
-        Err(e) => Err(format!("loading module {path}: {e}")),
-    }
 }
 
 /// Opens the channel that the kernel's command line names, `vmlab.channel=`.

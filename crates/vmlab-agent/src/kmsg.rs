@@ -5,18 +5,27 @@ use std::io::Write;
 /// Log level that reaches the console even with `quiet`.
 const ERROR: u8 = 3;
 
+/// Log level that does not.
+const DEBUG: u8 = 7;
+
 /// Writes a line to the kernel's log, as an error so that the console shows it.
 pub(crate) fn error(message: &str) {
-    // One write is one record, and a record ends at its first newline.
-    let line = format!("<{ERROR}>vmlab-agent: {}\n", message.replace('\n', " | "));
-    let written = std::fs::OpenOptions::new()
-        .write(true)
-        .open("/dev/kmsg")
-        .and_then(|mut kmsg| kmsg.write_all(line.as_bytes()));
-    if written.is_err() {
+    if write(ERROR, message).is_err() {
         // Nobody is left to tell when stderr fails as well.
-        let _ = std::io::stderr().write_all(&line.as_bytes()[3..]);
+        let _ = writeln!(std::io::stderr(), "vmlab-agent: {message}");
     }
+}
+
+/// Writes a line to the kernel's log only. It is of no use to anybody but this program.
+pub(crate) fn debug(message: &str) {
+    let _ = write(DEBUG, message);
+}
+
+fn write(level: u8, message: &str) -> std::io::Result<()> {
+    // One write is one record, and a record ends at its first newline.
+    let line = format!("<{level}>vmlab-agent: {}\n", message.replace('\n', " | "));
+    let mut kmsg = std::fs::OpenOptions::new().write(true).open("/dev/kmsg")?;
+    kmsg.write_all(line.as_bytes())
 }
 
 /// Makes a panic of the agent visible on the console. The process then aborts, and the kernel's own

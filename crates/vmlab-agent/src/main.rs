@@ -5,9 +5,11 @@
 //! which is how everything but the boot is tested without a VM.
 
 mod boot;
+mod boot_log;
 mod channel;
 mod exec;
 mod kmsg;
+mod modules;
 mod power;
 mod session;
 mod setup;

@@ -14,7 +14,7 @@ use vmlab_wire::{Frame, GuestMessage, HostMessage, message};
 use crate::channel::{ChannelError, Inbox, Outbox, Received};
 use crate::exec::Commands;
 use crate::sys::{self, Reap};
-use crate::{kmsg, power, setup};
+use crate::{boot_log, kmsg, power, setup};
 
 const CHANNEL: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -220,6 +220,9 @@ impl Session {
             }
             HostMessage::Signal(process, signal) => self.commands.signal(process, signal),
             HostMessage::Resize(process, size) => self.commands.resize(process, size),
+            HostMessage::BootLog => {
+                self.outbox.message(&GuestMessage::BootLog(boot_log::read()));
+            }
             HostMessage::PowerOff => return Err(Over::PowerOff),
         }
         Ok(())
@@ -300,8 +303,10 @@ fn service(started_ns: u64) -> io::Result<Over> {
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let mut session = Session::new(Role::Service, fd)?;
     let ready_ns = sys::monotonic_ns();
-    let over =
-        session.run(Ready { release: crate::boot::release(), started_ns, ready_ns, revivable: 0 });
+    let release = crate::boot::release();
+    let (steps, modules) = (Vec::new(), Vec::new());
+    let ready = Ready { release, started_ns, ready_ns, steps, modules, revivable: 0 };
+    let over = session.run(ready);
     session.end(&over);
     Ok(over)
 }

@@ -215,6 +215,8 @@ pub struct BootModule<'a> {
     pub content: &'a [u8],
     /// Its parameters, like `foo=1 bar=2`; empty for none.
     pub params: &'a str,
+    /// Neighbours of the same wave may be loaded at once.
+    pub wave: usize,
 }
 
 /// Builds the initramfs of a kernel target, uncompressed, for the guest would have to unpack it at
@@ -222,7 +224,7 @@ pub struct BootModule<'a> {
 ///
 /// It holds the agent as `/init`, empty directories to mount on, `/dev/console` and `/dev/null`, and
 /// the modules as `/modules/NN-NAME.ko` with `/modules/list`: one line a module in load order, the
-/// file's name and, after a space, the parameters.
+/// file's name and, after a space, the parameters. An empty line is between two waves.
 pub fn build_initramfs(
     agent: &[u8],
     modules: &[BootModule<'_>],
@@ -246,6 +248,9 @@ pub fn build_initramfs(
         }
         if module.name.contains(|c: char| c == '/' || c.is_whitespace()) {
             return Err(InitramfsError::BadName { name: module.name.to_owned() });
+        }
+        if index > 0 && modules[index - 1].wave != module.wave {
+            list.push('\n');
         }
         let file = format!("{index:02}-{}.ko", module.name);
         archive.file(&format!("{MODULES_DIR}/{file}"), 0o644, module.content)?;

@@ -182,6 +182,9 @@ pub struct ModuleRef {
     /// It is here because of a soft dependency, or of something that only such a one needs: the
     /// kernel may refuse it (a driver for CPU features that are not there) without harm.
     pub optional: bool,
+    /// Modules of one wave need nothing of each other and may be loaded at once, after all waves with
+    /// lower numbers.
+    pub wave: usize,
 }
 
 /// A kernel's modules, by the index files that depmod and the kernel's build made.
@@ -273,6 +276,7 @@ impl ModuleTree {
             path: self.dir.join(&self.index.modules[step.name].path),
             name: step.name.to_owned(),
             optional: step.optional,
+            wave: step.wave,
         });
         Ok(modules.collect())
     }

@@ -138,6 +138,10 @@ pub(crate) struct VmArgs {
     /// Board; the one that boots fastest unless given
     #[arg(long, value_enum)]
     pub(crate) machine: Option<MachineArg>,
+    /// Boot faster at the price of less: no mitigations of CPU faults, no clearing of the kernel's memory,
+    /// no jitter entropy
+    #[arg(long)]
+    pub(crate) fast: bool,
     /// Add to the kernel's command line
     #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
     pub(crate) append: Vec<String>,
@@ -200,6 +204,9 @@ pub(crate) struct VmArgs {
     /// Write a report of the run as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
+    /// Print where the time went, on the host and in the guest, as a list on stderr, and draw it
+    #[arg(long, value_name = "FILE.svg", num_args = 0..=1, require_equals = true)]
+    pub(crate) timings: Option<Option<PathBuf>>,
     /// Print what would be run, as JSON and as QEMU's command line, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -227,11 +234,11 @@ pub(crate) struct RepeatArgs {
     ///
     /// The command's input is empty, and VMLAB_RUN in its environment is the number of the run, from 1.
     /// What it writes is printed of runs that fail, or of all with -v.
-    #[arg(long, value_name = "N", conflicts_with = "tty")]
+    #[arg(long, value_name = "N", conflicts_with_all = ["tty", "timings"])]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) repeat: Option<u64>,
     /// Run it until it fails, at most as often as --repeat says, and stop there
-    #[arg(long, conflicts_with = "tty")]
+    #[arg(long, conflicts_with_all = ["tty", "timings"])]
     pub(crate) until_failure: bool,
     /// VMs at the same time; as many as the host has CPUs for, unless given
     #[arg(short, long, value_name = "J", requires = "repeated")]

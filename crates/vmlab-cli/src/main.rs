@@ -15,6 +15,7 @@ mod run;
 mod signals;
 mod stdio;
 mod terminal;
+mod timings;
 
 fn main() -> std::process::ExitCode {
     cli::dispatch().into()

@@ -21,6 +21,11 @@ pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "vmlab: {text}");
 }
 
+/// Prints lines for the user as they are.
+pub(crate) fn lines(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
 /// Prints a failure.
 pub(crate) fn error(error: &anyhow::Error) {
     let _ = io::stderr().lock().write_all(explained(error).as_bytes());

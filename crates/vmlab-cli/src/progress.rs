@@ -14,7 +14,7 @@ use crate::stdio::stderr_is_watched;
 const TICK: Duration = Duration::from_millis(100);
 
 /// Phases that every run has and that are over soon.
-const USUAL: &[&str] = &["boot", "setup", "restore"];
+const USUAL: &[&str] = &["boot", "snapshot", "restore", "setup"];
 
 /// A live line on a terminal; plain lines elsewhere.
 #[derive(Debug)]

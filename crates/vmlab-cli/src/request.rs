@@ -27,6 +27,7 @@ pub(crate) struct Request {
     pub(crate) repeat: Option<Repeat>,
     pub(crate) verbosity: Verbosity,
     pub(crate) json: Option<PathBuf>,
+    pub(crate) timings: Option<Timings>,
     pub(crate) dry_run: bool,
 }
 
@@ -40,6 +41,12 @@ pub(crate) struct Repeat {
     pub(crate) jobs: Option<usize>,
     /// What they may need at the same time.
     pub(crate) memory_budget: Option<Bytes>,
+}
+
+/// Where the times of runs are shown, beside stderr.
+#[derive(Debug)]
+pub(crate) struct Timings {
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// How much vmlab says of itself.
@@ -111,8 +118,9 @@ fn request(
         _ => Verbosity::Normal,
     };
     let (json, dry_run) = (args.json.clone(), args.dry_run);
+    let timings = args.timings.clone().map(|svg| Timings { svg });
     let vm = builder(args)?;
-    Ok(Request { kernels, vm, command, terminal, repeat, verbosity, json, dry_run })
+    Ok(Request { kernels, vm, command, terminal, repeat, verbosity, json, timings, dry_run })
 }
 
 fn builder(args: VmArgs) -> Result<VmBuilder> {
@@ -146,6 +154,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         })
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
+        .fast(args.fast)
         .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
     vm = match (args.cpus.as_deref(), args.topology.as_deref()) {
         (Some("host"), _) => {

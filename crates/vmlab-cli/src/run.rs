@@ -21,6 +21,7 @@ use crate::repeat::{self, Numbered, Summary};
 use crate::request::{Request, Verbosity};
 use crate::signals::SignalThread;
 use crate::stdio::unbuffered;
+use crate::timings::{self, Timed};
 
 /// The version of what `--json` writes; it rises when something that was there changes or goes.
 const JSON_VERSION: u32 = 1;
@@ -95,6 +96,12 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
         Some(path) => Some(File::create(path).with_context(|| unwritable(path))?),
         None => None,
     };
+    let svg = request.timings.as_ref().and_then(|timings| timings.svg.as_ref());
+    let svg = match svg {
+        Some(path) => Some((File::create(path).with_context(|| undrawable(path))?, path)),
+        None => None,
+    };
+    let mut timed = Vec::new();
     let signals = SignalThread::start()?;
     let mut input = Input::new(request.kernels.len());
     let mut first_failure = Code::SUCCESS;
@@ -115,6 +122,14 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
         if first_failure == Code::SUCCESS {
             first_failure = code;
         }
+        if request.timings.is_some() {
+            for report in under.outcomes.iter().filter_map(|outcome| outcome.report.as_ref()) {
+                let title = format!("{} ({})", report.release, report.accel.name());
+                let run = Timed { title, spans: report.timings.clone() };
+                output::lines(&timings::list(&run));
+                timed.push(run);
+            }
+        }
         outcomes.extend(under.outcomes);
         summaries.extend(under.summary);
         let enough = repeat.is_some_and(|repeat| repeat.until_failure) && code != Code::SUCCESS;
@@ -127,7 +142,14 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
         let json = serde_json::to_vec_pretty(&outcomes)?;
         file.write_all(&json).with_context(|| unwritable(path))?;
     }
+    if let Some((mut file, path)) = svg {
+        file.write_all(timings::draw(&timed).as_bytes()).with_context(|| undrawable(path))?;
+    }
     Ok(first_failure)
+}
+
+fn undrawable(path: &std::path::Path) -> String {
+    format!("the timings cannot be drawn in {}", path.display())
 }
 
 fn unwritable(path: &std::path::Path) -> String {
@@ -256,6 +278,10 @@ fn to_the_end(
 ) -> Result<ExitStatus> {
     let status = execute(request, vm, signals, input.next());
     signals.command_ended();
+    if request.timings.is_some() {
+        // A guest that has ended is reported below.
+        let _ = vm.read_boot_log();
+    }
     let stopped = vm.shutdown();
     for warning in vm.take_warnings() {
         display.note(&format!("warning from the guest: {warning}"));

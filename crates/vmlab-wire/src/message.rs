@@ -44,6 +44,8 @@ pub enum HostMessage {
     Resize(ProcessId, TerminalSize),
     /// End everything, sync and power off.
     PowerOff,
+    /// Say what the kernel's log has of its boot. Answered by `BootLog`.
+    BootLog,
 }
 
 /// What the agent tells the host.
@@ -68,6 +70,8 @@ pub enum GuestMessage {
     /// The answer to `PowerOff`: all processes are gone, all writable filesystems are in sync, and the
     /// machine may be cut off. The last message.
     PoweringOff,
+    /// The answer to `BootLog`.
+    BootLog(BootLog),
 }
 
 /// What a freshly booted agent knows.
@@ -81,6 +85,18 @@ pub struct Ready {
     pub ready_ns: u64,
     /// How many virtio-fs devices it can go on with when others have come in their places.
     pub revivable: u32,
+    /// What was done between these two, with beginning and end on the same clock.
+    pub steps: Vec<(String, u64, u64)>,
+    /// The same of each module that was loaded. These may overlap.
+    pub modules: Vec<(String, u64, u64)>,
+}
+
+/// What the kernel's log says of its boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootLog {
+    /// Parts of the boot in order, each with the time of its first message: nanoseconds on the clock of
+    /// [`Ready`].
+    pub parts: Vec<(String, u64)>,
 }
 
 /// How to make the guest ready for commands.

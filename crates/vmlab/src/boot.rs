@@ -413,7 +413,7 @@ fn initramfs(
     }
 
     let mut sources = Sources::default();
-    let mut key = ContentKey::new("initramfs-2").field("agent", AGENT_SHA256);
+    let mut key = ContentKey::new("initramfs-3").field("agent", AGENT_SHA256);
     let mut closure: Vec<ModuleRef> = Vec::new();
     let mut tree = None;
     if let Some((dir, wanted)) = modules {
@@ -437,7 +437,12 @@ fn initramfs(
         let list: Vec<BootModule<'_>> = closure
             .iter()
             .zip(&contents)
-            .map(|(module, content)| BootModule { name: &module.name, content, params: "" })
+            .map(|(module, content)| BootModule {
+                name: &module.name,
+                content,
+                params: "",
+                wave: module.wave,
+            })
             .collect();
         let archive = build_initramfs(AGENT, &list)?;
         write_sealed(dir, INITRAMFS_FILE, &archive)

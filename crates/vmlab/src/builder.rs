@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
@@ -19,13 +19,14 @@ use crate::config::{
 use crate::guest::Environment;
 use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
 use crate::random;
-use crate::report::{Phase, Report, Timeline};
+use crate::report::{Phase, Report};
 use crate::rootfs::{Identity, guest_bytes};
 use crate::runs::RunDir;
 use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::snapshot::SnapshotMode;
 use crate::start::Devices;
+use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
@@ -40,6 +41,10 @@ const USER_NETWORK: Network =
 
 /// How much entropy a guest is given before anything runs in it, in bytes.
 const ENTROPY: usize = 64;
+
+/// What [`VmBuilder::fast`] tells the kernel. Each changes something that a command could notice, and each
+/// was measured to save time; `docs/boot.md` says what.
+const FAST: [&str; 3] = ["mitigations=off", "init_on_alloc=0", "initcall_blacklist=jent_mod_init"];
 
 /// How the guest's root can be written to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -92,6 +97,7 @@ pub struct VmBuilder {
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
+    fast: bool,
     qemu_args: Vec<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
@@ -127,6 +133,7 @@ impl Default for VmBuilder {
             hostname: None,
             append: Vec::new(),
             full_console: false,
+            fast: false,
             qemu_args: Vec::new(),
             modules: Vec::new(),
             environment: None,
@@ -246,6 +253,13 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the guest boots faster at the price of what some commands could notice; it does not unless
+    /// set. What changes is in `docs/boot.md`.
+    pub fn fast(mut self, fast: bool) -> Self {
+        self.fast = fast;
+        self
+    }
+
     /// Adds an argument for QEMU, as it is.
     pub fn qemu_arg(mut self, argument: impl Into<String>) -> Self {
         self.qemu_args.push(argument.into());
@@ -335,13 +349,20 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel);
+        let since = Instant::now();
         let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, &cache)?;
+        timeline.note("proof of KVM", since);
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         if accel == Accel::Kvm && !self.full_console {
             arguments.push("quiet".to_owned());
         }
+        if self.fast {
+            arguments.extend(FAST.iter().map(|&arg| arg.to_owned()));
+        }
         arguments.extend(self.append.iter().cloned());
+        let since = Instant::now();
         let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
+        timeline.note("boot image and initramfs", since);
         let machine =
             self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
         let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
@@ -602,6 +623,7 @@ impl PreparedVm {
             memory: self.config.memory,
             cpus: self.config.topology.cpus().unwrap_or(0),
             phases: self.timeline.phases(),
+            timings: self.timeline.spans(),
             guest_boot: None,
             setup_steps: Vec::new(),
             exit_reason: None,

@@ -34,6 +34,7 @@ mod share;
 pub mod snapshot;
 mod start;
 mod sync;
+pub mod timings;
 mod tsc;
 pub mod units;
 mod vm;

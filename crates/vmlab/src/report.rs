@@ -1,13 +1,14 @@
 //! What a run did and how long it took, for machines to read.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::Error;
 use crate::config::{Accel, Machine};
 use crate::hypervisor::ExitReason;
+use crate::timings::{Span, Track, millis};
 use crate::units::Bytes;
 
 /// A part of a run.
@@ -58,40 +59,6 @@ pub struct PhaseTime {
     pub ms: f64,
 }
 
-/// Collects the times of phases that follow each other.
-#[derive(Debug, Clone)]
-pub(crate) struct Timeline {
-    phases: Vec<PhaseTime>,
-    since: Instant,
-}
-
-impl Timeline {
-    pub(crate) fn start() -> Self {
-        Self { phases: Vec::new(), since: Instant::now() }
-    }
-
-    /// The same phases, with what follows counted from now on.
-    pub(crate) fn resumed(&self) -> Self {
-        Self { phases: self.phases.clone(), since: Instant::now() }
-    }
-
-    /// Everything since the last call was this phase.
-    pub(crate) fn end(&mut self, phase: Phase) {
-        let now = Instant::now();
-        self.phases.push(PhaseTime { phase, ms: millis(now - self.since) });
-        self.since = now;
-    }
-
-    pub(crate) fn phases(&self) -> Vec<PhaseTime> {
-        self.phases.clone()
-    }
-}
-
-/// Milliseconds, to a microsecond.
-pub(crate) fn millis(duration: Duration) -> f64 {
-    duration.as_micros() as f64 / 1000.0
-}
-
 /// Times on the guest kernel's own clock, in milliseconds since it started.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct GuestBoot {
@@ -129,6 +96,8 @@ pub struct Report {
     pub cpus: u32,
     /// The phases so far, in order.
     pub phases: Vec<PhaseTime>,
+    /// The same with what they consisted of, on the host, in the guest's kernel and in its agent.
+    pub timings: Vec<Span>,
     /// How the guest came up, once it has.
     pub guest_boot: Option<GuestBoot>,
     /// What the guest's set-up consisted of.
@@ -143,6 +112,8 @@ impl Report {
     /// Adds what a failed start came to.
     pub fn failed(&mut self, phase: Phase, after: Duration, error: &Error) {
         self.phases.push(PhaseTime { phase, ms: millis(after) });
+        let start_ms = self.timings.last().map_or(0.0, Span::end_ms);
+        self.timings.push(Span::of(Track::Host, phase.name(), start_ms, millis(after)));
         self.exit_reason = error.exit_reason().cloned();
         self.console_log = error.evidence().map(|evidence| evidence.log.clone());
     }

@@ -16,9 +16,10 @@ use crate::config::{Accel, NetworkMode, VmConfig};
 use crate::error::ErrorClass;
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
-use crate::report::{Phase, Timeline};
+use crate::report::Phase;
 use crate::runs::RunDir;
 use crate::snapshot::{Place, SnapshotMode};
+use crate::timings::Timeline;
 use crate::vm::{evidence, lost_error};
 
 /// How long a guest that damaged itself before its agent was up is given to come up all the same.
@@ -107,8 +108,10 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let config = prepared.to_boot(prepared.config.clone());
         self.boot_twice(|| {
             let run_dir = prepared.run_dir()?;
-            let machine = self.start(&config, Origin::Boot, run_dir.path(), Connection::open)?;
+            let begin = (&config, Origin::Boot, run_dir.path());
+            let machine = self.start(begin, Connection::open, timeline)?;
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
+            timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
             let came_up = machine.handle.serial().position();
             let setup = machine.set_up(None, came_up, timeline);
@@ -157,6 +160,9 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
                         return Ok(None);
                     }
                 };
+            if taken.is_some() {
+                timeline.end(Phase::Snapshot);
+            }
             // This VM is the one that the snapshot was taken of, and goes on in the same memory.
             let snapshot = taken.unwrap_or_else(|| stored.snapshot.clone());
             let config = place.with_all_shares(&prepared.config, snapshot.kept);
@@ -181,19 +187,24 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         config.boot.command_line.push_str(" vmlab.snapshot");
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
-            let origin = Origin::BootForSnapshot;
-            let machine = self.start(&config, origin, run_dir.path(), Connection::listen)?;
-            machine.ready().map_err(|error| machine.failed(error))?;
+            let begin = (&config, Origin::BootForSnapshot, run_dir.path());
+            let machine = self.start(begin, Connection::listen, timeline)?;
+            let ready = machine.ready().map_err(|error| machine.failed(error))?;
+            timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
+            prepared.progress.phase(Phase::Snapshot.name());
+            let since = Instant::now();
             let snapshot = machine.handle.snapshot().map_err(Error::Hypervisor);
             let snapshot = snapshot.map_err(|error| machine.failed(error))?;
             let greeting = machine.connection.greeting();
             let greeting = greeting.ok_or_else(|| machine.failed(machine.lost(Lost::Closed)))?;
+            timeline.note("devices' state", since);
+            let since = Instant::now();
             machine.end();
+            timeline.note("end of the VM that booted", since);
             let kept = greeting.ready.revivable;
             let kept = if kept == snapshot.shares { kept } else { 0 };
             let snapshot = Snapshot { kept, ..snapshot };
-            timeline.end(Phase::Snapshot);
             Ok((snapshot.clone(), greeting, snapshot))
         })
     }
@@ -213,7 +224,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let resume = |socket| Connection::resume(socket, greeting);
         let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
-        let machine = self.start(config, origin, run_dir.path(), resume)?;
+        let machine = self.start((config, origin, run_dir.path()), resume, timeline)?;
         let devices = Some(Devices::of(config, kept));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
@@ -222,15 +233,16 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
 
     fn start(
         &self,
-        config: &VmConfig,
-        origin: Origin,
-        log_dir: &Path,
+        (config, origin, log_dir): (&VmConfig, Origin, &Path),
         connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
+        timeline: &mut Timeline,
     ) -> Result<Machine<'_>, StartFailure> {
         let prepared = self.prepared;
         let since = Instant::now();
-        let options = StartOptions { log_dir: log_dir.to_owned(), deadline: self.deadline, origin };
+        let (log_dir, deadline) = (log_dir.to_owned(), self.deadline);
+        let options = StartOptions { log_dir, deadline, origin, vms: prepared.vms };
         let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
+        timeline.note("hypervisor's start", since);
         (self.started)(&handle);
         let channel =
             handle.take_agent_channel().ok_or_else(|| lost_error(&handle, Lost::Closed, None))?;
@@ -307,6 +319,9 @@ impl Machine<'_> {
         self.prepared.progress.phase(Phase::Setup.name());
         let deadline = self.since.checked_add(self.prepared.boot_timeout);
         let setup = self.connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
+        if let Some((Ok(setup), _)) = &setup {
+            timeline.guest_set_up(setup);
+        }
         timeline.end(Phase::Setup);
         match setup {
             Some((Ok(setup), came)) => {

@@ -14,16 +14,20 @@ use crate::config::VmConfig;
 use crate::error::Evidence;
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
-use crate::report::{GuestBoot, GuestStep, Phase, Report, Timeline};
+use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};
 use crate::sync::lock;
+use crate::timings::{Timeline, millis};
 
 /// How long the hypervisor may take to end after it closed the channel to the agent.
 const END_TIME: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to end its processes and write everything back.
 const STOP_TIME: Duration = Duration::from_secs(30);
+
+/// How long the guest may take to read its kernel's log. Without it, timings say less.
+const BOOT_LOG_TIME: Duration = Duration::from_secs(5);
 
 /// Lines of the console that are shown with a failure.
 const SHOWN_LINES: usize = 30;
@@ -144,6 +148,24 @@ impl Vm {
         self.connection.take_warnings()
     }
 
+    /// Asks the guest what its kernel's log says of the boot, for the [`timings`](Report::timings) of the
+    /// report. That costs some time, so it is best done when all else is.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    pub fn read_boot_log(&self) -> Result<(), Error> {
+        let since = Instant::now();
+        // The message is short, so the only failure is that the VM has ended, which is found below.
+        let _ = self.connection.send(&HostMessage::BootLog);
+        let log = self.connection.wait_boot_log(Some(since + BOOT_LOG_TIME));
+        let mut timeline = lock(&self.timeline);
+        timeline.note("kernel's log", since);
+        if let Some(log) = log.map_err(|lost| self.lost(lost))? {
+            timeline.boot_log(&log);
+        }
+        Ok(())
+    }
+
     /// Ends all commands, writes everything back and ends the VM.
     ///
     /// # Errors
@@ -174,14 +196,16 @@ impl Vm {
 
     /// What it did so far.
     pub fn report(&self) -> Report {
-        let ms = |ns: u64| crate::report::millis(Duration::from_nanos(ns));
+        let ms = |ns: u64| millis(Duration::from_nanos(ns));
         let step = |(step, us): &(String, u64)| GuestStep {
             step: step.clone(),
-            ms: crate::report::millis(Duration::from_micros(*us)),
+            ms: millis(Duration::from_micros(*us)),
         };
+        let timeline = lock(&self.timeline);
         Report {
             release: self.ready.release.clone(),
-            phases: lock(&self.timeline).phases(),
+            phases: timeline.phases(),
+            timings: timeline.spans(),
             guest_boot: Some(GuestBoot {
                 agent_started_ms: ms(self.ready.started_ns),
                 agent_ready_ms: ms(self.ready.ready_ns),

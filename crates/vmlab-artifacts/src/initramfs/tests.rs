@@ -123,8 +123,9 @@ fn a_writer_that_fails_is_reported() {
 
 #[test]
 fn the_boot_archive_has_its_layout() {
-    let module = |name, params| BootModule { name, content: b"\x7fELF", params };
-    let modules = [module("virtio", ""), module("9pnet", " "), module("virtio_console", "foo=1")];
+    let module = |name, params, wave| BootModule { name, content: b"\x7fELF", params, wave };
+    let modules =
+        [module("virtio", "", 0), module("9pnet", " ", 0), module("virtio_console", "foo=1", 1)];
     let archive = build_initramfs(b"agent", &modules).unwrap();
     let entries = read(&archive);
     let find = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap();
@@ -139,7 +140,7 @@ fn the_boot_archive_has_its_layout() {
     assert_eq!(find("dev/null").fields[9..11], [1, 3]);
     assert_eq!(
         std::str::from_utf8(&find("modules/list").content).unwrap(),
-        "00-virtio.ko\n01-9pnet.ko\n02-virtio_console.ko foo=1\n"
+        "00-virtio.ko\n01-9pnet.ko\n\n02-virtio_console.ko foo=1\n"
     );
     for line in ["00-virtio.ko", "01-9pnet.ko", "02-virtio_console.ko"] {
         assert_eq!(find(&format!("modules/{line}")).content, b"\x7fELF");
@@ -156,7 +157,7 @@ fn the_boot_archive_has_its_layout() {
 #[test]
 fn modules_that_would_break_the_list_are_refused() {
     for (name, params) in [("a b", ""), ("a\n", ""), ("a/b", ""), ("a", "x=1\ny"), ("a", "x\0")] {
-        let modules = [BootModule { name, content: b"", params }];
+        let modules = [BootModule { name, content: b"", params, wave: 0 }];
         assert!(build_initramfs(b"", &modules).is_err(), "{name:?} {params:?}");
     }
 }

@@ -10,6 +10,8 @@ pub(super) struct Step<'a> {
     pub(super) name: &'a str,
     /// Only soft dependencies lead to it.
     pub(super) optional: bool,
+    /// All that has to be loaded before it has a lower number.
+    pub(super) wave: usize,
 }
 
 /// A dependency that the index does not have.
@@ -19,7 +21,8 @@ pub(super) struct Missing {
     pub(super) needed: String,
 }
 
-/// Orders `roots` and all that they need, dependencies first, each module once.
+/// Orders `roots` and all that they need, dependencies first, each module once: in waves, of which each
+/// needs only what is in those before it.
 ///
 /// A soft dependency is loaded before the module that names it, unless it needs that module itself
 /// or cannot be loaded at all: then it comes last, or not.
@@ -32,11 +35,43 @@ pub(super) fn load_order<'a>(
     for root in roots {
         walk.visit(root);
     }
+    let mut waves = Waves { index, of: HashMap::new() };
+    walk.order.iter().for_each(|module| waves.place(module, 0));
     while let Some(module) = walk.later.pop_front() {
+        let done = walk.order.len();
         walk.visit(module);
+        // It waits for everything so far, and with it what it alone needs.
+        let behind = waves.count();
+        walk.order.iter().skip(done).for_each(|module| waves.place(module, behind));
     }
     let steps = walk.order.into_iter();
-    Ok(steps.map(|name| Step { name, optional: !hard.contains(name) }).collect())
+    let mut steps: Vec<_> = steps
+        .map(|name| Step { name, optional: !hard.contains(name), wave: waves.of[name] })
+        .collect();
+    steps.sort_by_key(|step| step.wave);
+    Ok(steps)
+}
+
+/// The waves of modules that are placed in their load order.
+struct Waves<'a> {
+    index: &'a Index,
+    of: HashMap<&'a str, usize>,
+}
+
+impl<'a> Waves<'a> {
+    /// Places a module behind what it needs or wishes to have, and in no wave before `least`.
+    fn place(&mut self, module: &'a str, least: usize) {
+        let needs = self.index.modules.get(module).into_iter().flat_map(|entry| &entry.needs);
+        let soft = self.index.soft.get(module).into_iter().flat_map(|soft| &soft.before);
+        let wishes = soft.flat_map(|name| self.index.resolve(name));
+        let before = needs.map(String::as_str).chain(wishes);
+        let behind = before.filter_map(|name| self.of.get(name)).map(|wave| wave + 1).max();
+        self.of.insert(module, behind.unwrap_or(0).max(least));
+    }
+
+    fn count(&self) -> usize {
+        self.of.values().max().map_or(0, |last| last + 1)
+    }
 }
 
 /// `roots` and all modules that they cannot be loaded without.

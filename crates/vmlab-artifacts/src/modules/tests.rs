@@ -18,12 +18,14 @@ fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Result<ModuleTree, Module
     (base, tree)
 }
 
-/// The load order for `wanted`, optional modules with a question mark.
+/// The load order for `wanted`, optional modules with a question mark, with bars between the waves.
 fn order(files: &[(&str, &str)], wanted: &[&str]) -> String {
     let (_base, tree) = tree(files);
     let modules = tree.unwrap().closure(wanted).unwrap();
-    let names = modules.iter().map(|m| format!("{}{}", m.name, if m.optional { "?" } else { "" }));
-    names.collect::<Vec<_>>().join(" ")
+    let name = |m: &ModuleRef| format!("{}{}", m.name, if m.optional { "?" } else { "" });
+    let waves = modules.chunk_by(|a, b| a.wave == b.wave);
+    let waves = waves.map(|wave| wave.iter().map(name).collect::<Vec<_>>().join(" "));
+    waves.collect::<Vec<_>>().join(" | ")
 }
 
 const DEP: &str = "\
@@ -89,10 +91,10 @@ fn names_are_found_with_either_dash() {
 
 #[test]
 fn dependencies_come_first_and_once() {
-    assert_eq!(order(&files(), &["9p"]), "netfs 9pnet 9p");
-    assert_eq!(order(&files(), &["9p", "9pnet", "9p", "fs-9p"]), "netfs 9pnet 9p");
-    assert_eq!(order(&files(), &["virtio-pci"]), "virtio_ring virtio virtio_pci");
-    assert_eq!(order(&files(), &["virtio", "9p"]), "virtio_ring virtio netfs 9pnet 9p");
+    assert_eq!(order(&files(), &["9p"]), "netfs | 9pnet | 9p");
+    assert_eq!(order(&files(), &["9p", "9pnet", "9p", "fs-9p"]), "netfs | 9pnet | 9p");
+    assert_eq!(order(&files(), &["virtio-pci"]), "virtio_ring | virtio | virtio_pci");
+    assert_eq!(order(&files(), &["virtio", "9p"]), "virtio_ring netfs | virtio 9pnet | 9p");
     assert_eq!(order(&files(), &["fuse", "fs-fuse", "rng-core"]), "");
     assert_eq!(order(&files(), &["crypto-crc32c"]), "crc32c_intel crc32c_generic");
     assert_eq!(order(&files(), &[]), "");
@@ -130,8 +132,8 @@ fn a_dependency_that_is_built_in_by_now_is_skipped() {
 #[test]
 fn cycles_end() {
     let dep = ("modules.dep", "a.ko: b.ko\nb.ko: c.ko\nc.ko: a.ko\nself.ko: self.ko\n");
-    assert_eq!(order(&[dep], &["a"]), "c b a");
-    assert_eq!(order(&[dep], &["b"]), "a c b");
+    assert_eq!(order(&[dep], &["a"]), "c | b | a");
+    assert_eq!(order(&[dep], &["b"]), "a | c | b");
     assert_eq!(order(&[dep], &["self"]), "self");
 }
 
@@ -149,11 +151,14 @@ fn a_chain_of_any_depth_is_no_problem() {
 fn soft_dependencies_are_loaded_around_their_module() {
     let dep = ("modules.dep", "fs.ko: lib.ko\nlib.ko:\npre-1.ko: base.ko\nbase.ko:\npost.ko:\n");
     let soft = "# comment\nsoftdep fs pre: pre-1 nowhere post: post\nsoftdep lib\njunk\n";
-    assert_eq!(order(&[dep, ("modules.softdep", soft)], &["fs"]), "base? pre_1? lib fs post?");
+    assert_eq!(
+        order(&[dep, ("modules.softdep", soft)], &["fs"]),
+        "base? lib | pre_1? | fs | post?"
+    );
     // What is wanted anyway is not optional.
     assert_eq!(
         order(&[dep, ("modules.softdep", soft)], &["fs", "post", "base"]),
-        "base pre_1? lib fs post"
+        "base lib post | pre_1? | fs"
     );
     // Soft dependencies can be aliases, of modules or of what is built in.
     let files = [
@@ -162,25 +167,25 @@ fn soft_dependencies_are_loaded_around_their_module() {
         ("modules.alias", "alias crypto-a base\nalias crypto-b post\n"),
         ("modules.builtin.modinfo", "post.alias=crypto-b\0"),
     ];
-    assert_eq!(order(&files, &["fs"]), "base? lib fs");
+    assert_eq!(order(&files, &["fs"]), "base? lib | fs");
 }
 
 #[test]
 fn soft_dependencies_never_break_the_hard_ones() {
     // What should come before a module may need that module: then it has to wait.
     let dep = ("modules.dep", "a.ko:\nb.ko: a.ko\nc.ko: b.ko\n");
-    assert_eq!(order(&[dep, ("modules.softdep", "softdep a pre: b\n")], &["a"]), "a b?");
-    assert_eq!(order(&[dep, ("modules.softdep", "softdep a pre: c\n")], &["c"]), "a b c");
+    assert_eq!(order(&[dep, ("modules.softdep", "softdep a pre: b\n")], &["a"]), "a | b?");
+    assert_eq!(order(&[dep, ("modules.softdep", "softdep a pre: c\n")], &["c"]), "a | b | c");
     let each_other = "softdep a pre: b\nsoftdep b pre: a\n";
     let free = ("modules.dep", "a.ko:\nb.ko:\n");
-    assert_eq!(order(&[free, ("modules.softdep", each_other)], &["a"]), "b? a");
+    assert_eq!(order(&[free, ("modules.softdep", each_other)], &["a"]), "b? | a");
     // One that cannot be loaded is left out.
     let broken = ("modules.dep", "a.ko:\nb.ko: gone.ko\n");
     assert_eq!(order(&[broken, ("modules.softdep", "softdep a pre: b post: b\n")], &["a"]), "a");
     // A soft dependency's own soft dependency may need the first module.
     let nested = ("modules.dep", "a.ko:\nb.ko:\nc.ko: a.ko\n");
     let soft = ("modules.softdep", "softdep a pre: b\nsoftdep b pre: c post: c\n");
-    assert_eq!(order(&[nested, soft], &["a"]), "b? a c?");
+    assert_eq!(order(&[nested, soft], &["a"]), "b? | a | c?");
 }
 
 #[test]

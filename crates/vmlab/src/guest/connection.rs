@@ -13,7 +13,7 @@ use std::time::{Instant, SystemTime};
 use serde::{Deserialize, Serialize};
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
 use vmlab_wire::message::{
-    Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
+    BootLog, Exited, Failure, Ready, SetupReport, StartFailure, Stdio, decode, encode,
 };
 use vmlab_wire::{
     Decoder, Frame, FrameKind, GuestMessage, HostMessage, Preamble, ProcessId, ReceiveWindow,
@@ -66,6 +66,7 @@ struct State {
     ready: Option<Ready>,
     setting_up: bool,
     setup: Option<SetupOutcome>,
+    boot_log: Option<BootLog>,
     powering_off: bool,
     processes: HashMap<ProcessId, Process>,
     next_process: u32,
@@ -178,6 +179,11 @@ impl Connection {
         deadline: Option<Instant>,
     ) -> Result<Option<SetupOutcome>, Lost> {
         self.wait_for(deadline, |state| state.setup.clone())
+    }
+
+    /// Waits for what the kernel's log says of the boot.
+    pub(crate) fn wait_boot_log(&self, deadline: Option<Instant>) -> Result<Option<BootLog>, Lost> {
+        self.wait_for(deadline, |state| state.boot_log.clone())
     }
 
     /// Waits until the agent says that the machine may be cut off.
@@ -444,6 +450,7 @@ impl State {
                 GuestMessage::SettingUp => self.setting_up = true,
                 GuestMessage::SetupDone(report) => self.set_up(Ok(report)),
                 GuestMessage::SetupFailed(failure) => self.set_up(Err(failure)),
+                GuestMessage::BootLog(log) => _ = self.boot_log.get_or_insert(log),
                 GuestMessage::PoweringOff => self.powering_off = true,
                 GuestMessage::Warning(text) => {
                     if self.warnings.len() < MAX_WARNINGS {

@@ -51,6 +51,8 @@ fn greeting(seed: u8) -> Greeting {
         release: format!("6.{seed}"),
         started_ns: 1,
         ready_ns: u64::from(seed),
+        steps: Vec::new(),
+        modules: Vec::new(),
         revivable: 0,
     };
     Greeting { ready, warnings: vec!["a warning".to_owned()] }
