@@ -1,10 +1,8 @@
 //! From what a user wants to a VM that is ready to start.
 
-use std::ffi::OsString;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
@@ -14,18 +12,15 @@ use crate::accel::{self, AccelChoice, Chosen};
 use crate::boot::{self, Needs, PreparedKernel};
 use crate::config::{
     Accel, AgentChannel, Caching, Machine, NetworkMode, ShareDevice, ShareTransport, Topology,
-    VmConfig, VmConfigBuilder, share_tag,
+    VmConfigBuilder, share_tag,
 };
 use crate::guest::Environment;
-use crate::hypervisor::{Capabilities, Hypervisor, VmHandle, qemu::Qemu};
-use crate::random;
-use crate::report::{Phase, Report};
+use crate::hypervisor::{Capabilities, Hypervisor, qemu::Qemu};
+use crate::prepared::PreparedVm;
+use crate::report::Phase;
 use crate::rootfs::{Identity, guest_bytes};
-use crate::runs::RunDir;
-use crate::sandbox;
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
 use crate::snapshot::SnapshotMode;
-use crate::start::Devices;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
@@ -38,9 +33,6 @@ pub const BOOT_TIME: Duration = Duration::from_secs(120);
 /// The guest's address in QEMU's user-mode network.
 const USER_NETWORK: Network =
     Network { address: [10, 0, 2, 15], prefix: 24, gateway: [10, 0, 2, 2] };
-
-/// How much entropy a guest is given before anything runs in it, in bytes.
-const ENTROPY: usize = 64;
 
 /// What [`VmBuilder::fast`] tells the kernel. Each changes something that a command could notice, and each
 /// was measured to save time; `docs/boot.md` says what.
@@ -558,144 +550,5 @@ impl MountPlan {
             },
             None => self.add(dir, true, Caching::Fixed),
         }
-    }
-}
-
-/// A VM for which everything is there. It can be cloned and started any number of times, also from several
-/// threads at once.
-#[derive(Clone)]
-pub struct PreparedVm {
-    pub(crate) config: VmConfig,
-    pub(crate) setup: Setup,
-    identity: Identity,
-    pub(crate) kernel: Kernel,
-    pub(crate) environment: Environment,
-    pub(crate) accel_reason: Option<String>,
-    pub(crate) hypervisor: Arc<dyn Hypervisor>,
-    pub(crate) timeout: Option<Duration>,
-    pub(crate) boot_timeout: Duration,
-    pub(crate) snapshots: SnapshotMode,
-    pub(crate) cache: Cache,
-    /// When its time-stamp counter was first read, if the guest has to be told the frequency.
-    tsc: Option<TscPoint>,
-    pub(crate) timeline: Timeline,
-    pub(crate) progress: Arc<dyn Progress + Send>,
-    pub(crate) vms: usize,
-    run_dir: Option<RunDir>,
-}
-
-impl std::fmt::Debug for PreparedVm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PreparedVm").field("config", &self.config).finish_non_exhaustive()
-    }
-}
-
-impl PreparedVm {
-    /// What the hypervisor will be asked to run.
-    pub fn config(&self) -> &VmConfig {
-        &self.config
-    }
-
-    /// The kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
-    }
-
-    /// Why KVM is not used, where it might have been.
-    pub fn accel_reason(&self) -> Option<&str> {
-        self.accel_reason.as_deref()
-    }
-
-    /// How vmlab's own file servers are restricted, if the VM has any.
-    pub fn confinement(&self) -> Option<String> {
-        let served = self.config.served_shares().next().is_some();
-        served.then(|| sandbox::describe(self.config.sandbox))
-    }
-
-    /// What is known of the run before it has begun.
-    pub fn report(&self) -> Report {
-        Report {
-            kernel: self.kernel.spec.clone(),
-            release: self.kernel.release.clone(),
-            accel: self.config.accel,
-            accel_reason: self.accel_reason.clone(),
-            machine: self.config.machine,
-            memory: self.config.memory,
-            cpus: self.config.topology.cpus().unwrap_or(0),
-            phases: self.timeline.phases(),
-            timings: self.timeline.spans(),
-            guest_boot: None,
-            setup_steps: Vec::new(),
-            exit_reason: None,
-            console_log: None,
-        }
-    }
-
-    /// The hypervisor's command line, with stand-ins for descriptors and logs.
-    pub fn command_line(&self) -> Vec<OsString> {
-        self.hypervisor.command_line(&self.to_boot(self.config.clone()))
-    }
-
-    /// Says how many VMs of this process may run at the same time, so that each gets its part of the
-    /// process's open files; one unless set.
-    pub fn one_of(mut self, vms: usize) -> Self {
-        self.vms = vms;
-        self
-    }
-
-    /// Keeps the logs of the VM there; in a new directory unless set.
-    pub fn logs_in(mut self, dir: RunDir) -> Self {
-        self.run_dir = Some(dir);
-        self
-    }
-
-    /// Starts the VM and waits until it is ready for commands.
-    ///
-    /// # Errors
-    /// When the VM does not start, or the guest does not come up.
-    pub fn start(self) -> Result<Vm, Error> {
-        self.start_watched(|_| {})
-    }
-
-    /// As [`start`](Self::start), and gives the machine to `started` as soon as it runs: to watch its
-    /// console, or to end it while it boots. In rare cases a machine is started a second time.
-    ///
-    /// # Errors
-    /// When the VM does not start, or the guest does not come up.
-    pub fn start_watched(self, started: impl Fn(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
-        Vm::start(self, started)
-    }
-
-    pub(crate) fn run_dir(&self) -> Result<RunDir, Error> {
-        self.run_dir.clone().map_or_else(RunDir::create, Ok)
-    }
-
-    /// What a VM has to be given that boots now, as it measures nothing for itself. It is no part of what
-    /// the VM is: measuring gives another number each time.
-    pub(crate) fn to_boot(&self, mut config: VmConfig) -> VmConfig {
-        if let Some(tsc) = self.tsc {
-            let line = &mut config.boot.command_line;
-            // First, so that users can have their own.
-            *line = format!("tsc=reliable tsc_early_khz={} {line}", tsc.khz(&self.cache));
-        }
-        config
-    }
-
-    /// The set-up for a VM, with the present time and random numbers of its own. `devices` are those that it
-    /// did not boot with.
-    pub(crate) fn fresh_setup(&self, devices: Option<Devices>) -> io::Result<Setup> {
-        let (hostname, files) = self.identity.fresh()?;
-        let mut entropy = vec![0; ENTROPY];
-        random::fill(&mut entropy)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Ok(Setup {
-            hostname,
-            files,
-            entropy,
-            revive: devices.map_or(0, |devices| devices.revive),
-            new_devices: devices.is_some_and(|devices| devices.more),
-            clock_ns: now.as_nanos().try_into().unwrap_or(u64::MAX),
-            ..self.setup.clone()
-        })
     }
 }

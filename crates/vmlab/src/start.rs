@@ -11,11 +11,11 @@ use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
-use crate::builder::PreparedVm;
 use crate::config::{Accel, NetworkMode, VmConfig};
 use crate::error::ErrorClass;
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
+use crate::prepared::PreparedVm;
 use crate::report::Phase;
 use crate::runs::RunDir;
 use crate::snapshot::{Place, SnapshotMode};

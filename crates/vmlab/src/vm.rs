@@ -9,11 +9,12 @@ use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Ready, SetupReport};
 
 use crate::Error;
-use crate::builder::{PreparedVm, VmBuilder};
+use crate::builder::VmBuilder;
 use crate::config::VmConfig;
 use crate::error::Evidence;
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
+use crate::prepared::PreparedVm;
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};

@@ -7,6 +7,7 @@ mod memory;
 mod process;
 mod qmp;
 mod reset_kernel;
+mod sockets;
 
 use std::ffi::OsString;
 use std::io::Read;

@@ -15,7 +15,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use vmlab_artifacts::boot_image::BootImage;
@@ -25,11 +24,12 @@ use super::super::{
     ExitReason, HypervisorError, Memory, Origin, SerialConsole, Snapshot, StartOptions, VmHandle,
     VmState,
 };
-use super::command::{Descriptors, arguments, devices, plug_id};
+use super::command::{arguments, devices, plug_id};
 use super::files::FileServers;
 use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
 use super::reset_kernel;
+use super::sockets::{Sockets, inherit};
 use crate::config::VmConfig;
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
@@ -111,53 +111,6 @@ struct Outputs {
 struct Fate {
     asked: Option<ExitReason>,
     reason: Option<ExitReason>,
-}
-
-struct Sockets {
-    console: UnixStream,
-    agent: UnixStream,
-    qmp: UnixStream,
-    /// One for each file server.
-    shares: Vec<UnixStream>,
-    /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
-    state: Option<UnixStream>,
-}
-
-impl Sockets {
-    fn pairs(servers: usize, with_state: bool) -> io::Result<(Self, Self)> {
-        let (console, their_console) = UnixStream::pair()?;
-        let (agent, their_agent) = UnixStream::pair()?;
-        let (qmp, their_qmp) = UnixStream::pair()?;
-        let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
-        let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
-        let (state, their_state) = match with_state.then(UnixStream::pair).transpose()? {
-            Some((ours, theirs)) => (Some(ours), Some(theirs)),
-            None => (None, None),
-        };
-        Ok((
-            Self { console, agent, qmp, shares, state },
-            Self {
-                console: their_console,
-                agent: their_agent,
-                qmp: their_qmp,
-                shares: their_shares,
-                state: their_state,
-            },
-        ))
-    }
-
-    fn descriptors(&self, ram: Option<&Ram>, kernel: Option<&Arc<File>>) -> Descriptors {
-        let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
-        Descriptors {
-            memory: ram.map(|ram| (files(ram), ram.usage)),
-            incoming: self.state.is_some(),
-            reset_kernel: kernel.map(AsRawFd::as_raw_fd),
-            console: self.console.as_raw_fd(),
-            agent: self.agent.as_raw_fd(),
-            qmp: self.qmp.as_raw_fd(),
-            shares: self.shares.iter().map(AsRawFd::as_raw_fd).collect(),
-        }
-    }
 }
 
 fn resource(what: &'static str) -> impl FnOnce(io::Error) -> HypervisorError {
@@ -351,29 +304,6 @@ impl QemuVm {
         }
         qmp.wait_unplugged(self.shares, Instant::now() + UNPLUG_TIME)
     }
-}
-
-/// Lets the child have `sockets` and `files`, and makes it die with the thread that starts it.
-fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<File>>) {
-    let parent = rustix::process::getpid();
-    let prepare = move || {
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The parent may have died before that was set.
-        if rustix::process::getppid() != Some(parent) {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        let more = sockets.shares.iter().chain(&sockets.state);
-        for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
-            fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
-        }
-        for file in &files {
-            fcntl_setfd(file.as_fd(), FdFlags::empty())?;
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec, `prepare` only makes system calls; it neither allocates nor
-    // takes a lock, whatever other threads were doing at the fork.
-    unsafe { command.pre_exec(prepare) };
 }
 
 impl Shared {

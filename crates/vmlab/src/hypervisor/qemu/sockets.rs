@@ -1,0 +1,88 @@
+//! What QEMU inherits: its ends of the connections to this process, and files.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::Signal;
+
+use super::command::Descriptors;
+use super::memory::Ram;
+
+/// Connections between this process and QEMU: one end of each.
+pub(super) struct Sockets {
+    pub(super) console: UnixStream,
+    pub(super) agent: UnixStream,
+    pub(super) qmp: UnixStream,
+    /// One for each file server.
+    pub(super) shares: Vec<UnixStream>,
+    /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
+    pub(super) state: Option<UnixStream>,
+}
+
+impl Sockets {
+    /// Both ends.
+    pub(super) fn pairs(servers: usize, with_state: bool) -> io::Result<(Self, Self)> {
+        let (console, their_console) = UnixStream::pair()?;
+        let (agent, their_agent) = UnixStream::pair()?;
+        let (qmp, their_qmp) = UnixStream::pair()?;
+        let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
+        let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
+        let (state, their_state) = match with_state.then(UnixStream::pair).transpose()? {
+            Some((ours, theirs)) => (Some(ours), Some(theirs)),
+            None => (None, None),
+        };
+        Ok((
+            Self { console, agent, qmp, shares, state },
+            Self {
+                console: their_console,
+                agent: their_agent,
+                qmp: their_qmp,
+                shares: their_shares,
+                state: their_state,
+            },
+        ))
+    }
+
+    /// What QEMU is told of its ends, and of the files that it inherits.
+    pub(super) fn descriptors(&self, ram: Option<&Ram>, kernel: Option<&Arc<File>>) -> Descriptors {
+        let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
+        Descriptors {
+            memory: ram.map(|ram| (files(ram), ram.usage)),
+            incoming: self.state.is_some(),
+            reset_kernel: kernel.map(AsRawFd::as_raw_fd),
+            console: self.console.as_raw_fd(),
+            agent: self.agent.as_raw_fd(),
+            qmp: self.qmp.as_raw_fd(),
+            shares: self.shares.iter().map(AsRawFd::as_raw_fd).collect(),
+        }
+    }
+}
+
+/// Lets the child have `sockets` and `files`, and makes it die with the thread that starts it.
+pub(super) fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<File>>) {
+    let parent = rustix::process::getpid();
+    let prepare = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have died before that was set.
+        if rustix::process::getppid() != Some(parent) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let more = sockets.shares.iter().chain(&sockets.state);
+        for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
+            fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
+        }
+        for file in &files {
+            fcntl_setfd(file.as_fd(), FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec, `prepare` only makes system calls; it neither allocates nor
+    // takes a lock, whatever other threads were doing at the fork.
+    unsafe { command.pre_exec(prepare) };
+}
