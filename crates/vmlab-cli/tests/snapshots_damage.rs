@@ -272,17 +272,19 @@ fn killed(moments: u64, wait: impl Fn(&Cold, u64)) {
 
 #[test]
 fn a_first_run_can_be_killed_at_any_time() {
-    killed(13, |_, moment| std::thread::sleep(Duration::from_millis(moment * 200)));
+    killed(17, |_, moment| std::thread::sleep(Duration::from_millis(moment * 150)));
+}
+
+/// Whether a run has begun to write its snapshot.
+fn writes(cold: &Cold) -> bool {
+    !cold.entries().is_empty() || cold.litter().iter().any(|dir| dir.join("state").exists())
 }
 
 #[test]
 fn a_run_can_be_killed_while_it_writes_the_snapshot() {
-    let writes = |cold: &Cold| {
-        !cold.entries().is_empty() || cold.litter().iter().any(|dir| dir.join("state").exists())
-    };
-    killed(13, |cold, moment| {
+    killed(8, |cold, moment| {
         wait_until(|| writes(cold));
-        std::thread::sleep(Duration::from_millis(moment * 5));
+        std::thread::sleep(Duration::from_millis(moment * 10));
     });
 }
 
@@ -304,9 +306,10 @@ fn a_start_can_be_interrupted_at_any_time() {
         begun.finish().outcome.expect_code(code);
         assert!(asked.elapsed() < SOON, "it took {:?}", asked.elapsed());
         assert_nothing_runs(&cold.site);
-        assert_eq!((cold.entries(), cold.litter()), (vec![], vec![]));
+        assert_eq!(cold.entries(), NONE);
     }
     cold.run(&MEMORY, ["true"]).expect_taken();
+    assert_eq!(cold.litter(), NONE);
     for moment in 0..12 {
         let begun = starting(&cold, &[]);
         std::thread::sleep(Duration::from_millis(moment * 25));
@@ -321,6 +324,26 @@ fn a_start_can_be_interrupted_at_any_time() {
     }
     // None of them took the end for a fault of the snapshot.
     cold.run(&MEMORY, ["true"]).expect_restored();
+}
+
+/// The VM that the snapshot was taken of is gone then, and the one that goes on from it is not there yet.
+#[test]
+fn a_first_run_can_be_interrupted_after_its_boot() {
+    let cold = Cold::new();
+    let there: [fn(&Cold) -> bool; 2] = [writes, |cold| !cold.entries().is_empty()];
+    for there in there {
+        let begun = cold.start(&MEMORY, ["sleep", "1000"]);
+        wait_until(|| there(&cold));
+        let asked = Instant::now();
+        begun.running.signal(Signal::INT);
+        begun.finish().outcome.expect_code(130);
+        assert!(asked.elapsed() < SOON, "it took {:?}", asked.elapsed());
+        assert_nothing_runs(&cold.site);
+        if !cold.entries().is_empty() {
+            cold.run(&MEMORY, ["true"]).expect_restored();
+            std::fs::remove_dir_all(cold.entry()).unwrap();
+        }
+    }
 }
 
 #[test]
