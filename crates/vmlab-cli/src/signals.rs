@@ -59,9 +59,15 @@ impl SignalThread {
         Ok(Self { target, handle, thread: Some(thread) })
     }
 
-    /// From now on, signals that are not forwarded end this VM.
+    /// From now on, signals that are not forwarded end this VM. A run can have one VM after the other, and
+    /// what was to end the last one ends this one, too.
     pub(crate) fn vm(&self, vm: Arc<dyn VmHandle>) {
-        *self.lock() = Target { vm: Some(vm), ..Target::default() };
+        let mut target = self.lock();
+        if target.killed_by.is_some() {
+            drop(target);
+            return vm.kill(ExitReason::Killed);
+        }
+        *target = Target { vm: Some(vm), ..Target::default() };
     }
 
     /// From now on, the first signal ends all these VMs, and the second this process.

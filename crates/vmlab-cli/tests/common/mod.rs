@@ -6,6 +6,7 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "no test file uses all of it")]
 
 pub(crate) mod pty;
+pub(crate) mod snapshots;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};

@@ -276,12 +276,23 @@ impl QemuVm {
     /// Gives a VM that goes on from a snapshot the devices of its run, as soon as it runs. `taken` places had
     /// shares of the snapshot in them, and the first `kept` can have new ones.
     fn plug(&self, config: &VmConfig, (taken, kept): (u32, u32)) -> Result<(), HypervisorError> {
-        if !self.shared.qmp.wait_resumed() {
-            let said = self.wait(None).map(|reason| reason.to_string());
-            return Err(HypervisorError::Refused { said: said.unwrap_or_default() });
+        let qmp = &self.shared.qmp;
+        let plugged = match qmp.wait_resumed() {
+            true => self.plug_in(config, (0..kept).chain(taken..)),
+            false => Ok(()),
+        };
+        if plugged.is_err() {
+            // The failure to write to it is seen before its end is.
+            qmp.wait_closed(Instant::now() + DRAIN_TIME);
         }
-        let places = (0..kept).chain(taken..);
-        self.plug_in(config, places)
+        if !qmp.closed() {
+            return plugged;
+        }
+        match self.wait(None) {
+            Some(ExitReason::MonitorFailed(said)) => Err(HypervisorError::Refused { said }),
+            // Whoever uses the VM finds that it has ended, and why.
+            _ => Ok(()),
+        }
     }
 
     fn plug_in(

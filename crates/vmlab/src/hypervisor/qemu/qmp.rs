@@ -190,6 +190,11 @@ impl Qmp {
         self.lock().paused
     }
 
+    /// Whether QEMU has closed the connection: it has ended.
+    pub(super) fn closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Waits until QEMU has closed the connection, so that no event is missed.
     pub(super) fn wait_closed(&self, deadline: Instant) {
         let mut state = self.lock();
