@@ -82,11 +82,10 @@ fn recovers(ways: &[(&str, Damage)]) {
     let say = ["echo", "here"];
     cold.run(&MEMORY, say).expect_taken().expect_stdout("here\n");
     for (way, damage) in ways {
-        println!("{way}");
         damage(&cold.entry());
         let ran = cold.run(&MEMORY, say);
         ran.expect_stdout("here\n");
-        assert!(ran.has("boot") && ran.has("snapshot"), "{:?}", ran.phases);
+        assert!(ran.has("boot") && ran.has("snapshot"), "{way}: {:?}", ran.phases);
         cold.run(&MEMORY, say).expect_restored().expect_stdout("here\n");
         assert_eq!(cold.litter(), NONE);
     }
