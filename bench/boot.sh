@@ -84,7 +84,16 @@ END
         peers+=(vmtest)
     fi
     if has vng; then
-        command[vng]="vng --disable-kvm --memory ${memory}M --cpus 1 --run $PEER_KERNEL --exec true"
+        # Where no udev runs, it finds no port for the exit status and gives 255; its console says the truth.
+        vng=(vng --disable-kvm --memory "${memory}M" --cpus 1 --run "$PEER_KERNEL")
+        script -qec "${vng[*]} -v --exec true" "$work/vng.console" </dev/null >/dev/null 2>&1 || true
+        grep -q 'script exited with code 0' "$work/vng.console" ||
+            die "vng failed: $(tail -n 5 "$work/vng.console")"
+        # shellcheck disable=SC2016
+        printf '#!/bin/sh\n%s --exec true\ncode=$?\n[ $code -eq 0 ] || [ $code -eq 255 ]\n' \
+            "${vng[*]}" >"$work/vng-true"
+        chmod 755 "$work/vng-true"
+        command[vng]="$work/vng-true"
         peers+=(vng)
     fi
     order+=("${peers[@]}")
@@ -169,6 +178,7 @@ row() {
         "$(awk -v a="$(median <<<"$list")" -v b="$(times "$3" | median)" 'BEGIN { print a / b }')" "$4"
 }
 
+cd "$repo"
 {
     heading
     echo
