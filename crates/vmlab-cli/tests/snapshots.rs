@@ -328,3 +328,31 @@ fn the_console_of_a_restored_run_begins_with_the_boot() {
         assert_eq!(log.matches("from this run").count(), 1);
     }
 }
+
+#[test]
+fn the_cache_lists_verifies_and_clears_snapshots() {
+    let cold = Cold::new();
+    cold.run(&[], ["true"]).expect_taken();
+    let cache = |args: &[&str]| {
+        let dir = cold.site.path().join("cache");
+        cold.site.vmlab([&["cache"], args].concat()).env("VMLAB_CACHE_DIR", dir).output()
+    };
+    let listed = cache(&["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&listed.expect_code(0).stdout).unwrap();
+    let mut entries = listed["entries"].as_array().unwrap().iter();
+    let entry = entries.find(|entry| entry["kind"] == "snapshots").unwrap();
+    assert_eq!(entry["path"], cold.entry().to_str().unwrap());
+    // Holes take no room.
+    let bytes = entry["bytes"].as_u64().unwrap();
+    assert!((10 << 20..500 << 20).contains(&bytes), "{entry}");
+    cache(&["verify", "snapshots"]).expect_stdout("1 entry verified, 0 damaged\n");
+    let memory = cold.entry().join("memory0");
+    let memory = std::fs::File::options().write(true).open(memory).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&memory, b"noise", 20 << 20).unwrap();
+    let found = cache(&["verify", "snapshots"]).expect_code(1).stdout_text();
+    assert!(found.contains("damaged: snapshots/") && found.contains("memory0"), "{found}");
+    let cleared = cache(&["clear", "snapshots"]).expect_code(0).stdout_text();
+    assert!(cleared.contains("snapshots: 1 entry removed, "), "{cleared}");
+    assert_eq!(cold.entries(), NONE);
+    cold.run(&[], ["true"]).expect_taken();
+}
