@@ -46,7 +46,11 @@ impl Cached {
     }
 
     fn run(&self, script: &str) -> Vmlab {
-        self.site.run_with(KERNEL, &[], ["sh", "-c", script]).env("VMLAB_CACHE_DIR", self.dir())
+        // Snapshots have tests of their own.
+        let options = ["--no-snapshot"];
+        self.site
+            .run_with(KERNEL, &options, ["sh", "-c", script])
+            .env("VMLAB_CACHE_DIR", self.dir())
     }
 
     fn list(&self) -> Vec<Value> {

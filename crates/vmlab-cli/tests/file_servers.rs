@@ -106,14 +106,12 @@ fn connection(run: &Running) -> OwnedFd {
     let qemu = run.process.qemu();
     let words = std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap();
     let words = String::from_utf8_lossy(&words).into_owned();
-    let is_share = |word: &&str| word.split(',').any(|part| part.starts_with("tag=share"));
-    let device = words.split('\0').find(is_share);
     let part = |word: &str, key: &str| {
         let found = word.split(',').find_map(|part| part.strip_prefix(key)).map(str::to_owned);
         found.unwrap_or_else(|| panic!("no {key} in {word}"))
     };
-    let id = format!("id={}", part(device.expect("the device"), "chardev="));
-    let socket = words.split('\0').find(|word| word.split(',').any(|part| part == id));
+    // The root's is before it.
+    let socket = words.split('\0').find(|word| word.split(',').any(|part| part == "id=share1"));
     let fd: i32 = part(socket.expect("its socket"), "fd=").parse().unwrap();
     let pidfd = pidfd_open(Pid::from_raw(qemu.pid).unwrap(), PidfdFlags::empty()).unwrap();
     let flags = PidfdGetfdFlags::empty();

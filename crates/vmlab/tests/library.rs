@@ -19,7 +19,7 @@ use vmlab::hypervisor::{
 };
 use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Error, GuestUser, Share, Stdio, Vm, VmBuilder};
+use vmlab::{AccelChoice, Error, GuestUser, Share, SnapshotMode, Stdio, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -61,6 +61,11 @@ fn builder() -> VmBuilder {
     Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg)
 }
 
+/// For a VM that boots in any case.
+fn that_boots() -> VmBuilder {
+    builder().snapshots(SnapshotMode::Never)
+}
+
 /// What a console's subscriber gets, until it has this in it.
 fn wait_for(receiver: &Receiver<Vec<u8>>, wanted: &str) -> String {
     let until = Instant::now() + PATIENCE;
@@ -79,7 +84,7 @@ fn commands_are_run_as_with_std_process() {
     let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let share = Share::new(dir.path().canonicalize().unwrap()).at("/mnt/share");
-    let vm = builder().share(share).share_cwd(false).hostname("library").start().unwrap();
+    let vm = that_boots().share(share).share_cwd(false).hostname("library").start().unwrap();
 
     let output = vm.exec(["uname", "-r"]).unwrap();
     assert!(output.status.success());
@@ -165,7 +170,7 @@ fn commands_are_run_as_with_std_process() {
 #[test]
 fn machines_are_watched_paused_and_killed() {
     let _logs = Logs::new();
-    let vm = builder().share_cwd(false).start().unwrap();
+    let vm = that_boots().share_cwd(false).start().unwrap();
     let console = vm.console().subscribe();
     vm.exec(["sh", "-c", "echo '<1>the marker' > /dev/kmsg"]).unwrap();
     let text = wait_for(&console, "the marker");
@@ -229,10 +234,10 @@ fn guests_that_end_tell_why() {
     let off = reason(&vms[1], "echo 1 > /proc/sys/kernel/sysrq; echo o > /proc/sysrq-trigger; cat");
     assert_eq!(off, ExitReason::Shutdown);
 
-    let late = builder().share_cwd(false).timeout(Duration::from_millis(300)).start();
+    let late = that_boots().share_cwd(false).timeout(Duration::from_millis(300)).start();
     let Err(Error::Ended { reason, booting, .. }) = late else { panic!("{late:?}") };
     assert_eq!((reason, booting), (ExitReason::Timeout, true));
-    let slow = builder().share_cwd(false).boot_timeout(Duration::from_millis(300)).start();
+    let slow = that_boots().share_cwd(false).boot_timeout(Duration::from_millis(300)).start();
     assert!(matches!(slow, Err(Error::BootTimeout { .. })), "{slow:?}");
 }
 
