@@ -17,7 +17,8 @@ fn report(site: &Site) -> Value {
 fn a_report_of_a_run() {
     let site = Site::new();
     let command = ["sh", "-c", "uname -r; exit 3"];
-    let outcome = site.run(&["--json", "report.json", "-m", "512M", "-c", "2"], command).output();
+    let options = ["--no-snapshot", "--json", "report.json", "-m", "512M", "-c", "2"];
+    let outcome = site.run(&options, command).output();
     outcome.expect_code(3);
     assert_eq!(outcome.stderr_text(), "");
     let all = report(&site);
@@ -95,7 +96,8 @@ fn a_dry_run_says_what_would_be_done() {
 #[test]
 fn nothing_but_the_commands_output_is_on_stdout() {
     let site = Site::new();
-    let arguments = ["run", "-v", "-k", kernel(DEBIAN_6_12), "--", "echo", "only this"];
+    let vm = ["run", "-v", "--no-snapshot", "-k", kernel(DEBIAN_6_12)];
+    let arguments = [&vm[..], &["--", "echo", "only this"]].concat();
     let outcome = site.vmlab(arguments).output();
     outcome.expect_code(0);
     assert_eq!(outcome.stdout_text(), "only this\n");

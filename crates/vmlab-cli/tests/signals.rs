@@ -71,8 +71,8 @@ fn the_second_signal_ends_the_vm() {
 
 /// A run that is somewhere in its boot.
 fn booting(site: &Site) -> Running {
-    let arguments = ["run", "-v", "-k", kernel(DEBIAN_6_12), "--", "sleep", "1000"];
-    let run = site.vmlab(arguments).start();
+    let vm = ["run", "-v", "--no-snapshot", "-k", kernel(DEBIAN_6_12)];
+    let run = site.vmlab([&vm[..], &["--", "sleep", "1000"]].concat()).start();
     run.wait_stderr("Linux version ");
     run
 }

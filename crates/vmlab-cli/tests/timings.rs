@@ -57,12 +57,29 @@ fn check_nesting(spans: &[Value]) {
 }
 
 #[test]
+fn a_snapshot_is_taken_and_used_in_phases_of_their_own() {
+    let site = Site::new();
+    let phases = |options: &[&str]| -> Vec<String> {
+        let options = [&["--timings"][..], options].concat();
+        let outcome = site.run(&options, ["true"]).output();
+        outcome.expect_code(0);
+        let of_host = |line: &&Line| line.track == "host" && line.depth == 0;
+        let lists = lists(&outcome);
+        lists[0].1.iter().filter(of_host).map(|line| line.name.clone()).collect()
+    };
+    let restored = ["restore", "setup", "run", "stop"];
+    assert_eq!(phases(&["--cold"])[2..], [&["boot", "snapshot"][..], &restored].concat());
+    assert_eq!(phases(&[])[2..], restored);
+}
+
+#[test]
 fn the_phases_of_host_kernel_and_agent_are_in_one_list() {
     let site = Site::new();
     let [cloud_6_12, cloud_6_1, cloud_sid] = CLOUD.map(kernel);
     let args = ["run", "-q", "-k", cloud_6_12, "-k", cloud_6_1, "-k", cloud_sid, "-m", "512M"];
-    let shown = ["--timings=out.svg", "--json", "report.json", "--", "sh", "-c", "exit 3"];
-    let outcome = site.vmlab(args.iter().chain(&shown)).output();
+    let shown = ["--no-snapshot", "--timings=out.svg", "--json", "report.json"];
+    let command = ["--", "sh", "-c", "exit 3"];
+    let outcome = site.vmlab(args.iter().chain(&shown).chain(&command)).output();
     outcome.expect_code(3);
     let lists = lists(&outcome);
     assert_eq!(lists.len(), 3, "{}", outcome.stderr_text());
@@ -88,7 +105,8 @@ fn the_phases_of_host_kernel_and_agent_are_in_one_list() {
         assert_eq!(of("kernel", 2), parts, "{title}");
         let agent = of("agent", 1);
         assert_eq!(agent[..2], ["agent", "clock and entropy"], "{title}");
-        assert_eq!(of("agent", 2), ["first mounts", "modules", "channel to the host"], "{title}");
+        let steps = ["first mounts", "modules", "channel to the host", "kernel's filesystems"];
+        assert_eq!(of("agent", 2), steps, "{title}");
         assert!(of("agent", 3).contains(&"overlay"), "{title}: {lines:?}");
         // Parts begin in order, each kind by itself: modules may be loaded side by side.
         let siblings = |depth: usize| lines.iter().filter(move |line| line.depth == depth);
@@ -213,7 +231,7 @@ fn newest_console(site: &Site) -> std::path::PathBuf {
 #[test]
 fn several_cpus_load_modules_after_what_they_need() {
     let site = Site::new();
-    let options = ["-m", "512M", "-c", "2", "--json", "report.json"];
+    let options = ["--no-snapshot", "-m", "512M", "-c", "2", "--json", "report.json"];
     site.run_with(CLOUD[1], &options, ["true"]).output().expect_code(0);
     let text = std::fs::read(site.cwd().join("report.json")).unwrap();
     let json: Value = serde_json::from_slice(&text).unwrap();

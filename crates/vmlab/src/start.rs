@@ -184,7 +184,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let prepared = self.prepared;
         prepared.progress.phase(Phase::Boot.name());
         let mut config = prepared.to_boot(place.without_run());
-        config.boot.command_line.push_str(" vmlab.snapshot");
+        // First, so that the user's own arguments have the last word.
+        config.boot.command_line.insert_str(0, "vmlab.snapshot ");
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
             let begin = (&config, Origin::BootForSnapshot, run_dir.path());
