@@ -169,6 +169,8 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     config.network = NetworkMode::None;
     // It restricts the servers of shares.
     config.sandbox = true;
+    // Tells the agent. First, so that the user's own arguments have the last word.
+    config.boot.command_line.insert_str(0, "vmlab.snapshot ");
     config
 }
 

@@ -183,9 +183,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     ) -> Result<(Snapshot, Greeting, Snapshot), Error> {
         let prepared = self.prepared;
         prepared.progress.phase(Phase::Boot.name());
-        let mut config = prepared.to_boot(place.without_run());
-        // First, so that the user's own arguments have the last word.
-        config.boot.command_line.insert_str(0, "vmlab.snapshot ");
+        let config = prepared.to_boot(place.without_run());
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
             let begin = (&config, Origin::BootForSnapshot, run_dir.path());
