@@ -190,7 +190,6 @@ impl Cache {
             return Ok(found);
         }
         self.sweep(kind)?;
-        self.discard(kind, key)?;
         let staging = Staging::new(&self.kind_dir(kind)?, key)?;
         build(staging.path())?;
         verify(staging.path()).map_err(|source| CacheError::BuiltBad {
@@ -198,6 +197,8 @@ impl Cache {
             key: key.to_owned(),
             source,
         })?;
+        // Not before: whoever uses it may still have to open something in it.
+        self.discard(kind, key)?;
         staging.publish(&entry, durability)?;
         match Lease::take(&entry)? {
             Some(lease) => Ok((entry, lease)),

@@ -7,6 +7,7 @@
 
 mod content;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -239,6 +240,7 @@ impl Place {
 
     /// The snapshot that is there, else one that `take` takes; what that gives besides is handed out.
     /// Of several processes that want it at once, one takes it and the others wait, after `on_wait` was told.
+    /// With `renew`, what is there is replaced in any case.
     ///
     /// # Errors
     /// What `take` returns; when the cache cannot be written or read.
@@ -246,13 +248,19 @@ impl Place {
         &self,
         take: impl FnOnce() -> Result<(Snapshot, Greeting, T), Error>,
         on_wait: impl FnOnce(),
-        until: Option<Instant>,
+        (renew, until): (bool, Option<Instant>),
     ) -> Result<(Stored, Option<T>), Error> {
         let mut taken = None;
+        let is_ours = Cell::new(!renew);
+        let verify = |entry: &Path| match is_ours.get() {
+            true => verify(entry),
+            false => Err("another one is wanted".into()),
+        };
         let build = |dir: &Path| -> Result<(), Error> {
             let (snapshot, greeting, more) = take()?;
             save(dir, &snapshot, greeting).map_err(|e| unwritable(dir, e))?;
             taken = Some(more);
+            is_ours.set(true);
             Ok(())
         };
         let (cache, key) = (&self.cache, &self.key);
@@ -269,23 +277,14 @@ impl Place {
         })?;
         Ok((Stored { snapshot, greeting, entry, _lease: lease }, taken))
     }
-
-    /// Marks the snapshot that is there, if any, so that nobody uses it again.
-    pub(crate) fn condemn(&self) {
-        condemn(&self.cache.root().join(KIND).join(&self.key));
-    }
 }
 
 impl Stored {
     /// Marks it as one that no VM can go on from.
     pub(crate) fn condemn(&self) {
-        condemn(&self.entry);
+        // Where it cannot be written, the next run finds the same, and does without as this one did.
+        let _ = write(&self.entry.join(CONDEMNED), b"");
     }
-}
-
-fn condemn(entry: &Path) {
-    // Where it cannot be written, the next run finds the same, and does without as this one did.
-    let _ = write(&entry.join(CONDEMNED), b"");
 }
 
 /// Adds what is in a file. One in the cache is known by its entry's key.

@@ -144,22 +144,24 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let Some(place) = Place::of(cache, hypervisor, &prepared.config)? else {
             return Ok(None);
         };
-        if prepared.snapshots == SnapshotMode::Renew {
-            place.condemn();
-        }
-        for _ in 0..SNAPSHOT_TRIES {
+        for tried in 0..SNAPSHOT_TRIES {
+            // One that no VM could go on from is replaced as it is.
+            let renew = prepared.snapshots == SnapshotMode::Renew && tried == 0;
             let wait = || prepared.progress.phase("waiting for a snapshot");
-            let (stored, taken) =
-                match place.get_or_take(|| self.take(&place, timeline), wait, self.deadline) {
-                    Ok(found) => found,
-                    // That is what the user has to know of the kernel.
-                    Err(error) if error.evidence().is_some() => return Err(error),
-                    Err(error) => {
-                        let why = crate::error::chain(&error);
-                        prepared.progress.note(&format!("the VM boots without a snapshot: {why}"));
-                        return Ok(None);
-                    }
-                };
+            let (stored, taken) = match place.get_or_take(
+                || self.take(&place, timeline),
+                wait,
+                (renew, self.deadline),
+            ) {
+                Ok(found) => found,
+                // That is what the user has to know of the kernel.
+                Err(error) if error.evidence().is_some() => return Err(error),
+                Err(error) => {
+                    let why = crate::error::chain(&error);
+                    prepared.progress.note(&format!("the VM boots without a snapshot: {why}"));
+                    return Ok(None);
+                }
+            };
             if taken.is_some() {
                 timeline.end(Phase::Snapshot);
             }
