@@ -31,7 +31,7 @@ const OOPS_LOOK: Duration = Duration::from_millis(500);
 
 /// How long a guest that goes on from a snapshot may take to say something. It takes 0.1 s; the rest is for
 /// machines that are busy with many others.
-const WAKE_TIME: Duration = Duration::from_secs(30);
+const WAKE_TIME: Duration = Duration::from_secs(60);
 
 /// How often a snapshot is tried: the one that is there, and the one that replaces it.
 const SNAPSHOT_TRIES: usize = 2;

@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 use super::super::HypervisorError;
 use crate::sync::{lock, wait, wait_until};
 
-/// How long QEMU may take to answer a command. It answers in a millisecond unless it hangs.
-const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// How long QEMU may take to answer a command. It answers in a millisecond unless it hangs, or fifty others
+/// start at the same time.
+const ANSWER_TIME: Duration = Duration::from_secs(30);
 
 /// The longest line that QEMU may send.
 const MAX_LINE: u64 = 4 * 1024 * 1024;
