@@ -48,7 +48,7 @@ const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has
 /// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
 /// kernel under test, so it is booted once more, and the user is told.
 const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
-    KVM; it is booted once more";
+    KVM; it is started once more";
 
 /// A machine whose guest is ready for commands.
 pub(crate) struct Booted {
@@ -124,13 +124,18 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Boots once more where the first boot failed for a reason that is not the kernel's.
     fn boot_twice<T>(&self, mut boot: impl FnMut() -> Result<T, StartFailure>) -> Result<T, Error> {
         let booted = match boot() {
-            Err(failure) if failure.stale_code && self.prepared.config.accel == Accel::Tcg => {
+            Err(failure) if self.worth_another(&failure) => {
                 self.prepared.progress.note(STALE_CODE);
                 boot()
             }
             other => other,
         };
         booted.map_err(|failure| failure.error)
+    }
+
+    /// Whether a start failed for a reason that is QEMU's, and the next one will not meet.
+    fn worth_another(&self, failure: &StartFailure) -> bool {
+        failure.stale_code && self.prepared.config.accel == Accel::Tcg
     }
 
     /// Lets the VM go on from a snapshot, which is taken where there is none; `None` where that cannot be
@@ -170,6 +175,9 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let config = place.with_all_shares(&prepared.config, snapshot.kept);
             match self.restore(&config, snapshot, stored.greeting.clone(), timeline) {
                 Ok(booted) => return Ok(Some(booted)),
+                Err(failure) if self.worth_another(&failure) && tried == 0 => {
+                    prepared.progress.note(STALE_CODE);
+                }
                 Err(failure) if failure.silent => stored.condemn(),
                 Err(failure) => return Err(failure.error),
             }
