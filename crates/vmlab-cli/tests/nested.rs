@@ -26,8 +26,11 @@ fn a_real_kvm_is_found_and_used() {
     let bin = program.parent().expect("it is in a directory").display();
     let shares = [format!("{bin}:/mnt/bin:ro"), format!("{cache}:/mnt/cache")];
     let script = format!(
-        "export VMLAB_CACHE_DIR=/mnt/cache; /mnt/bin/vmlab run --json report.json -m 512 -k {kernel} \
-         -- uname -r && /mnt/bin/vmlab doctor --json"
+        "export VMLAB_CACHE_DIR=/mnt/cache
+         vmlab() {{ /mnt/bin/vmlab run -m 512 -k {kernel} \"$@\"; }}
+         vmlab --cold --json report.json -- uname -r &&
+            vmlab --json again.json -- sh -c 'touch written' >&2 &&
+            /mnt/bin/vmlab doctor --json"
     );
     let mut options = vec!["--accel", "tcg", "-m", "3G", "--module", "kvm-amd"];
     options.extend(shares.iter().flat_map(|share| ["--share", share]));
@@ -39,9 +42,21 @@ fn a_real_kvm_is_found_and_used() {
         .map(|(a, b)| (a.to_owned(), b.to_owned()))
         .expect("two parts");
     assert!(release.starts_with("6.12."), "{release}");
-    let report = std::fs::read(site.cwd().join("report.json")).expect("the inner report");
-    let report: serde_json::Value = serde_json::from_slice(&report).expect("JSON");
-    let run = &report["runs"][0]["report"];
+    let report = |name: &str| -> serde_json::Value {
+        let text = std::fs::read(site.cwd().join(name)).expect("an inner report");
+        let mut report: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        report["runs"][0]["report"].take()
+    };
+    let phases = |run: &serde_json::Value| -> Vec<String> {
+        let phases = run["phases"].as_array().expect("phases");
+        phases.iter().map(|phase| phase["phase"].as_str().expect("a name").to_owned()).collect()
+    };
+    let (run, again) = (&report("report.json"), &report("again.json"));
+    // Snapshots are of use with KVM, too.
+    assert_eq!(phases(run)[2..5], ["boot", "snapshot", "restore"]);
+    assert_eq!(phases(again)[2..4], ["restore", "setup"]);
+    assert_eq!(again["accel"], "kvm", "{again}");
+    assert!(site.cwd().join("written").exists());
     assert_eq!(run["accel"], "kvm", "{run}");
     assert_eq!(run["accel_reason"], serde_json::Value::Null);
     assert_eq!(run["exit_reason"], "shutdown");
