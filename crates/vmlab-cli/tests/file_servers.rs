@@ -101,7 +101,7 @@ fn what_restricts_them_is_said() {
     assert!(!qemus.contains("restricted"), "{qemus}");
 }
 
-/// QEMU's end of the connection to the file server of the only share.
+/// QEMU's end of the connection to the file server of the last share, the working directory's.
 fn connection(run: &Running) -> OwnedFd {
     let qemu = run.process.qemu();
     let words = std::fs::read(format!("/proc/{}/cmdline", qemu.pid)).unwrap();
@@ -110,8 +110,9 @@ fn connection(run: &Running) -> OwnedFd {
         let found = word.split(',').find_map(|part| part.strip_prefix(key)).map(str::to_owned);
         found.unwrap_or_else(|| panic!("no {key} in {word}"))
     };
-    // The root's is before it.
-    let socket = words.split('\0').find(|word| word.split(',').any(|part| part == "id=share1"));
+    // The root's is before it, and that of the modules where the root does not have them.
+    let of_a_share = |word: &&str| word.split(',').any(|part| part.starts_with("id=share"));
+    let socket = words.split('\0').rfind(of_a_share);
     let fd: i32 = part(socket.expect("its socket"), "fd=").parse().unwrap();
     let pidfd = pidfd_open(Pid::from_raw(qemu.pid).unwrap(), PidfdFlags::empty()).unwrap();
     let flags = PidfdGetfdFlags::empty();

@@ -41,11 +41,12 @@ impl FileServers {
         vms: usize,
         durable: &Arc<AtomicBool>,
     ) -> Result<Self, HypervisorError> {
+        let descriptors = descriptors(vms * config.served_shares().count());
         config
             .served_shares()
             .map(|share| {
                 let source = |source| HypervisorError::Share { path: share.path.clone(), source };
-                let device = device(share, config.sandbox, descriptors(vms), durable);
+                let device = device(share, config.sandbox, descriptors, durable);
                 Ok((share.path.clone(), device.map_err(source)?))
             })
             .collect::<Result<_, _>>()
@@ -84,11 +85,11 @@ impl FileServer {
     }
 }
 
-/// How many descriptors a server may keep of what is used. All servers of this process together must leave
-/// enough of them for what guests really open.
-fn descriptors(vms: usize) -> usize {
+/// How many descriptors each of so many servers may keep of what is used: half of what the process has for all
+/// of them. The rest is for what guests really open, and for the VMs themselves.
+fn descriptors(servers: usize) -> usize {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let part = usize::try_from(limit / 4).unwrap_or(usize::MAX) / vms.max(1);
+    let part = usize::try_from(limit / 2).unwrap_or(usize::MAX) / servers.max(1);
     PassthroughConfig::default().max_descriptors.min(part.max(FEWEST_DESCRIPTORS))
 }
 
