@@ -46,7 +46,7 @@ const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has
 
 /// QEMU before 8.1 now and then executes code that the guest's kernel has meanwhile patched: about one
 /// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
-/// kernel under test, so it is booted once more, and the user is told.
+/// kernel under test, so it is started once more, and the user is told.
 const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
     KVM; it is started once more";
 
