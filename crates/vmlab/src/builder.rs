@@ -53,7 +53,7 @@ pub enum RootMode {
 /// Collects what a VM should be.
 ///
 /// ```no_run
-/// use std::time::{Duration, SystemTime, UNIX_EPOCH};
+/// use std::time::Duration;
 /// use vmlab::units::Bytes;
 /// use vmlab::{AccelChoice, RootMode, Share, Vm};
 ///

@@ -145,8 +145,8 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        let entry = BootImage::open(&config.boot.image).ok().and_then(|image| image.pvh_entry());
-        let kernel = entry.filter(|_| with_state).map(reset_kernel::file);
+        let entry = || BootImage::open_unversioned(&config.boot.image).ok()?.pvh_entry();
+        let kernel = if with_state { entry().map(reset_kernel::file) } else { None };
         let kernel = kernel.transpose().map_err(resource("memory"))?;
         let descriptors = theirs.descriptors(ram.as_ref(), kernel.as_ref());
         command.args(arguments(config, &descriptors, &cpu_log));
