@@ -1,5 +1,6 @@
 //! Which program and which host this is, for what is remembered from one run to the next.
 
+use std::io;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -17,11 +18,19 @@ pub(crate) fn of_this_program(key: ContentKey) -> ContentKey {
 
 /// Adds the host and the time since it was booted to a key.
 pub(crate) fn of_this_boot(key: ContentKey) -> ContentKey {
-    // It changes with each boot: `Documentation/admin-guide/sysctl/kernel.rst`.
-    match std::fs::read("/proc/sys/kernel/random/boot_id") {
+    match boot_id() {
         Ok(id) if !id.is_empty() => key.field("boot", id),
         _ => key.field("no boot", unique()),
     }
+}
+
+/// What the host's kernel calls the time since it was booted: `Documentation/admin-guide/sysctl/kernel.rst`.
+///
+/// # Errors
+/// When it does not say.
+pub(crate) fn boot_id() -> io::Result<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(id.trim_end().to_owned())
 }
 
 /// What nobody else has in a key: nothing is found under it.

@@ -10,19 +10,20 @@ mod content;
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use vmlab_artifacts::cache::{Flaw, Freed, Lease};
+use vmlab_artifacts::cache::{ContentStamp, Flaw, Freed, Lease};
 use vmlab_artifacts::{Bound, Cache, ContentKey, Kind};
 
 use crate::Error;
 use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
 use crate::guest::Greeting;
 use crate::hypervisor::{Hypervisor, Memory, Snapshot};
+use crate::identity::boot_id;
 use crate::random;
 use crate::units::{Bytes, MIB};
 use content::{checksum, save_memory};
@@ -97,16 +98,7 @@ struct Checked {
 struct Stamp {
     /// The host's boot: what was not on disk when the host went down is lost.
     boot: String,
-    files: Vec<FileStamp>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct FileStamp {
-    device: u64,
-    inode: u64,
-    length: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
+    files: Vec<ContentStamp>,
 }
 
 /// Names the variable that says how much all snapshots together may take.
@@ -351,21 +343,8 @@ fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
 
 impl Stamp {
     fn of(dir: &Path, nodes: usize) -> io::Result<Self> {
-        let names = (0..nodes).map(memory_name);
-        let files = names
-            .map(|name| {
-                let meta = std::fs::symlink_metadata(dir.join(name))?;
-                Ok(FileStamp {
-                    device: meta.dev(),
-                    inode: meta.ino(),
-                    length: meta.len(),
-                    modified: (meta.mtime(), meta.mtime_nsec()),
-                    changed: (meta.ctime(), meta.ctime_nsec()),
-                })
-            })
-            .collect::<io::Result<_>>()?;
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        Ok(Self { boot: boot.trim_end().to_owned(), files })
+        let files = (0..nodes).map(|node| ContentStamp::of(&dir.join(memory_name(node))));
+        Ok(Self { boot: boot_id()?, files: files.collect::<io::Result<_>>()? })
     }
 }
 

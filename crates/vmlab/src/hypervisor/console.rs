@@ -77,8 +77,7 @@ impl SerialConsole {
     pub fn subscribe(&self) -> Receiver<Vec<u8>> {
         let (sender, receiver) = channel();
         let mut state = self.lock();
-        let (a, b) = state.kept.as_slices();
-        let _ = sender.send([a, b].concat());
+        let _ = sender.send(state.kept());
         if !state.closed {
             state.subscribers.push(sender);
         }
@@ -98,9 +97,7 @@ impl SerialConsole {
 
     /// All output, as far back as it is kept.
     pub(crate) fn kept(&self) -> Vec<u8> {
-        let state = self.lock();
-        let (a, b) = state.kept.as_slices();
-        [a, b].concat()
+        self.lock().kept()
     }
 
     /// How many bytes have come so far.
@@ -236,6 +233,11 @@ const OOPSES: [&str; 7] = [
 ];
 
 impl State {
+    fn kept(&self) -> Vec<u8> {
+        let (a, b) = self.kept.as_slices();
+        [a, b].concat()
+    }
+
     /// What came after this many bytes, as far as it is kept: lines without control sequences.
     fn lines_since(&self, position: u64) -> Vec<String> {
         let new = usize::try_from(self.taken - position).unwrap_or(usize::MAX);

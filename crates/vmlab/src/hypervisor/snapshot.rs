@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 /// A VM at one moment: its memory, the state of its devices, and what its console had said.
@@ -27,14 +26,6 @@ pub enum Memory {
     Own(Arc<File>),
     /// For any number of VMs, each of which has its own changes. Holes in the file are zeros.
     Template(Arc<File>),
-}
-
-impl AsFd for Memory {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Memory::Own(file) | Memory::Template(file) => file.as_fd(),
-        }
-    }
 }
 
 impl fmt::Debug for Snapshot {

@@ -63,7 +63,7 @@ impl Copy {
     pub(super) fn run(&self) -> io::Result<()> {
         let mut at = 0;
         loop {
-            at = match rustix::fs::seek(&self.from, SeekFrom::Data(at)) {
+            at = match seek(&self.from, SeekFrom::Data(at)) {
                 Ok(at) => at,
                 Err(Errno::NXIO) => return Ok(()),
                 Err(e) => return Err(e.into()),

@@ -125,15 +125,12 @@ impl QemuVm {
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
         let servers = FileServers::of(config, options.vms, &durable)?;
-        let (with_state, for_snapshot) = match &options.origin {
-            Origin::Boot => (false, false),
-            Origin::BootForSnapshot => (false, true),
-            Origin::Snapshot(_) => (true, false),
-        };
+        let for_snapshot = matches!(options.origin, Origin::BootForSnapshot);
         let shares_of = match &options.origin {
             Origin::Snapshot(snapshot) => Some((snapshot.shares, snapshot.kept)),
-            _ => None,
+            Origin::Boot | Origin::BootForSnapshot => None,
         };
+        let with_state = shares_of.is_some();
         let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
         let (mut ours, theirs) =
             Sockets::pairs(servers.count(), with_state).map_err(resource("sockets"))?;
