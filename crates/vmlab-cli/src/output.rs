@@ -50,6 +50,9 @@ pub(crate) fn explained(error: &anyhow::Error) -> String {
             text.push('\n');
         }
     }
+    if let Some(fault) = evidence.emulator_fault {
+        text.push_str(&format!("vmlab: {fault}\n"));
+    }
     let empty = evidence.log.metadata().is_ok_and(|log| log.len() == 0);
     text.push_str(&match empty {
         true => "vmlab: the guest wrote nothing to its console\n".to_owned(),

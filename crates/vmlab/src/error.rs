@@ -202,6 +202,26 @@ pub struct Evidence {
     pub tail: String,
     /// The whole log of the serial console.
     pub log: PathBuf,
+    /// A fault of whoever emulates the processor, where the console shows one for certain.
+    pub emulator_fault: Option<EmulatorFault>,
+}
+
+/// A known fault of QEMU without KVM, which a guest's kernel takes for damage to itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum EmulatorFault {
+    /// Code runs that the kernel has meanwhile patched: about one boot in two thousand stops at a
+    /// breakpoint that is no longer there.
+    #[error(
+        "the guest stopped at a breakpoint that is not there, a fault of QEMU before 8.1 without KVM"
+    )]
+    StaleBreakpoint,
+    /// An interrupt right behind `cmpxchg16b` saves flags that no processor has.
+    #[error(
+        "the guest's processor had flags that do not exist, a fault of QEMU before 8.0 without KVM \
+         (cmpxchg16b)"
+    )]
+    ImpossibleFlags,
 }
 
 impl Error {

@@ -12,7 +12,7 @@ use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
 use crate::config::{Accel, NetworkMode, VmConfig};
-use crate::error::ErrorClass;
+use crate::error::{EmulatorFault, ErrorClass};
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
 use crate::prepared::PreparedVm;
@@ -44,12 +44,6 @@ const CLOCK_TOLERANCE_NS: u64 = 1_000_000;
 const NO_MODULES: &str = "; nothing is known of this kernel's modules: if it has any, give its \
     package, the directory that it was unpacked to or its build tree, not the image alone";
 
-/// QEMU before 8.1 now and then executes code that the guest's kernel has meanwhile patched: about one
-/// boot in two thousand panics over a breakpoint that is no longer there. That is no fault of the
-/// kernel under test, so it is started once more, and the user is told.
-const STALE_CODE: &str = "the guest panicked over a breakpoint, as happens with QEMU before 8.1 without \
-    KVM; it is started once more";
-
 /// A machine whose guest is ready for commands.
 pub(crate) struct Booted {
     pub(crate) handle: Arc<dyn VmHandle>,
@@ -64,8 +58,8 @@ pub(crate) struct Booted {
 /// A start that failed.
 struct StartFailure {
     error: Error,
-    /// The guest panicked over a breakpoint that is not there: see [`STALE_CODE`].
-    stale_code: bool,
+    /// The guest panicked for a reason that is the emulator's.
+    emulator_fault: Option<EmulatorFault>,
     /// The guest had given no sign of life, for a reason that may be the snapshot's.
     silent: bool,
 }
@@ -73,7 +67,7 @@ struct StartFailure {
 impl From<Error> for StartFailure {
     fn from(error: Error) -> Self {
         let silent = may_be_the_snapshots(&error);
-        Self { error, stale_code: false, silent }
+        Self { error, emulator_fault: None, silent }
     }
 }
 
@@ -124,18 +118,20 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Boots once more where the first boot failed for a reason that is not the kernel's.
     fn boot_twice<T>(&self, mut boot: impl FnMut() -> Result<T, StartFailure>) -> Result<T, Error> {
         let booted = match boot() {
-            Err(failure) if self.worth_another(&failure) => {
-                self.prepared.progress.note(STALE_CODE);
-                boot()
-            }
+            Err(failure) if self.worth_another(&failure) => boot(),
             other => other,
         };
         booted.map_err(|failure| failure.error)
     }
 
-    /// Whether a start failed for a reason that is QEMU's, and the next one will not meet.
+    /// Whether a start failed for a reason that is QEMU's, and that the next one will hardly meet. The
+    /// user is told of it.
     fn worth_another(&self, failure: &StartFailure) -> bool {
-        failure.stale_code && self.prepared.config.accel == Accel::Tcg
+        let fault = failure.emulator_fault.filter(|_| self.prepared.config.accel == Accel::Tcg);
+        if let Some(fault) = fault {
+            self.prepared.progress.note(&format!("{fault}; it is started once more"));
+        }
+        fault.is_some()
     }
 
     /// Lets the VM go on from a snapshot, which is taken where there is none; `None` where that cannot be
@@ -175,9 +171,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let config = place.with_all_shares(&prepared.config, snapshot.kept);
             match self.restore(&config, snapshot, stored.greeting.clone(), timeline) {
                 Ok(booted) => return Ok(Some(booted)),
-                Err(failure) if self.worth_another(&failure) && tried == 0 => {
-                    prepared.progress.note(STALE_CODE);
-                }
+                Err(failure) if tried == 0 && self.worth_another(&failure) => {}
                 Err(failure) if failure.silent => stored.condemn(),
                 Err(failure) => return Err(failure.error),
             }
@@ -402,7 +396,7 @@ impl Machine<'_> {
         let silent = !spoke && may_be_the_snapshots(&error);
         self.end();
         let panicked = error.class() == ErrorClass::GuestPanic;
-        let stale_code = panicked && self.handle.serial().stopped_at_a_breakpoint();
-        StartFailure { error, stale_code, silent }
+        let emulator_fault = self.handle.serial().emulator_fault().filter(|_| panicked);
+        StartFailure { error, emulator_fault, silent }
     }
 }

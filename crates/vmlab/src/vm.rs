@@ -11,7 +11,7 @@ use vmlab_wire::message::{Ready, SetupReport};
 use crate::Error;
 use crate::builder::VmBuilder;
 use crate::config::VmConfig;
-use crate::error::Evidence;
+use crate::error::{EmulatorFault, Evidence};
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
 use crate::prepared::PreparedVm;
@@ -258,5 +258,8 @@ pub(crate) fn lost_error(handle: &Arc<dyn VmHandle>, lost: Lost, came_up: Option
 pub(crate) fn evidence(handle: &dyn VmHandle, since: u64) -> Box<Evidence> {
     let console = handle.serial();
     let tail = console.excerpt(since, SHOWN_LINES);
-    Box::new(Evidence { tail, log: console.log_path().to_owned() })
+    // A breakpoint may be the kernel's own fault.
+    let certain = |fault: &EmulatorFault| *fault == EmulatorFault::ImpossibleFlags;
+    let emulator_fault = console.emulator_fault().filter(certain);
+    Box::new(Evidence { tail, log: console.log_path().to_owned(), emulator_fault })
 }

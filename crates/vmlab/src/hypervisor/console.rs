@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
+use crate::error::EmulatorFault;
 use crate::sync::{lock, wait_until};
 
 /// How much of the output is kept in memory; all of it is in the log.
@@ -41,6 +42,8 @@ struct State {
     damage: Option<u64>,
     panic: Option<String>,
     oops: Option<(Instant, String)>,
+    /// Whether a report shows flags that no processor has.
+    impossible_flags: bool,
     restart: bool,
     /// Bytes that came in all.
     taken: u64,
@@ -140,9 +143,15 @@ impl SerialConsole {
         self.lock().restart
     }
 
-    /// Whether the first such report is of a breakpoint that the kernel does not know.
-    pub(crate) fn stopped_at_a_breakpoint(&self) -> bool {
-        self.lock().oops.as_ref().is_some_and(|(_, line)| line.contains(BREAKPOINT))
+    /// What the kernel's reports of damage say of whoever emulates the processor. A breakpoint proves
+    /// nothing where nobody does.
+    pub(crate) fn emulator_fault(&self) -> Option<EmulatorFault> {
+        let state = self.lock();
+        if state.impossible_flags {
+            return Some(EmulatorFault::ImpossibleFlags);
+        }
+        let (_, oops) = state.oops.as_ref()?;
+        oops.contains(BREAKPOINT).then_some(EmulatorFault::StaleBreakpoint)
     }
 
     /// Waits until all output has been taken in, after the VM has ended.
@@ -232,6 +241,17 @@ const OOPSES: [&str; 7] = [
     "double fault",
 ];
 
+/// The flags of a line that shows a processor's registers.
+fn flags(line: &str) -> Option<u32> {
+    let (_, flags) = line.split_once("EFLAGS: ")?;
+    u32::from_str_radix(flags.split(' ').next()?, 16).ok()
+}
+
+/// Whether flags have bits that are zero in every processor.
+fn impossible(flags: u32) -> bool {
+    flags >> 22 != 0
+}
+
 impl State {
     fn kept(&self) -> Vec<u8> {
         let (a, b) = self.kept.as_slices();
@@ -265,6 +285,7 @@ impl State {
         if oops {
             self.oops.get_or_insert_with(|| (Instant::now(), line.trim().to_owned()));
         }
+        self.impossible_flags |= self.oops.is_some() && flags(line).is_some_and(impossible);
         self.restart |= RESTARTS.iter().any(|restart| line.contains(restart));
     }
 }
@@ -320,15 +341,25 @@ mod tests {
     }
 
     #[test]
-    fn breakpoints_are_told_from_other_reports() {
-        for (line, stale) in [
-            ("[    1.6] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", true),
-            ("[    1.6] int3: 0000 [#1] PREEMPT SMP\n", true),
-            ("[    1.6] Oops: 0002 [#1]\n[    1.6] int3: 0000 [#2] SMP\n", false),
+    fn an_emulators_faults_are_told_from_the_kernels() {
+        use EmulatorFault::{ImpossibleFlags, StaleBreakpoint};
+        // As it was seen, and as it should be.
+        let double_fault = "[    5.5] Oops: double fault: 0000 [#1] PREEMPT SMP NOPTI\n\
+            [    5.5] RIP: 0010:kmem_cache_alloc_node_noprof+0xe0/0x330\n\
+            [    5.5] RSP: 0018:ffffc9000000f9b0 EFLAGS: 051e2342\n";
+        for (text, fault) in [
+            ("[    1.6] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\n", Some(StaleBreakpoint)),
+            ("[    1.6] int3: 0000 [#1] PREEMPT SMP\n", Some(StaleBreakpoint)),
+            ("[    1.6] Oops: 0002 [#1]\n[    1.6] int3: 0000 [#2] SMP\n", None),
+            (double_fault, Some(ImpossibleFlags)),
+            (&double_fault.replace("051e2342", "00210246"), None),
+            (&double_fault.replace("051e2342", "gone"), None),
+            // Not of a report.
+            ("[    5.5] RSP: 0018:ffffc9000000f9b0 EFLAGS: 051e2342\n", None),
         ] {
             let (console, _dir) = console();
-            console.take(line.as_bytes());
-            assert_eq!(console.stopped_at_a_breakpoint(), stale, "{line}");
+            console.take(text.as_bytes());
+            assert_eq!(console.emulator_fault(), fault, "{text}");
         }
     }
 
