@@ -1,24 +1,20 @@
 #!/usr/bin/env bash
-# as-user.sh WORK REPO TARGET USER PROGRAM...
-# Runs test programs from below TARGET as USER, as cargo would. For test.sh; as root.
+# as-user.sh WORK REPO TARGET USER PROGRAM [ARGUMENT...]
+# Runs a test program from below TARGET as USER, as cargo would. For test.sh; as root.
 #
 # The user sees copies of the sources and of the programs at the very paths that are compiled into
 # the programs, in a mount namespace of their own: those paths may be in a directory, such as /root,
 # that is closed to others. The copies are in WORK, which every user can reach.
 set -euo pipefail
 work=$1 repo=$2 target=$3 user=$4
+shift 4
 home=$work/home
 
 if [ -z "${AS_USER_INSIDE:-}" ]; then
-    shift 4
-    if [ $# -eq 0 ]; then
-        echo "There are no test programs to run as $user." >&2
-        exit 1
-    fi
     mkdir -p "$home/.cache" "$home/tmp" "$work/repo" "$work/target"
     tar -c -C "$repo" --exclude=./target --exclude=./fuzz/target --exclude=./.git . |
         tar -x -C "$work/repo"
-    for program in "$target/debug/vmlab" "$@"; do
+    for program in "$target/debug/vmlab" "$1"; do
         install -D -m 755 "$program" "$work/target/${program#"$target"/}"
     done
     # What was fetched once need not be fetched again.
@@ -42,15 +38,10 @@ place() {
 }
 place "$work/repo" "$repo"
 place "$work/target" "$target"
-shift 4
 
 # The package's directory is where cargo runs tests.
 cd "$repo/crates/vmlab-cli"
-status=0
-for program in "$@"; do
-    runuser -u "$user" -- env -i \
-        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "HOME=$home" "USER=$user" \
-        "LOGNAME=$user" "SHELL=/bin/bash" "LANG=${LANG:-C.UTF-8}" "TMPDIR=$home/tmp" \
-        "CARGO_MANIFEST_DIR=$PWD" "$program" || status=101
-done
-exit "$status"
+exec runuser -u "$user" -- env -i \
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "HOME=$home" "USER=$user" \
+    "LOGNAME=$user" "SHELL=/bin/bash" "LANG=${LANG:-C.UTF-8}" "TMPDIR=$home/tmp" \
+    "CARGO_MANIFEST_DIR=$PWD" "$@"

@@ -1,11 +1,8 @@
 //! Signals to vmlab: the first is the command's, the second ends the VM, and SIGKILL leaves nothing.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{DEBIAN_6_12, Running, Site, kernel, mode};
+use crate::common::{DEBIAN_6_12, Running, Site, kernel, mode};
 use rustix::process::Signal;
 
 /// How long QEMU may outlive what should end it.
@@ -103,7 +100,7 @@ fn killing_vmlab_outright_leaves_nothing_running() {
     let starting = |site: &Site| {
         let arguments = ["run", "-q", "-k", kernel(DEBIAN_6_12), "--", "sleep", "1000"];
         let run = site.vmlab(arguments).start();
-        let deadline = Instant::now() + common::PATIENCE;
+        let deadline = Instant::now() + crate::common::PATIENCE;
         while run.process.descendants().is_empty() {
             assert!(Instant::now() < deadline, "nothing is ever started");
             std::thread::yield_now();

@@ -1,15 +1,11 @@
 //! What a guest sets up for itself stays in the guest, whatever of the host is shared over it.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use common::{Site, need};
-use facts::{Facts, script};
+use crate::common::{Site, need};
+use crate::facts::{Facts, script};
 
 /// Modes of the root that leave the host's alone. `rw` is tested with a root of its own.
 const MODES: [&str; 2] = ["overlay", "ro"];

@@ -1,15 +1,11 @@
 //! `vmlab cache`, on a cache of the test's own.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{CLOUD, Outcome, Site, Vmlab, kernel};
+use crate::common::{CLOUD, Outcome, Site, Vmlab, kernel};
 use serde_json::Value;
 
 /// The kernel that they boot: the smallest there is.

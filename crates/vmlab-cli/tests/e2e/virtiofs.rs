@@ -1,14 +1,10 @@
 //! Shares over virtio-fs, by vmlab's own server.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
 
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
-use common::{CLOUD, DEBIAN_6_12, Site};
-use facts::{Facts, script};
+use crate::common::{CLOUD, DEBIAN_6_12, Site};
+use crate::facts::{Facts, script};
 
 #[test]
 fn kernels_without_9p_have_the_hosts_files() {

@@ -1,17 +1,13 @@
 //! Snapshots that cannot be used, and runs that end while one is taken or used: the runs that follow
 //! succeed all the same.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::snapshots::{Begun, Cold, NONE};
-use common::{PATIENCE, Site};
+use crate::common::snapshots::{Begun, Cold, NONE};
+use crate::common::{PATIENCE, Site};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -158,7 +154,7 @@ fn a_state_that_no_vm_can_load_is_replaced() {
     recovers(&[
         ("noise", |entry| {
             forge_state(entry, |state| {
-                let noise = common::noise(state.len() - 32);
+                let noise = crate::common::noise(state.len() - 32);
                 state.truncate(32);
                 state.extend(noise);
             });

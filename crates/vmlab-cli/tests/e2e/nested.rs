@@ -1,9 +1,6 @@
 //! KVM where it really works: in a guest, whose emulated processor has SVM.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-mod common;
-
-use common::{DEBIAN_6_12, Site, kernel, vmlab_bin};
+use crate::common::{DEBIAN_6_12, Site, kernel, vmlab_bin};
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -1,16 +1,12 @@
 //! Which files a guest sees, where it can write, and who sees what it has written.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use common::{Outcome, Site, is_root, mode, need};
-use facts::{Facts, script};
+use crate::common::{Outcome, Site, is_root, mode, need};
+use crate::facts::{Facts, script};
 
 fn write(path: &Path, text: &str) {
     std::fs::write(path, text).unwrap();

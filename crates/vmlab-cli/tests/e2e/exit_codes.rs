@@ -1,13 +1,10 @@
 //! How a run ends: the command's own code, a signal's, or what vmlab has for its own failures; and
 //! arguments that arrive as they were given.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use common::{DEBIAN_6_12, Site, kernel};
+use crate::common::{DEBIAN_6_12, Site, kernel};
 
 #[test]
 fn codes_pass_through() {

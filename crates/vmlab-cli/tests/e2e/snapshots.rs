@@ -1,18 +1,13 @@
 //! VMs that start from snapshots: when one is taken and used, which runs have the same one, and that a
 //! guest is as one that booted.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
-
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::time::Duration;
 
-use common::snapshots::{Cold, NONE, QUICK, Ran};
-use common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, kernel, need};
-use facts::{Facts, script};
+use crate::common::snapshots::{Cold, NONE, QUICK, Ran};
+use crate::common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, kernel, need};
+use crate::facts::{Facts, script};
 use serde_json::Value;
 
 /// What only this snapshot has.
@@ -113,9 +108,9 @@ fn what_shapes_a_vm_has_a_snapshot_of_its_own() {
             "cat /sys/class/dmi/id/product_name",
             "Standard PC (Q35 + ICH9, 2009)\n",
         ),
-        (&["-k", common::CLOUD[1]], "uname -r | cut -d. -f1-2", "6.1\n"),
+        (&["-k", crate::common::CLOUD[1]], "uname -r | cut -d. -f1-2", "6.1\n"),
     ];
-    kernel(common::CLOUD[1]);
+    kernel(crate::common::CLOUD[1]);
     for (count, (options, command, wanted)) in cases.iter().enumerate() {
         assert_eq!(cold.entries().len(), count);
         cold.sh(options, command).expect_taken().expect_stdout(wanted);
@@ -232,9 +227,9 @@ fn old_and_new_kernels_are_restored() {
 
 #[test]
 fn cloud_kernels_are_restored() {
-    alike(common::CLOUD[0], &["--cpus", "2"], Boot::Not);
+    alike(crate::common::CLOUD[0], &["--cpus", "2"], Boot::Not);
     // It has all drivers as modules.
-    alike(common::CLOUD[1], &[], Boot::Not);
+    alike(crate::common::CLOUD[1], &[], Boot::Not);
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! Many questions to one guest: a script asks them, and the test compares the answers one by one.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "no test file uses all of it")]
-
 use std::collections::BTreeMap;
 
 use crate::common::Outcome;
@@ -20,17 +18,17 @@ fact() {
 
 /// The answers of a guest, by the names of the questions.
 #[derive(Debug)]
-pub struct Facts(BTreeMap<String, (String, i32)>);
+pub(crate) struct Facts(BTreeMap<String, (String, i32)>);
 
 /// The words that make bash ask: put them behind `--`.
-pub fn script(text: &str) -> [String; 3] {
+pub(crate) fn script(text: &str) -> [String; 3] {
     ["bash".to_owned(), "-c".to_owned(), format!("{PRELUDE}{text}")]
 }
 
 impl Facts {
     /// Reads what a script wrote. It has to have ended well, and to have kept silent otherwise.
     #[track_caller]
-    pub fn of(outcome: &Outcome) -> Self {
+    pub(crate) fn of(outcome: &Outcome) -> Self {
         outcome.expect_code(0);
         assert_eq!(outcome.stderr_text(), "");
         let text = outcome.stdout_text();
@@ -59,28 +57,28 @@ impl Facts {
 
     /// What a command printed. It has to have succeeded.
     #[track_caller]
-    pub fn text(&self, name: &str) -> &str {
+    pub(crate) fn text(&self, name: &str) -> &str {
         let (text, code) = self.get(name);
         assert_eq!(*code, 0, "{name}: {text}");
         text
     }
 
     #[track_caller]
-    pub fn number(&self, name: &str) -> u64 {
+    pub(crate) fn number(&self, name: &str) -> u64 {
         let text = self.text(name);
         text.trim().parse().unwrap_or_else(|_| panic!("{name} is no number: {text:?}"))
     }
 
     /// Fails unless the command succeeded and printed exactly this.
     #[track_caller]
-    pub fn expect(&self, name: &str, wanted: &str) -> &Self {
+    pub(crate) fn expect(&self, name: &str, wanted: &str) -> &Self {
         assert_eq!(self.text(name), wanted, "{name}");
         self
     }
 
     /// Fails unless the command failed and printed this among other things.
     #[track_caller]
-    pub fn expect_failure(&self, name: &str, wanted: &str) -> &Self {
+    pub(crate) fn expect_failure(&self, name: &str, wanted: &str) -> &Self {
         let (text, code) = self.get(name);
         assert_ne!(*code, 0, "{name} succeeded: {text}");
         assert!(text.contains(wanted), "{name}: no {wanted:?} in {text:?}");

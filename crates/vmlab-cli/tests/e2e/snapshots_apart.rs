@@ -1,17 +1,13 @@
 //! VMs of one snapshot have nothing of each other: not their random numbers, not their files, not their
 //! time; and any number of them can start at once.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::snapshots::{Begun, Cold, NONE, Ran};
-use common::{DEBIAN_SID, PATIENCE, Process, kernel, need};
+use crate::common::snapshots::{Begun, Cold, NONE, Ran};
+use crate::common::{DEBIAN_SID, PATIENCE, Process, kernel, need};
 
 /// Prints what two guests have by chance, with its name; the first is drawn before any other program has
 /// run. 318 is the system call getrandom, 25 the auxiliary vector's AT_RANDOM.
@@ -87,7 +83,7 @@ fn each_cpus_first_random_numbers_differ() {
 
 #[test]
 fn the_first_random_numbers_of_old_and_new_kernels_differ() {
-    by_chance(&["-k", kernel(common::CLOUD[1])], &[], 5);
+    by_chance(&["-k", kernel(crate::common::CLOUD[1])], &[], 5);
     by_chance(&["-k", kernel(DEBIAN_SID)], &[], 5);
 }
 
@@ -131,7 +127,7 @@ fn nothing_of_one_run_is_in_another() {
 fn a_run_changes_nothing_of_the_snapshot() {
     let cold = Cold::new();
     let over = |via| {
-        let options = ["-k", kernel(common::DEBIAN_6_12), "-m", "192M", "--share-via", via];
+        let options = ["-k", kernel(crate::common::DEBIAN_6_12), "-m", "192M", "--share-via", via];
         // A good part of its memory has other content after this.
         cold.sh(&options, "head -c 60000000 /dev/urandom > /dev/shm/noise && echo full")
     };

@@ -1,12 +1,9 @@
 //! The file servers of shares over virtio-fs: what they may do, and what happens when one cannot go on.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use common::{Process, Running, Site, VIRTIO_FS, need};
+use crate::common::{Process, Running, Site, VIRTIO_FS, need};
 use rustix::net::Shutdown;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
@@ -87,7 +84,7 @@ fn threads_that_serve_have_no_rights_but_that() {
 fn what_restricts_them_is_said() {
     let site = Site::new();
     let verbose = |options: &[&str]| {
-        let arguments = ["run", "-v", "-k", common::kernel(common::DEBIAN_6_12)];
+        let arguments = ["run", "-v", "-k", crate::common::kernel(crate::common::DEBIAN_6_12)];
         let words = [&arguments, options, &["--", "true"]].concat();
         let outcome = site.vmlab(words).output();
         outcome.expect_code(0).stderr_text()

@@ -1,9 +1,6 @@
 //! Where the time of a run went, and boots that are faster at the price of something.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-mod common;
-
-use common::{CLOUD, Outcome, Site, kernel};
+use crate::common::{CLOUD, Outcome, Site, kernel};
 use serde_json::Value;
 
 /// A line of the list: where it begins, in milliseconds, who spent the time, and on what.

@@ -1,11 +1,8 @@
 //! When things go wrong: each failure ends soon, says what happened and has its own code.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Outcome, Site, Vmlab};
+use crate::common::{Outcome, Site, Vmlab};
 use rustix::process::Signal;
 
 /// How long a failure may take to be told, the boot included, on a busy machine.
@@ -166,7 +163,8 @@ fn a_triple_fault() {
 fn a_command_that_needs_more_memory_than_there_is() {
     let site = Site::new();
     // Not even -q keeps the cause of a failure back.
-    let arguments = ["run", "-q", "-k", common::kernel(common::DEBIAN_6_12), "-m", "256M", "--"];
+    let arguments =
+        ["run", "-q", "-k", crate::common::kernel(crate::common::DEBIAN_6_12), "-m", "256M", "--"];
     let command = arguments.iter().chain(&["tail", "/dev/zero"]);
     let wanted = "vmlab: the guest ran out of memory and killed 1 process(es); it has 256 MiB, \
                   --memory gives it more\n";
@@ -232,7 +230,7 @@ fn places_that_cannot_be_written() {
     let dir = below.display().to_string();
     fail(run(&site).env("VMLAB_CACHE_DIR", &below), 125, &[&dir, "VMLAB_CACHE_DIR"]);
     fail(run(&site).env("XDG_STATE_HOME", &below), 125, &[&dir, "XDG_STATE_HOME"]);
-    if !common::is_root() {
+    if !crate::common::is_root() {
         // Permissions do not stop root.
         let dir = site.path().join("read-only");
         std::fs::create_dir(&dir).unwrap();
@@ -246,7 +244,7 @@ fn places_that_cannot_be_written() {
 
 #[test]
 fn a_cache_on_a_full_disk() {
-    common::need("unshare", "util-linux");
+    crate::common::need("unshare", "util-linux");
     let site = Site::new();
     let image = boot_image(&site);
     let script = r#"set -e
@@ -258,7 +256,7 @@ code=0
 test -z "$(find ../cache -name 'vmlinux' -o -name '*.cpio')" || echo "something was left"
 exit $code"#;
     // A user needs a user namespace to mount anything.
-    let namespaces = if common::is_root() { "--mount" } else { "--mount --map-root-user" };
+    let namespaces = if crate::common::is_root() { "--mount" } else { "--mount --map-root-user" };
     let run = site
         .host_sh(&format!("unshare {namespaces} bash -c \"$SCRIPT\""))
         .env("SCRIPT", script)
@@ -268,7 +266,7 @@ exit $code"#;
 
 /// The path of the boot image of Debian's 6.12, in the store.
 fn boot_image(site: &Site) -> String {
-    let spec = common::kernel(common::DEBIAN_6_12);
+    let spec = crate::common::kernel(crate::common::DEBIAN_6_12);
     let outcome = site.vmlab(["kernel", "inspect", spec, "--json"]).output();
     outcome.expect_code(0);
     let json: serde_json::Value = serde_json::from_slice(&outcome.stdout).unwrap();

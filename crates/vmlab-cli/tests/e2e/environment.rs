@@ -1,15 +1,11 @@
 //! What a command finds around itself in a guest.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use common::{DEBIAN_6_12, Site, need};
-use facts::{Facts, script};
+use crate::common::{DEBIAN_6_12, Site, need};
+use crate::facts::{Facts, script};
 
 /// What bash on the host prints.
 fn on_host(site: &Site, command: &str) -> String {
@@ -159,7 +155,7 @@ fn commands_inherit_what_the_caller_has() {
         "#
     ));
     std::fs::write(site.cwd().join("words"), &words[2]).unwrap();
-    common::kernel(DEBIAN_6_12);
+    crate::common::kernel(DEBIAN_6_12);
     let outcome = site
         .host_sh(&format!(r#"{change}; exec "$VMLAB" run -q -k {DEBIAN_6_12} -- bash words"#))
         .output();

@@ -1,13 +1,9 @@
 //! The commands that start no VM: doctor, completions, manual pages, help.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
-use common::{DEBIAN_6_12, Site, kernel, need};
+use crate::common::{DEBIAN_6_12, Site, kernel, need};
 use serde_json::Value;
 
 #[test]

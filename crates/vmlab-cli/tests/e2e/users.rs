@@ -2,17 +2,12 @@
 //!
 //! These tests are run as root and as an ordinary user; where the two differ, both sides are said.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
-
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use common::{Site, is_root, need};
-use facts::{Facts, script};
+use crate::common::{Site, is_root, need};
+use crate::facts::{Facts, script};
 
 fn set_mode(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();

@@ -1,12 +1,9 @@
 //! `-t` and `vmlab shell`, seen from a terminal.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::time::Instant;
 
-use common::pty::Terminal;
-use common::{DEBIAN_6_12, Site, kernel};
+use crate::common::pty::Terminal;
+use crate::common::{DEBIAN_6_12, Site, kernel};
 use rustix::process::Signal;
 
 /// `vmlab run -t` of a script, in a terminal of 33 lines and 101 columns.

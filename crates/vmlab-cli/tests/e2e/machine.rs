@@ -1,16 +1,11 @@
 //! The machine that a guest has, its clock, its random numbers and its network.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-mod facts;
-
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{DEBIAN_6_12, Site, need};
-use facts::{Facts, script};
+use crate::common::{DEBIAN_6_12, Site, need};
+use crate::facts::{Facts, script};
 use serde_json::Value;
 
 fn seconds() -> f64 {
@@ -130,7 +125,7 @@ fn kvm_is_used_only_where_it_works() {
     assert!(plan.expect_code(0).stdout_text().contains(wanted), "{}", plan.stdout_text());
     // It says why, once.
     let site = Site::new();
-    common::kernel(DEBIAN_6_12);
+    crate::common::kernel(DEBIAN_6_12);
     let plain = site.vmlab(["run", "-k", DEBIAN_6_12, "--", "true"]).output();
     plain.expect_code(0);
     let reasons = plain.stderr_text().lines().filter(|l| l.contains("TCG, not KVM: ")).count();

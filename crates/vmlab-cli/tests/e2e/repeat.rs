@@ -1,13 +1,10 @@
 //! A command many times, each time in a VM of its own.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use common::pty::Terminal;
-use common::{DEBIAN_6_1, DEBIAN_6_12, PATIENCE, Site, Vmlab, kernel};
+use crate::common::pty::Terminal;
+use crate::common::{DEBIAN_6_1, DEBIAN_6_12, PATIENCE, Site, Vmlab, kernel};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 

@@ -1,13 +1,10 @@
 //! Standard streams of a command behave as those of a local one.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::Duration;
 
-use common::{DEBIAN_6_12, PATIENCE, Process, Site, kernel, noise};
+use crate::common::{DEBIAN_6_12, PATIENCE, Process, Site, kernel, noise};
 
 const MIB: usize = 1024 * 1024;
 

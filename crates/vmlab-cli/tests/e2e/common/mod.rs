@@ -3,8 +3,6 @@
 //!
 //! Nothing here skips: what is missing fails the test, with what to install.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "no test file uses all of it")]
-
 pub(crate) mod pty;
 pub(crate) mod snapshots;
 

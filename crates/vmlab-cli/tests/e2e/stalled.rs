@@ -1,13 +1,10 @@
 //! Readers, writers and programs around vmlab that stall, fail or get in between.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::time::{Duration, Instant};
 
-use common::{DEBIAN_6_12, Site, kernel};
+use crate::common::{DEBIAN_6_12, Site, kernel};
 
 #[test]
 fn a_stalled_reader_does_not_stop_the_time_limit() {

@@ -1,21 +1,17 @@
 //! Kernels by every kind of name, and what is made of them.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, Outcome, PATIENCE, Site, kernel, need};
+use crate::common::{DEBIAN_6_1, DEBIAN_6_12, DEBIAN_SID, Outcome, PATIENCE, Site, kernel, need};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use rustix::process::Signal;
 use serde_json::Value;
 
 /// A Debian kernel without 9p.
-const DEBIAN_CLOUD: &str = common::CLOUD[0];
+const DEBIAN_CLOUD: &str = crate::common::CLOUD[0];
 
 fn json(outcome: &Outcome) -> Value {
     outcome.expect_code(0);
@@ -160,7 +156,7 @@ fn a_kernel_that_cannot_reach_the_root_is_refused_before_it_boots() {
 fn what_is_no_kernel_is_refused_with_a_hint() {
     let site = Site::new();
     std::fs::write(site.cwd().join("text"), "hello\n").unwrap();
-    std::fs::write(site.cwd().join("noise"), common::noise(100_000)).unwrap();
+    std::fs::write(site.cwd().join("noise"), crate::common::noise(100_000)).unwrap();
     let inspected = inspect(&site, kernel(DEBIAN_6_12));
     let image = text(&inspected, "/kernel/boot_image");
     let bytes = std::fs::read(image).unwrap();

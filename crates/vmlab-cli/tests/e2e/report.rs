@@ -1,9 +1,6 @@
 //! What vmlab says of itself: reports, dry runs, and nothing where the command's output goes.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-mod common;
-
-use common::{DEBIAN_6_12, Site, kernel};
+use crate::common::{DEBIAN_6_12, Site, kernel};
 use serde_json::{Value, json};
 
 fn report(site: &Site) -> Value {

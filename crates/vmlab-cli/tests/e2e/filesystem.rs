@@ -3,19 +3,13 @@
 //! Most of these tests have two halves. The one on the host starts a guest that runs this very program
 //! again, and the other half is what it does there. Both are done on a plain directory of the host first,
 //! so that what is expected is what the host's own kernel does.
-#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
-
-mod common;
-#[path = "filesystem/exercise.rs"]
 mod exercise;
-#[path = "filesystem/posix.rs"]
 mod posix;
-#[path = "filesystem/together.rs"]
 mod together;
 
 use std::path::{Path, PathBuf};
 
-use common::{CLOUD, DEBIAN_6_12, Running, Site, VIRTIO_FS, is_root, need};
+use crate::common::{CLOUD, DEBIAN_6_12, Running, Site, VIRTIO_FS, is_root, need};
 
 /// Says that this program runs in a guest, and which half of its test it is to be.
 const HALF: &str = "VMLAB_TEST_HALF";
@@ -36,7 +30,7 @@ fn start(site: &Site, test: &str, half: &str, options: &[&str]) -> Running {
     let share = format!("{}:{PROGRAMS}:ro", dir.display());
     let options = [&VIRTIO_FS[..], &["--share", &share], options].concat();
     let script = format!(
-        "{PROGRAMS}/{} --exact {test} --nocapture || exit; echo half done; read x; exit 0",
+        "{PROGRAMS}/{} --exact filesystem::{test} --nocapture || exit; echo half done; read x; exit 0",
         name.display()
     );
     site.run_with(DEBIAN_6_12, &options, ["sh", "-c", &script]).env(HALF, half).open_stdin().start()

@@ -1,0 +1,32 @@
+//! End-to-end tests: they run the real `vmlab`, and nearly all of them boot VMs. One program for all of
+//! them keeps every CPU busy to the end.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
+
+mod common;
+mod facts;
+
+mod cache;
+mod environment;
+mod exit_codes;
+mod failures;
+mod file_servers;
+mod files;
+mod filesystem;
+mod kept_apart;
+mod kernels;
+mod machine;
+mod nested;
+mod repeat;
+mod report;
+mod signals;
+mod snapshots;
+mod snapshots_apart;
+mod snapshots_damage;
+mod stalled;
+mod streams;
+mod terminal;
+mod timings;
+mod tools;
+mod users;
+mod virtiofs;
