@@ -124,6 +124,13 @@ deny() {
         "$tools/bin/cargo-deny" --offline check licenses bans sources
 }
 
+# They are outside the workspace, and fuzzing needs another toolchain; that they still fit does not.
+fuzz_targets() {
+    # Nothing is linked, so libFuzzer itself need not be built.
+    CUSTOM_LIBFUZZER_PATH=/nowhere/libfuzzer.a \
+        cargo clippy --locked --manifest-path fuzz/Cargo.toml -- -D warnings
+}
+
 # The program of the end-to-end tests.
 end_to_end_program() {
     cargo test --locked -p vmlab-cli --test e2e --no-run --message-format=json 2>/dev/null |
@@ -147,6 +154,7 @@ check "rustfmt and clippy are there" clippy_and_rustfmt
 check "format" cargo fmt --all --check
 check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run bench/*.sh
 check "clippy" cargo clippy --locked --workspace --all-targets -- -D warnings
+check "fuzz targets" fuzz_targets
 check "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 check "licences and duplicates" deny
 

@@ -10,6 +10,7 @@ use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vmlab_fuse::abi::{self, Opcode, init as flags};
@@ -141,6 +142,9 @@ fuzz_target!(|data: &[u8]| {
         cache,
         submounts: how & 32 == 0,
         writeback: how & 64 != 0,
+        posix_acl: how & 128 != 0,
+        // Waiting for a disk shows nothing.
+        durable: Arc::default(),
         max_handles: 16,
         max_descriptors: 4,
         max_inodes: 64,
