@@ -4,14 +4,13 @@ use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use vmlab::artifacts::Progress;
 use vmlab::hypervisor::ExitReason;
-use vmlab::report::{Phase, Report};
-use vmlab::{Error, ExitStatus, PreparedVm, Vm};
+use vmlab::report::Report;
+use vmlab::{Error, ExitStatus, FailedStart, PreparedVm, Vm};
 
 use crate::command::execute;
 use crate::exit::Code;
@@ -80,6 +79,10 @@ impl Under {
 impl Ran {
     pub(crate) fn failed(error: impl Into<anyhow::Error>) -> Self {
         Self { status: Err(error.into()), report: None }
+    }
+
+    pub(crate) fn not_started(failed: FailedStart) -> Self {
+        Self { status: Err(failed.error.into()), report: Some(failed.report) }
     }
 
     pub(crate) fn code(&self) -> Code {
@@ -231,14 +234,9 @@ fn under(
         display.clear();
         return Ran { status: dry_run(&prepared).map(|()| None), report: None };
     }
-    let mut report = prepared.report();
-    let begun = Instant::now();
     let vm = match start(request, prepared, signals) {
         Ok(vm) => vm,
-        Err(error) => {
-            report.failed(Phase::Boot, begun.elapsed(), &error);
-            return Ran { status: Err(error.into()), report: Some(report) };
-        }
+        Err(failed) => return Ran::not_started(*failed),
     };
     display.clear();
     if request.kernels.len() > 1 {
@@ -254,7 +252,11 @@ fn under(
     Ran { status: status.map(Some), report: Some(report) }
 }
 
-fn start(request: &Request, prepared: PreparedVm, signals: &SignalThread) -> Result<Vm, Error> {
+fn start(
+    request: &Request,
+    prepared: PreparedVm,
+    signals: &SignalThread,
+) -> Result<Vm, Box<FailedStart>> {
     prepared.start_watched(|handle| {
         signals.vm(Arc::clone(handle));
         if request.verbosity == Verbosity::Verbose {

@@ -14,6 +14,7 @@ use vmlab_vmm::probe::KvmUnusable;
 
 use crate::config::ConfigError;
 use crate::hypervisor::{ExitReason, HypervisorError};
+use crate::report::Report;
 use crate::units::BytesError;
 
 /// A failure of vmlab, of the guest, or of what was asked for.
@@ -193,6 +194,21 @@ pub enum Error {
         #[source]
         source: vmlab_wire::MessageError,
     },
+}
+
+/// A VM that did not start, and how far it came.
+#[derive(Debug)]
+pub struct FailedStart {
+    /// Why.
+    pub error: Error,
+    /// Its last phase is the one that failed.
+    pub report: Report,
+}
+
+impl From<Box<FailedStart>> for Error {
+    fn from(failed: Box<FailedStart>) -> Self {
+        failed.error
+    }
 }
 
 /// What is known of a guest that failed.

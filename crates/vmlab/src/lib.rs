@@ -42,7 +42,7 @@ mod vm;
 
 pub use accel::AccelChoice;
 pub use builder::{BOOT_TIME, RootMode, VmBuilder};
-pub use error::{EmulatorFault, Error, ErrorClass, Evidence};
+pub use error::{EmulatorFault, Error, ErrorClass, Evidence, FailedStart};
 pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};
 pub use prepared::PreparedVm;
 pub use runs::RunDir;

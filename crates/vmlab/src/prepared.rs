@@ -8,12 +8,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vmlab_artifacts::{Cache, Kernel, Progress};
 use vmlab_wire::message::Setup;
 
-use crate::Error;
 use crate::config::VmConfig;
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, VmHandle};
 use crate::random;
-use crate::report::Report;
+use crate::report::{Phase, Report};
 use crate::rootfs::Identity;
 use crate::runs::RunDir;
 use crate::sandbox;
@@ -22,6 +21,7 @@ use crate::start::Devices;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::vm::Vm;
+use crate::{Error, FailedStart};
 
 /// How much entropy a guest is given before anything runs in it, in bytes.
 const ENTROPY: usize = 64;
@@ -119,7 +119,7 @@ impl PreparedVm {
     /// # Errors
     /// When the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
-        self.start_watched(|_| {})
+        Ok(self.start_watched(|_| {})?)
     }
 
     /// As [`start`](Self::start), and gives the machine to `started` as soon as it runs: to watch its
@@ -127,8 +127,16 @@ impl PreparedVm {
     ///
     /// # Errors
     /// When the VM does not start, or the guest does not come up.
-    pub fn start_watched(self, started: impl Fn(&Arc<dyn VmHandle>)) -> Result<Vm, Error> {
+    pub fn start_watched(
+        self,
+        started: impl Fn(&Arc<dyn VmHandle>),
+    ) -> Result<Vm, Box<FailedStart>> {
         Vm::start(self, started)
+    }
+
+    pub(crate) fn begin(&self, timeline: &mut Timeline, phase: Phase) {
+        timeline.begin(phase);
+        self.progress.phase(phase.name());
     }
 
     pub(crate) fn run_dir(&self) -> Result<RunDir, Error> {

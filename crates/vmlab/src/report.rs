@@ -1,14 +1,13 @@
 //! What a run did and how long it took, for machines to read.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::Error;
 use crate::config::{Accel, Machine};
 use crate::hypervisor::ExitReason;
-use crate::timings::{Span, Track, millis};
+use crate::timings::{Span, Timeline};
 use crate::units::Bytes;
 
 /// A part of a run.
@@ -109,11 +108,10 @@ pub struct Report {
 }
 
 impl Report {
-    /// Adds what a failed start came to.
-    pub fn failed(&mut self, phase: Phase, after: Duration, error: &Error) {
-        self.phases.push(PhaseTime { phase, ms: millis(after) });
-        let start_ms = self.timings.last().map_or(0.0, Span::end_ms);
-        self.timings.push(Span::of(Track::Host, phase.name(), start_ms, millis(after)));
+    /// What a failed start came to.
+    pub(crate) fn failed(&mut self, timeline: &Timeline, error: &Error) {
+        self.phases = timeline.phases();
+        self.timings = timeline.spans();
         self.exit_reason = error.exit_reason().cloned();
         self.console_log = error.evidence().map(|evidence| evidence.log.clone());
     }

@@ -98,7 +98,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Boots the VM with all that the run needs.
     pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
         let prepared = self.prepared;
-        prepared.progress.phase(Phase::Boot.name());
+        prepared.begin(timeline, Phase::Boot);
         let config = prepared.to_boot(prepared.config.clone());
         self.boot_twice(|| {
             let run_dir = prepared.run_dir()?;
@@ -186,7 +186,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         timeline: &mut Timeline,
     ) -> Result<(Snapshot, Greeting, Snapshot), Error> {
         let prepared = self.prepared;
-        prepared.progress.phase(Phase::Boot.name());
+        prepared.begin(timeline, Phase::Boot);
         let config = prepared.to_boot(place.without_run());
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
@@ -195,7 +195,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
             timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
-            prepared.progress.phase(Phase::Snapshot.name());
+            prepared.begin(timeline, Phase::Snapshot);
             let since = Instant::now();
             let snapshot = machine.handle.snapshot().map_err(Error::Hypervisor);
             let snapshot = snapshot.map_err(|error| machine.failed(error))?;
@@ -221,7 +221,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         timeline: &mut Timeline,
     ) -> Result<Booted, StartFailure> {
         let prepared = self.prepared;
-        prepared.progress.phase(Phase::Restore.name());
+        prepared.begin(timeline, Phase::Restore);
         let run_dir = prepared.run_dir()?;
         let ready = greeting.ready.clone();
         let resume = |socket| Connection::resume(socket, greeting);
@@ -319,13 +319,13 @@ impl Machine<'_> {
             }
             timeline.end(Phase::Restore);
         }
-        self.prepared.progress.phase(Phase::Setup.name());
+        self.prepared.begin(timeline, Phase::Setup);
         let deadline = self.since.checked_add(self.prepared.boot_timeout);
         let setup = self.connection.wait_setup(deadline).map_err(|lost| self.lost(lost))?;
         if let Some((Ok(setup), _)) = &setup {
             timeline.guest_set_up(setup);
+            timeline.end(Phase::Setup);
         }
-        timeline.end(Phase::Setup);
         match setup {
             Some((Ok(setup), came)) => {
                 self.correct_clock(setup.clock_ns, came)?;

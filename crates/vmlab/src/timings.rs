@@ -90,6 +90,8 @@ impl Span {
 pub(crate) struct Timeline {
     origin: Instant,
     since: Instant,
+    /// What the time since then goes to.
+    current: Phase,
     phases: Vec<PhaseTime>,
     spans: Vec<Span>,
     /// What the phase that lasts consisted of so far.
@@ -104,6 +106,7 @@ impl Timeline {
         Self {
             origin: now,
             since: now,
+            current: Phase::Kernel,
             phases: Vec::new(),
             spans: Vec::new(),
             inner: Vec::new(),
@@ -116,7 +119,17 @@ impl Timeline {
         let now = Instant::now();
         let so_far = self.since.saturating_duration_since(self.origin);
         let origin = now.checked_sub(so_far).unwrap_or(now);
-        Self { origin, since: now, ..self.clone() }
+        Self { origin, since: now, current: Phase::Boot, ..self.clone() }
+    }
+
+    /// What happens from now on is this phase, should it end early.
+    pub(crate) fn begin(&mut self, phase: Phase) {
+        self.current = phase;
+    }
+
+    /// The phase that lasts has failed.
+    pub(crate) fn fail(&mut self) {
+        self.end(self.current);
     }
 
     /// Everything since the last call was this phase.

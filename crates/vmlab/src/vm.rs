@@ -11,7 +11,7 @@ use vmlab_wire::message::{Ready, SetupReport};
 use crate::Error;
 use crate::builder::VmBuilder;
 use crate::config::VmConfig;
-use crate::error::{EmulatorFault, Evidence};
+use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
 use crate::prepared::PreparedVm;
@@ -76,16 +76,22 @@ impl Vm {
     pub(crate) fn start(
         prepared: PreparedVm,
         started: impl Fn(&Arc<dyn VmHandle>),
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let starter = Starter { prepared: &prepared, started: &started, deadline };
-        let booted = match starter.use_snapshot(&mut timeline)? {
+        let booted = match starter.use_snapshot(&mut timeline).transpose() {
             Some(booted) => booted,
-            None => starter.boot(&mut timeline)?,
+            None => starter.boot(&mut timeline),
         };
+        let booted = booted.map_err(|error| {
+            timeline.fail();
+            let mut report = prospect.clone();
+            report.failed(&timeline, &error);
+            Box::new(FailedStart { error, report })
+        })?;
         let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
         Ok(Self {
             handle,

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use vmlab::hypervisor::ExitReason;
-use vmlab::report::Phase;
 use vmlab::{Error, ExitStatus, PreparedVm, RunDir, Stdio, Vm};
 
 use super::Group;
@@ -71,13 +70,10 @@ impl Plan<'_> {
 
     fn run(&self, logs: &RunDir, attempt: &mut Attempt) {
         let prepared = self.prepared.clone().logs_in(logs.clone());
-        let mut report = prepared.report();
-        let begun = Instant::now();
         let vm = match prepared.start_watched(|vm| self.group.add(attempt.number, vm)) {
             Ok(vm) => vm,
-            Err(error) => {
-                report.failed(Phase::Boot, begun.elapsed(), &error);
-                attempt.ran = Ran { status: Err(error.into()), report: Some(report) };
+            Err(failed) => {
+                attempt.ran = Ran::not_started(*failed);
                 return;
             }
         };

@@ -1,5 +1,6 @@
 //! What vmlab says of itself: reports, dry runs, and nothing where the command's output goes.
 
+use crate::common::snapshots::Cold;
 use crate::common::{DEBIAN_6_12, Site, kernel};
 use serde_json::{Value, json};
 
@@ -53,6 +54,19 @@ fn a_report_of_a_failure() {
     assert_eq!(one["exit_reason"], json!({"guest_panic": "sysrq triggered crash"}));
     assert!(one["error"].as_str().unwrap().contains("panicked"), "{one}");
     assert!(std::path::Path::new(one["console_log"].as_str().unwrap()).exists(), "{one}");
+}
+
+#[test]
+fn a_start_that_failed_ends_with_the_phase_that_did() {
+    let cold = Cold::new();
+    for phases in [
+        &["kernel", "prepare", "boot", "snapshot", "restore", "setup"][..],
+        &["kernel", "prepare", "restore", "setup"],
+    ] {
+        let ran = cold.run(&["--module", "no-such-module"], ["true"]);
+        ran.outcome.expect_code(125).expect_stderr(&["no-such-module not found"]);
+        assert_eq!(ran.phases, phases);
+    }
 }
 
 #[test]
