@@ -23,6 +23,8 @@ need busybox-static busybox
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck
+need libxml2-utils xmllint
+need chromium chromium
 install_needed
 
 target=$(target_dir)

@@ -29,5 +29,5 @@ pub use host::{SYSTEM_DIRS, find_program};
 pub use kernel::{ConfigSource, Kernel, Origin};
 pub use kinds::{Bound, KINDS, Kind};
 pub use progress::{Progress, Silent};
-pub use spec::{Distro, DistroSpec, KernelSpec, Select, SpecError};
+pub use spec::{Distro, DistroSpec, KernelSpec, Select, SpecError, nearest};
 pub use store::{KernelStore, StoredKernel};

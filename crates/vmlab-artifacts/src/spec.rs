@@ -369,7 +369,7 @@ fn explain_word(text: &str) -> String {
 }
 
 /// The known name that is a typing slip away.
-pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     known
         .iter()
         .map(|name| (strsim::damerau_levenshtein(word, name), *name))

@@ -1,9 +1,7 @@
 //! `vmlab run --repeat` and `--until-failure`: a command many times, each time in a VM of its own.
 
 mod attempt;
-mod group;
 mod jobs;
-mod output;
 mod summary;
 mod times;
 
@@ -17,8 +15,8 @@ use std::time::Instant;
 use anyhow::Result;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
-use vmlab::RunDir;
 use vmlab::artifacts::Progress;
+use vmlab::{Group, RunDir, kept};
 
 use crate::exit::Code;
 use crate::progress::Display;
@@ -30,7 +28,6 @@ use jobs::{Jobs, jobs};
 use summary::Tally;
 use times::millis;
 
-pub(crate) use group::Group;
 pub(crate) use summary::Summary;
 
 /// How many failures are shown and have their logs kept. What comes after them tells little more, and a
@@ -66,7 +63,7 @@ pub(crate) fn under(
     let prepared = prepared.one_of(jobs);
     let logs = RunDir::create()?;
     let group = Arc::new(Group::default());
-    signals.group(Arc::clone(&group));
+    signals.group(Arc::clone(&group) as _);
     let plan = Plan { request, prepared: &prepared, logs: &logs, group: &group };
     let mut results = Results::new(request, repeat, kernel, display);
     let begun = Instant::now();
@@ -211,7 +208,7 @@ impl<'a> Results<'a> {
                 run: attempt.number,
                 run_ms: millis(attempt.took),
                 command_ms: attempt.command_took.map(millis),
-                output_log: output::written(&attempt.dir),
+                output_log: kept::written(&attempt.dir),
             };
             let mut outcome = outcome(self.request, self.kernel, attempt.ran.code(), attempt.ran);
             outcome.numbered = Some(numbered);

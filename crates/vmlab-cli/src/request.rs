@@ -3,11 +3,10 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use vmlab::config::{Machine, NetworkMode, ShareTransport, Topology};
-use vmlab::units::Bytes;
+use vmlab::units::{Bytes, duration};
 use vmlab::{
     AccelChoice, Environment, GuestUser, RootMode, Share, ShareVia, SnapshotMode, Vm, VmBuilder,
 };
@@ -215,40 +214,9 @@ fn environment(user: &str, variables: &[OsString], root: &Path) -> Result<Enviro
     Ok(environment)
 }
 
-/// Reads `90`, `90s`, `1.5m`, `2h`, `300ms`.
-fn duration(text: &str) -> Result<Duration> {
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let seconds = match unit.trim() {
-        "ms" => Some(0.001),
-        "" | "s" => Some(1.0),
-        "m" | "min" => Some(60.0),
-        "h" => Some(3600.0),
-        _ => None,
-    };
-    let number = number.parse::<f64>().ok();
-    let time = number.zip(seconds).and_then(|(n, s)| Duration::try_from_secs_f64(n * s).ok());
-    match time {
-        Some(time) if !time.is_zero() => Ok(time),
-        _ => bail!("`{text}` is not a time: a number with ms, s, m or h, such as 90s"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_read() {
-        let read = |text: &str| duration(text).ok();
-        assert_eq!(read("90"), Some(Duration::from_secs(90)));
-        assert_eq!(read("1.5m"), Some(Duration::from_secs(90)));
-        assert_eq!(read("300ms"), Some(Duration::from_millis(300)));
-        assert_eq!(read("2h"), Some(Duration::from_secs(7200)));
-        for bad in ["", "0", "-1", "s", "5 days", "1e9", "999999999999999999999h"] {
-            assert_eq!(read(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn variables_replace_inherited_ones() {

@@ -8,11 +8,12 @@ use anyhow::{Context, Result};
 use rustix::termios::tcgetwinsize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::{Handle, Signals};
+use vmlab::Group;
 use vmlab::guest::{ChildControl, TerminalSize};
 use vmlab::hypervisor::{ExitReason, VmHandle};
+use vmlab::runner::Runner;
 
 use crate::exit::Code;
-use crate::repeat::Group;
 use crate::terminal;
 
 /// How long a command with a terminal has to end after a signal that ends its session.
@@ -24,11 +25,28 @@ struct Target {
     vm: Option<Arc<dyn VmHandle>>,
     command: Option<ChildControl>,
     /// Several VMs, which no signal is passed on to.
-    group: Option<Arc<Group>>,
+    group: Option<Arc<dyn Cancel>>,
     /// The command has a terminal of its own.
     terminal: bool,
     forwarded: bool,
     killed_by: Option<i32>,
+}
+
+/// What can be ended as a whole.
+pub(crate) trait Cancel: Send + Sync + std::fmt::Debug {
+    fn cancel(&self);
+}
+
+impl Cancel for Group {
+    fn cancel(&self) {
+        Group::cancel(self);
+    }
+}
+
+impl Cancel for Runner {
+    fn cancel(&self) {
+        Runner::cancel(self);
+    }
 }
 
 /// A thread that takes the signals of this process, until it is dropped.
@@ -71,7 +89,7 @@ impl SignalThread {
     }
 
     /// From now on, the first signal ends all these VMs, and the second this process.
-    pub(crate) fn group(&self, group: Arc<Group>) {
+    pub(crate) fn group(&self, group: Arc<dyn Cancel>) {
         *self.lock() = Target { group: Some(group), ..Target::default() };
     }
 

@@ -185,6 +185,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Everything is to end.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// What was asked for is not there yet.
+    #[error("{what} cannot be run yet")]
+    NotYet {
+        /// What.
+        what: &'static str,
+    },
     /// The arguments and environment of a command are too large.
     #[error("{}: its arguments and environment are too large", program.display())]
     TooManyArguments {
@@ -307,6 +316,8 @@ impl Error {
             | Self::Setup { .. }
             | Self::WorkingDirectory { .. }
             | Self::CommandSetup { .. }
+            | Self::Cancelled
+            | Self::NotYet { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
         }
     }

@@ -1,4 +1,6 @@
-//! Sizes, as people write them.
+//! Sizes and times, as people write them.
+
+use std::time::Duration;
 
 use serde::Serialize;
 use thiserror::Error;
@@ -59,9 +61,45 @@ impl std::fmt::Display for Bytes {
     }
 }
 
+/// Text that is not a time.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("`{0}` is not a time: a number with ms, s, m or h, such as 90s")]
+pub struct DurationError(String);
+
+/// Reads `90`, `90s`, `1.5m`, `2h`, `300ms`; a number alone is seconds.
+///
+/// # Errors
+/// When it is none of these, or no time at all.
+pub fn duration(text: &str) -> Result<Duration, DurationError> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let seconds = match unit.trim() {
+        "ms" => Some(0.001),
+        "" | "s" => Some(1.0),
+        "m" | "min" => Some(60.0),
+        "h" => Some(3600.0),
+        _ => None,
+    };
+    let number = number.parse::<f64>().ok();
+    let time = number.zip(seconds).and_then(|(n, s)| Duration::try_from_secs_f64(n * s).ok());
+    time.filter(|time| !time.is_zero()).ok_or_else(|| DurationError(text.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_read() {
+        let read = |text: &str| duration(text).ok();
+        assert_eq!(read("90"), Some(Duration::from_secs(90)));
+        assert_eq!(read("1.5m"), Some(Duration::from_secs(90)));
+        assert_eq!(read("300ms"), Some(Duration::from_millis(300)));
+        assert_eq!(read("2h"), Some(Duration::from_secs(7200)));
+        for bad in ["", "0", "-1", "s", "5 days", "1e9", "999999999999999999999h"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn sizes_are_read_as_people_write_them() {

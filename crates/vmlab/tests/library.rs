@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vmlab::config::{Machine, NetworkMode, VmConfig};
+use vmlab::events::{EventReader, KernelEvent, default_kinds};
 use vmlab::guest::TerminalSize;
 use vmlab::hypervisor::qemu::Qemu;
 use vmlab::hypervisor::{
@@ -239,6 +240,36 @@ fn guests_that_end_tell_why() {
     assert_eq!((reason, booting), (ExitReason::Timeout, true));
     let slow = that_boots().share_cwd(false).boot_timeout(Duration::from_millis(300)).start();
     assert!(matches!(slow, Err(Error::BootTimeout { .. })), "{slow:?}");
+}
+
+#[test]
+fn what_a_kernel_says_of_itself_is_read_from_its_console() {
+    let _logs = Logs::new();
+    let vm = builder().share_cwd(false).start().unwrap();
+    let console = vm.console().subscribe();
+    // The kernel kills what uses most memory, which may be the one who asked for it.
+    let script = "perl -e '$x = \"a\" x 3e7; sleep' & sleep 1; echo 1 > /proc/sys/kernel/sysrq; \
+        echo f > /proc/sysrq-trigger; wait; echo 'kernel BUG at my/own.c:1!' > /dev/console";
+    vm.exec(["sh", "-c", script]).unwrap();
+    let mut reader = EventReader::new(default_kinds());
+    reader.feed(wait_for(&console, "kernel BUG at").as_bytes());
+    reader.finish();
+    // Neither is the one among what makes a run fail, nor are the other one's words the kernel's.
+    assert_eq!(reader.events(), []);
+
+    let Err(Error::Ended { .. }) = vm.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]) else {
+        panic!("the guest did not crash");
+    };
+    let mut all = EventReader::all();
+    all.feed(&std::fs::read(vm.console().log_path()).unwrap());
+    console.iter().for_each(|bytes| reader.feed(&bytes));
+    let panic = "kernel panic: sysrq triggered crash";
+    let titles = |events: Vec<KernelEvent>| events.into_iter().map(|e| e.title).collect::<Vec<_>>();
+    assert_eq!(titles(all.into_events()), ["OOM kill: perl", panic]);
+    let events = reader.into_events();
+    let report = events[0].report.join("\n");
+    assert!(report.contains("Call Trace:") && report.contains("sysrq_handle_crash"), "{report}");
+    assert_eq!(titles(events), [panic]);
 }
 
 #[test]

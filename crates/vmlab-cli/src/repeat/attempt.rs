@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use vmlab::hypervisor::ExitReason;
-use vmlab::{Error, ExitStatus, PreparedVm, RunDir, Stdio, Vm};
+use vmlab::kept::{self, Keeper};
+use vmlab::{Error, ExitStatus, Group, PreparedVm, RunDir, Stdio, Vm};
 
-use super::Group;
-use super::output::{self, Keeper};
 use super::times::written;
 use crate::output::explained;
 use crate::request::Request;
@@ -83,7 +82,7 @@ impl Plan<'_> {
 
     /// Runs the command and ends the VM.
     fn to_the_end(&self, vm: &Vm, logs: &RunDir, attempt: &mut Attempt) -> Result<ExitStatus> {
-        let mut keeper = Keeper::new(logs.file(output::FILE)?);
+        let mut keeper = Keeper::new(logs.file(kept::OUTPUT_FILE)?);
         let begun = Instant::now();
         let status = self.execute(vm, attempt.number, &mut keeper);
         attempt.command_took = status.is_ok().then(|| begun.elapsed());
@@ -157,9 +156,9 @@ impl Attempt {
     /// All that a person needs to know of it, in one piece.
     pub(super) fn block(&self, of: Option<u64>) -> Vec<u8> {
         let mut block = self.heading(of).into_bytes();
-        let written = output::written(&self.dir);
+        let written = kept::written(&self.dir);
         let mut notes = String::new();
-        match written.as_deref().map(output::excerpt) {
+        match written.as_deref().map(kept::excerpt) {
             Some(Ok(shown)) => block.extend_from_slice(&shown),
             Some(Err(error)) => {
                 // Writing to a string does not fail.

@@ -292,7 +292,7 @@ impl State {
 
 /// A line without escape sequences and other control characters, so that a guest cannot drive the
 /// terminal of the person who reads it.
-fn printable(line: &str) -> String {
+pub(crate) fn printable(line: &str) -> String {
     let mut out = String::with_capacity(line.len());
     let mut chars = line.chars().peekable();
     while let Some(c) = chars.next() {

@@ -17,6 +17,7 @@ use thiserror::Error;
 use vmlab_artifacts::Cache;
 
 pub use console::SerialConsole;
+pub(crate) use console::printable;
 pub use snapshot::{Memory, Origin, Snapshot};
 
 use crate::config::{ConfigError, Machine, NetworkMode, ShareTransport, VmConfig};

@@ -40,6 +40,11 @@ impl Qemu {
         Self::default()
     }
 
+    /// Another QEMU: a name that is looked for in `PATH`, or a path.
+    pub fn with_program(program: impl AsRef<Path>) -> Self {
+        Self { program: program.as_ref().to_string_lossy().into_owned() }
+    }
+
     /// Debian's name of the package that has it.
     const PACKAGE: &str = match Arch::HOST {
         Arch::X86_64 => "qemu-system-x86",

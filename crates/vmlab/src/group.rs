@@ -1,13 +1,14 @@
 //! The VMs that run at the moment, so that all of them can be ended at once.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use vmlab::hypervisor::{ExitReason, VmHandle};
+use crate::hypervisor::{ExitReason, VmHandle};
+use crate::sync::lock;
 
 /// VMs by the numbers of their runs.
 #[derive(Debug, Default)]
-pub(crate) struct Group {
+pub struct Group {
     state: Mutex<State>,
 }
 
@@ -20,8 +21,8 @@ struct State {
 impl Group {
     /// Takes a VM in that was just started, in the place of an earlier one of the same run. It is ended
     /// at once where all others were.
-    pub(super) fn add(&self, number: u64, vm: &Arc<dyn VmHandle>) {
-        let mut state = self.lock();
+    pub fn add(&self, number: u64, vm: &Arc<dyn VmHandle>) {
+        let mut state = lock(&self.state);
         if state.cancelled {
             drop(state);
             vm.kill(ExitReason::Killed);
@@ -31,14 +32,14 @@ impl Group {
     }
 
     /// A run is over.
-    pub(super) fn remove(&self, number: u64) {
-        self.lock().vms.remove(&number);
+    pub fn remove(&self, number: u64) {
+        lock(&self.state).vms.remove(&number);
     }
 
     /// Ends all VMs, and those that are still to come.
-    pub(crate) fn cancel(&self) {
+    pub fn cancel(&self) {
         let vms = {
-            let mut state = self.lock();
+            let mut state = lock(&self.state);
             state.cancelled = true;
             std::mem::take(&mut state.vms)
         };
@@ -47,11 +48,8 @@ impl Group {
         }
     }
 
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.lock().cancelled
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether they were ended.
+    pub fn is_cancelled(&self) -> bool {
+        lock(&self.state).cancelled
     }
 }

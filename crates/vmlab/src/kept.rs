@@ -1,14 +1,14 @@
-//! What the command of a run wrote: kept in a file, and shown in part.
+//! What the command of one of many runs wrote: kept in a file, and shown in part.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use vmlab::units::{Bytes, MIB};
+use crate::units::{Bytes, MIB};
 
 /// The file in a run's directory.
-pub(super) const FILE: &str = "output.log";
+pub const OUTPUT_FILE: &str = "output.log";
 
 /// How much is kept of what one run writes, beside the last of it: a guest that writes without end must
 /// not fill the host's disk. Kept is what the user can read, which ends somewhere near this.
@@ -20,7 +20,7 @@ const SHOWN_TAIL: u64 = 48 * 1024;
 
 /// Takes what a command writes, into a file with a limit. It never fails, as the command would notice.
 #[derive(Debug)]
-pub(super) struct Keeper {
+pub struct Keeper {
     file: File,
     limit: u64,
     taken: u64,
@@ -30,7 +30,8 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) fn new(file: File) -> Self {
+    /// Keeps what comes in this file.
+    pub fn new(file: File) -> Self {
         Self { file, limit: KEPT, taken: 0, tail: VecDeque::new(), failed: None }
     }
 
@@ -38,7 +39,7 @@ impl Keeper {
     ///
     /// # Errors
     /// When something could not be written.
-    pub(super) fn finish(mut self) -> io::Result<()> {
+    pub fn finish(mut self) -> io::Result<()> {
         if let Some(error) = self.failed {
             return Err(error);
         }
@@ -75,7 +76,7 @@ impl Write for Keeper {
 ///
 /// # Errors
 /// When the file cannot be read.
-pub(super) fn excerpt(path: &Path) -> io::Result<Vec<u8>> {
+pub fn excerpt(path: &Path) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     let mut shown = Vec::new();
@@ -107,8 +108,8 @@ fn left_out_line(bytes: u64, why: &str) -> Vec<u8> {
 }
 
 /// Where a run's output is, if it wrote any.
-pub(super) fn written(dir: &Path) -> Option<PathBuf> {
-    let path = dir.join(FILE);
+pub fn written(dir: &Path) -> Option<PathBuf> {
+    let path = dir.join(OUTPUT_FILE);
     path.metadata().is_ok_and(|file| file.len() > 0).then_some(path)
 }
 

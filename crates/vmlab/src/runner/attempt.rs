@@ -1,0 +1,433 @@
+//! One attempt at a target: a VM, what runs before, the command, what runs after.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vmlab_artifacts::Progress;
+
+use super::keep::keep;
+use super::verdict::{End, judge};
+use super::watch::Watch;
+use super::{Observer, Run, Stop};
+use crate::budget::Need;
+use crate::config::Accel;
+use crate::error::chain;
+use crate::hypervisor::ExitReason;
+use crate::hypervisor::qemu::Qemu;
+use crate::kept::{self, Keeper};
+use crate::report::Report;
+use crate::results::{AttemptResult, Failure};
+use crate::sync::lock;
+use crate::targets::{System, Target, TargetCommand};
+use crate::timings::millis;
+use crate::{Environment, Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
+
+/// Variables that tell a command what it is.
+const NAME: &str = "VMLAB_TARGET";
+const ATTEMPT: &str = "VMLAB_ATTEMPT";
+
+/// The shell of scripts, as vmtest has it.
+const SHELL: &str = "bash";
+
+/// How long each script after the command may take: it is there to look and to tidy up.
+const TEARDOWN_TIME: Duration = Duration::from_secs(60);
+
+/// How long a command that was killed may take to be gone.
+const KILL_TIME: Duration = Duration::from_secs(5);
+
+/// The signal that nothing can ignore.
+const SIGKILL: i32 = 9;
+
+impl Run<'_> {
+    /// Tries a target once.
+    pub(super) fn attempt(&self, index: usize, target: &Target, number: u32) -> AttemptResult {
+        let start = Instant::now();
+        let mut record =
+            AttemptResult { start_ms: millis(start - self.began), ..AttemptResult::default() };
+        let watch = Watch::default();
+        let attempt = Attempt { run: self, index, target, number, watch: &watch };
+        let name = format!("{:03}-{}-{number}", index + 1, file_name(&target.name));
+        let end = match self.logs.part(&name) {
+            Ok(logs) => attempt.run(&logs, &mut record),
+            Err(error) => End::Lost(Box::new(error)),
+        };
+        self.runner.group.remove(attempt.key());
+        record.events = watch.finish();
+        record.failure = self.failure(target, &end, &record);
+        if let End::Exited(status) = &end {
+            (record.exit_code, record.signal) = (Some(status.shell_code()), status.signal());
+        }
+        if let Some(log) = &record.console_log {
+            record.console = excerpt(log, &mut record.notes);
+        }
+        record.took_ms = millis(start.elapsed());
+        record
+    }
+
+    fn failure(&self, target: &Target, end: &End, record: &AttemptResult) -> Option<Failure> {
+        let killed = matches!(end, End::Lost(error)
+            if error.exit_reason() == Some(&ExitReason::Killed) || is_cancelled(error));
+        match self.runner.stopped().filter(|_| killed) {
+            Some(Stop::Timeout) => {
+                let limit = self.runner.options.timeout.unwrap_or_default().as_secs_f64();
+                let what = format!("all targets together took longer than {limit} s");
+                Some(Failure::Timeout { what })
+            }
+            Some(Stop::User | Stop::FailFast) => Some(Failure::Cancelled),
+            None => judge(&target.verdict, end, &record.events),
+        }
+    }
+}
+
+/// Whether a VM was not started because everything is to end.
+fn is_cancelled(error: &Error) -> bool {
+    matches!(error, Error::Cancelled)
+}
+
+#[derive(Debug)]
+struct Attempt<'a> {
+    run: &'a Run<'a>,
+    index: usize,
+    target: &'a Target,
+    number: u32,
+    watch: &'a Watch,
+}
+
+/// Where the output of all that runs in a guest goes.
+#[derive(Debug, Clone)]
+struct Tee {
+    /// Gone once the VM is: what still comes then comes too late.
+    keeper: Arc<Mutex<Option<Keeper>>>,
+    observer: Arc<dyn Observer>,
+    index: usize,
+}
+
+impl Write for Tee {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match lock(&self.keeper).as_mut() {
+            Some(keeper) => {
+                self.observer.output(self.index, bytes);
+                keeper.write(bytes)
+            }
+            None => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Hands on what a VM's preparation and start say.
+#[derive(Debug)]
+struct Told {
+    observer: Arc<dyn Observer>,
+    index: usize,
+}
+
+impl Progress for Told {
+    fn phase(&self, name: &str) {
+        self.observer.phase(self.index, name);
+    }
+
+    fn note(&self, text: &str) {
+        self.observer.note(self.index, text);
+    }
+
+    fn download(&self, _done: u64, _total: Option<u64>) {}
+}
+
+impl Attempt<'_> {
+    fn key(&self) -> u64 {
+        self.index as u64
+    }
+
+    fn run(&self, logs: &RunDir, record: &mut AttemptResult) -> End {
+        match self.in_a_vm(logs, record) {
+            Ok(end) => end,
+            Err(error) => {
+                if let Some(evidence) = error.evidence() {
+                    record.console_log.get_or_insert_with(|| evidence.log.clone());
+                }
+                End::Lost(Box::new(error))
+            }
+        }
+    }
+
+    fn in_a_vm(&self, logs: &RunDir, record: &mut AttemptResult) -> Result<End, Error> {
+        let runner = self.run.runner;
+        let vm = self.builder()?;
+        let mut prepared = vm.clone().prepare()?;
+        if let Some(cpu) = &self.target.vm.kvm_cpu
+            && prepared.config().accel == Accel::Kvm
+        {
+            prepared = vm.qemu_arg("-cpu").qemu_arg(cpu).prepare()?;
+        }
+        record.accel = Some(prepared.config().accel.name().to_owned());
+        let permit = runner.budget.acquire(Need::of(prepared.config()));
+        let _permit = permit.ok_or(Error::Cancelled)?;
+        let prepared = prepared.one_of(runner.workers()).logs_in(logs.clone());
+        let started = prepared.start_watched(|vm| {
+            runner.group.add(self.key(), vm);
+            self.watch.vm(vm);
+        });
+        let vm = started.map_err(|failed| {
+            record.phases = phases(&failed.report);
+            failed.error
+        })?;
+        record.console_log = Some(vm.console().log_path().to_owned());
+        record.release = Some(vm.release().to_owned());
+        let keeper = Keeper::new(logs.file(kept::OUTPUT_FILE)?);
+        let observer = Arc::clone(&runner.observer);
+        let tee = Tee { keeper: Arc::new(Mutex::new(Some(keeper))), observer, index: self.index };
+        let end = self.commands(&vm, &tee, logs.path(), record);
+        let stopped = vm.shutdown();
+        let warnings = vm.take_warnings();
+        record.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
+        record.phases = phases(&vm.report());
+        drop(vm);
+        let kept = lock(&tee.keeper).take().map(Keeper::finish);
+        if let Some(Err(error)) = kept {
+            record.notes.push(format!("the command's output cannot be kept: {error}"));
+        }
+        record.output_log = kept::written(logs.path());
+        if let Some(log) = &record.output_log {
+            record.output = excerpt(log, &mut record.notes);
+        }
+        let end = end?;
+        match (&end, stopped) {
+            // What it wrote may not have arrived.
+            (End::Exited(_), Err(error)) => Err(error),
+            _ => Ok(end),
+        }
+    }
+
+    /// What runs in the guest, in its order.
+    fn commands(
+        &self,
+        vm: &Vm,
+        tee: &Tee,
+        dir: &Path,
+        record: &mut AttemptResult,
+    ) -> Result<End, Error> {
+        let Target { run, verdict, .. } = self.target;
+        let observer = &self.run.runner.observer;
+        let deadline = verdict.timeout.and_then(|limit| Instant::now().checked_add(limit));
+        let limit = verdict.timeout.unwrap_or_default();
+        let mut end = None;
+        for script in &run.setup {
+            observer.phase(self.index, "before the command");
+            end = match execute(vm, &words(script), tee, deadline)? {
+                Some(status) if status.success() => continue,
+                Some(status) => {
+                    Some(End::SetupFailed(format!("`{}`: {status}", first_line(script))))
+                }
+                None => Some(End::TimedOut(limit)),
+            };
+            break;
+        }
+        let end = match end {
+            Some(end) => end,
+            None => {
+                observer.phase(self.index, "command");
+                let command = match &run.command {
+                    TargetCommand::Script(script) => words(script),
+                    TargetCommand::Program(words) => words.clone(),
+                    TargetCommand::Shell => vec![SHELL.into()],
+                };
+                let since = Instant::now();
+                let status = execute(vm, &command, tee, deadline)?;
+                record.command_ms = Some(millis(since.elapsed()));
+                status.map_or(End::TimedOut(limit), End::Exited)
+            }
+        };
+        if judge(verdict, &end, &self.watch.so_far()).is_some() && !run.keep_on_failure.is_empty() {
+            observer.phase(self.index, "keeping files");
+            match keep(vm, &run.keep_on_failure, dir, &mut record.notes) {
+                Ok(files) => record.kept_files = files,
+                Err(error) => record.notes.push(format!("files to keep: {}", chain(&error))),
+            }
+        }
+        for script in &run.teardown {
+            observer.phase(self.index, "after the command");
+            let deadline = Some(Instant::now() + TEARDOWN_TIME);
+            let how = match execute(vm, &words(script), tee, deadline)? {
+                Some(status) if status.success() => continue,
+                Some(status) => status.to_string(),
+                None => format!("took longer than {} s", TEARDOWN_TIME.as_secs()),
+            };
+            record.notes.push(format!("after the command, `{}`: {how}", first_line(script)));
+        }
+        if let End::Exited(status) = &end
+            && status.oom_kills() > 0
+        {
+            let (killed, memory) = (status.oom_kills(), vm.config().memory);
+            record.notes.push(format!(
+                "the guest ran out of memory and killed {killed} process(es); it has {memory}"
+            ));
+        }
+        Ok(end)
+    }
+
+    /// The VM that the target describes.
+    fn builder(&self) -> Result<VmBuilder, Error> {
+        let Target { system, vm: spec, run, .. } = self.target;
+        let options = &self.run.runner.options;
+        let observer = Arc::clone(&self.run.runner.observer);
+        if run.command == TargetCommand::Shell {
+            return Err(Error::NotYet { what: "targets with a shell on the terminal" });
+        }
+        let System::Kernel { spec: kernel, rootfs, root_mode } = system else {
+            return Err(Error::NotYet { what: "targets with disk images" });
+        };
+        let mut vm = Vm::builder()
+            .rootfs(rootfs)
+            .root_mode(*root_mode)
+            .accel(spec.accel)
+            .fast(spec.fast)
+            .network(spec.network)
+            .share_via(spec.share_via)
+            .snapshots(options.snapshots)
+            .progress(Arc::new(Told { observer, index: self.index }));
+        if let Some(dir) = &options.cache_dir {
+            vm = vm.cache_dir(dir);
+        }
+        if let Some(kernel) = kernel {
+            vm = vm.kernel(kernel);
+        }
+        if let Some(memory) = spec.memory {
+            vm = vm.memory(memory);
+        }
+        if let Some(topology) = spec.topology {
+            vm = vm.topology(topology);
+        }
+        if let Some(machine) = spec.machine {
+            vm = vm.machine(machine);
+        }
+        if let Some(hostname) = &spec.hostname {
+            vm = vm.hostname(hostname);
+        }
+        if let Some(limit) = spec.boot_timeout {
+            vm = vm.boot_timeout(limit);
+        }
+        if let Some(qemu) = &spec.qemu {
+            vm = vm.hypervisor(Arc::new(Qemu::with_program(qemu)));
+        }
+        for share in &spec.shares {
+            vm = vm.share(share.clone());
+        }
+        for words in &spec.append {
+            vm = vm.append(words);
+        }
+        for module in &spec.modules {
+            vm = vm.module(module.split_whitespace());
+        }
+        for argument in &spec.qemu_args {
+            vm = vm.qemu_arg(argument);
+        }
+        let mut environment = Environment::of_caller().map_err(|source| Error::Io {
+            what: "find",
+            path: PathBuf::from("the working directory"),
+            source,
+            hint: "",
+        })?;
+        environment.user = user(&run.user, rootfs)?;
+        if let Some(cwd) = &run.cwd {
+            environment.cwd = cwd.clone();
+        }
+        let number = self.number.to_string();
+        let own = [(NAME, &self.target.name), (ATTEMPT, &number)];
+        let own = own.into_iter().map(|(name, value)| (name, value.as_str()));
+        let given = run.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        for (name, value) in own.chain(given) {
+            environment.vars.retain(|(other, _)| other != name);
+            environment.vars.push((name.into(), value.into()));
+        }
+        Ok(vm.environment(environment))
+    }
+}
+
+/// Runs a command to its end, and until all its output is here; `None` once the deadline has passed.
+fn execute(
+    vm: &Vm,
+    command: &[OsString],
+    tee: &Tee,
+    deadline: Option<Instant>,
+) -> Result<Option<ExitStatus>, Error> {
+    let mut child =
+        vm.command(&command[0]).args(&command[1..]).stdin(Stdio::Null).merge_stderr().spawn()?;
+    let (done, copied) = channel::<()>();
+    if let Some(mut stdout) = child.stdout.take() {
+        let mut tee = tee.clone();
+        std::thread::spawn(move || {
+            // The keeper never fails, so it is the VM that has ended, which the wait reports.
+            let _ = stdout.copy_to(&mut tee);
+            drop((tee, done));
+        });
+    }
+    let Some(status) = child.wait_until(deadline)? else {
+        child.control().signal(SIGKILL);
+        child.wait_until(Some(Instant::now() + KILL_TIME))?;
+        return Ok(None);
+    };
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    // Nothing is ever sent: what ends the wait is that the sender is dropped.
+    match left {
+        None => _ = copied.recv(),
+        Some(left) => {
+            if copied.recv_timeout(left) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(Some(status))
+}
+
+fn phases(report: &Report) -> Vec<(String, f64)> {
+    report.phases.iter().map(|phase| (phase.phase.name().to_owned(), phase.ms)).collect()
+}
+
+/// A script as a command.
+fn words(script: &str) -> Vec<OsString> {
+    vec![SHELL.into(), "-c".into(), script.into()]
+}
+
+fn first_line(script: &str) -> &str {
+    script.trim().lines().next().unwrap_or_default()
+}
+
+fn user(name: &str, root: &Path) -> Result<GuestUser, Error> {
+    match name {
+        "root" => Ok(GuestUser::default()),
+        "caller" => Ok(GuestUser::caller()),
+        name => GuestUser::named(name, root).map_err(|source| Error::Io {
+            what: "find the user",
+            path: PathBuf::from(name),
+            source,
+            hint: "",
+        }),
+    }
+}
+
+/// As much of a log as a report should have.
+fn excerpt(log: &Path, notes: &mut Vec<String>) -> String {
+    match kept::excerpt(log) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) => {
+            notes.push(format!("{} cannot be read: {error}", log.display()));
+            String::new()
+        }
+    }
+}
+
+/// A target's name as a part of a file's name.
+fn file_name(name: &str) -> String {
+    /// Leaves room for what is around it.
+    const MOST: usize = 80;
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    name.chars().take(MOST).map(plain).collect()
+}
