@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::exit::{self, Code};
-use crate::{cache, doctor, generate, kernel, output, request, run};
+use crate::vmtest::{self, Vmtest, VmtestArgs};
+use crate::{cache, doctor, generate, kernel, output, request, run, test};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -30,6 +31,19 @@ enum Command {
     /// Ctrl-] pressed three times within a second ends the VM.
     #[command(after_help = exit::HELP)]
     Shell(ShellArgs),
+    /// Run the targets of vmlab.toml or vmtest.toml, each in a fresh VM
+    ///
+    /// Without --config, it is vmlab.toml in the working directory, else vmtest.toml.
+    #[command(after_help = exit::TEST_HELP)]
+    Test(TestArgs),
+    /// Run the targets of vmtest.toml, or one command, as danobi/vmtest does
+    ///
+    /// A link to vmlab with the name `vmtest` is the same.
+    #[command(after_help = vmtest::HELP)]
+    Vmtest(VmtestArgs),
+    /// Work on results that `test --json` has written
+    #[command(subcommand)]
+    Report(ReportCommand),
     /// Fetch, list, inspect and remove kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -226,6 +240,96 @@ pub(crate) struct RunArgs {
     pub(crate) command: Vec<OsString>,
 }
 
+/// What `test` takes.
+#[derive(Debug, Args)]
+pub(crate) struct TestArgs {
+    /// The file with the targets
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Run only targets whose names match this regular expression somewhere
+    #[arg(short, long, value_name = "REGEX")]
+    pub(crate) filter: Vec<String>,
+    /// Run only targets that have one of these tags
+    #[arg(short, long, value_name = "TAG")]
+    pub(crate) tag: Vec<String>,
+    /// Run only this part of them: 2/8 is the second of eight, which together run all
+    #[arg(long, value_name = "I/N")]
+    pub(crate) shard: Option<String>,
+    /// What an earlier run has written by --json: parts are made to take alike
+    #[arg(long, value_name = "FILE", requires = "shard")]
+    pub(crate) durations: Option<PathBuf>,
+    /// VMs at the same time; as many as the host has CPUs for, unless given
+    #[arg(short, long, value_name = "J")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) jobs: Option<u16>,
+    /// What all VMs at the same time may need of the host's memory; three quarters of what is available,
+    /// unless given
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_budget: Option<String>,
+    /// End everything at the first failure
+    #[arg(long)]
+    pub(crate) fail_fast: bool,
+    /// How long all targets together may take: 90s, 5m, 1h
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<String>,
+    /// Print the names of the targets and stop
+    #[arg(short, long)]
+    pub(crate) list: bool,
+    /// Whose output is printed
+    #[arg(short, long, value_enum, default_value = "failed")]
+    pub(crate) output: ShownArg,
+    /// Boot each VM, and neither use nor take a snapshot
+    #[arg(long, conflicts_with = "cold")]
+    pub(crate) no_snapshot: bool,
+    /// Boot each VM, and take a new snapshot of it
+    #[arg(long)]
+    pub(crate) cold: bool,
+    #[command(flatten)]
+    pub(crate) reports: ReportArgs,
+    /// Print nothing but failures and the count of targets
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// What is written of results.
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// Write the results as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Write them as JUnit's XML, which CI systems read
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+    /// Write them in TAP, the Test Anything Protocol
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tap: Option<PathBuf>,
+    /// Write a page to look at: DIR/index.html
+    #[arg(long, value_name = "DIR")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReportCommand {
+    /// Put the results of shards together
+    Merge(MergeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// What `test --json` has written
+    #[arg(required = true)]
+    pub(crate) parts: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reports: ReportArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShownArg {
+    All,
+    Failed,
+    None,
+}
+
 /// A command many times. Each option but the first two needs one of those.
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("repeated").multiple(true).args(["repeat", "until_failure"])))]
@@ -292,8 +396,12 @@ pub(crate) enum NetArg {
 
 /// Reads the arguments and does what they say.
 pub(crate) fn dispatch() -> Code {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = match vmtest::is_called() {
+        true => Vmtest::try_parse().map(|vmtest| Command::Vmtest(vmtest.args)),
+        false => Cli::try_parse().map(|cli| cli.command),
+    };
+    let command = match parsed {
+        Ok(command) => command,
         Err(error) => {
             // A stream that is gone cannot be told.
             let _ = error.print();
@@ -301,9 +409,12 @@ pub(crate) fn dispatch() -> Code {
         }
     };
     let done = |result: anyhow::Result<()>| result.map(|()| Code::SUCCESS);
-    let result = match cli.command {
+    let result = match command {
         Command::Run(args) => request::of_run(args).and_then(|request| run::run(&request)),
         Command::Shell(args) => request::of_shell(args).and_then(|request| run::run(&request)),
+        Command::Test(args) => test::run(&args),
+        Command::Vmtest(args) => vmtest::run(args),
+        Command::Report(ReportCommand::Merge(args)) => done(test::merge(&args)),
         Command::Kernel(command) => done(kernel::run(command)),
         Command::Cache(command) => cache::run(command),
         Command::Doctor { json } => doctor::run(json),

@@ -14,6 +14,17 @@ Exit codes:
   127    the command was not found
 With several kernels or runs, the code is that of the first that did not give 0.";
 
+/// Text for `--help` of `test`.
+pub(crate) const TEST_HELP: &str = "\
+Exit codes:
+  0      all targets passed
+  1      a target failed
+  125    a target could not be run, or vmlab's arguments or the file are wrong
+  128+N  signal N ended everything";
+
+const TARGET_FAILED: u8 = 1;
+/// What vmtest gives where the VM could not be run.
+const NO_VM: u8 = 69;
 const GUEST_ENDED: u8 = 122;
 const GUEST_PANIC: u8 = 123;
 const TIMEOUT: u8 = 124;
@@ -28,6 +39,8 @@ pub(crate) struct Code(pub(crate) u8);
 impl Code {
     pub(crate) const SUCCESS: Code = Code(0);
     pub(crate) const FAILED: Code = Code(FAILED);
+    pub(crate) const NO_VM: Code = Code(NO_VM);
+    pub(crate) const TARGET_FAILED: Code = Code(TARGET_FAILED);
 
     /// The code for a signal that ended vmlab.
     pub(crate) fn of_signal(signal: i32) -> Self {

@@ -15,7 +15,9 @@ mod run;
 mod signals;
 mod stdio;
 mod terminal;
+mod test;
 mod timings;
+mod vmtest;
 
 fn main() -> std::process::ExitCode {
     cli::dispatch().into()

@@ -151,6 +151,23 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
     Ok(first_failure)
 }
 
+/// A single run that nothing is written of: its code, and whether the command came to its end.
+pub(crate) fn one(request: &Request) -> Result<(Code, bool)> {
+    let signals = SignalThread::start()?;
+    let display = Arc::new(Display::new(request.verbosity));
+    let kernel = request.kernels.first().and_then(Option::as_ref);
+    let ran = under(request, kernel, &signals, &display, &mut Input::new(1));
+    display.clear();
+    signals.idle();
+    if let Some(signal) = signals.killed_by() {
+        return Ok((Code::of_signal(signal), true));
+    }
+    if let Err(error) = &ran.status {
+        output::error(error);
+    }
+    Ok((ran.code(), ran.status.is_ok()))
+}
+
 fn undrawable(path: &std::path::Path) -> String {
     format!("the timings cannot be drawn in {}", path.display())
 }
