@@ -70,16 +70,7 @@ if [ -n "${PEER_KERNEL:-}" ]; then
     peers=(peer-bare peer-cold peer-restored)
     if has vmtest; then
         # It has no option to do without KVM, so it is run where there is none, as all others are.
-        cat >"$work/without-kvm" <<'END'
-#!/bin/sh
-exec unshare --mount sh -c '
-    dir=$(mktemp -d) && mount -t tmpfs dev "$dir" && cd /dev &&
-    cp -a null zero full random urandom tty "$dir" && cd "$dir" && mkdir pts shm &&
-    mount --bind /dev/pts pts && ln -s pts/ptmx ptmx && ln -s /proc/self/fd fd &&
-    ln -s fd/0 stdin && ln -s fd/1 stdout && ln -s fd/2 stderr &&
-    cd / && mount --move "$dir" /dev && rmdir "$dir" && exec "$@"' sh "$@"
-END
-        chmod 755 "$work/without-kvm"
+        without_kvm "$work/without-kvm"
         command[vmtest]="$work/without-kvm vmtest -k $PEER_KERNEL true"
         peers+=(vmtest)
     fi

@@ -27,6 +27,20 @@ machine() {
     echo "$(nproc) CPUs ($cpu), QEMU $qemu"
 }
 
+# without_kvm FILE: makes a program that runs its arguments where there is no /dev/kvm.
+without_kvm() {
+    cat >"$1" <<'END'
+#!/bin/sh
+exec unshare --mount sh -c '
+    dir=$(mktemp -d) && mount -t tmpfs dev "$dir" && cd /dev &&
+    cp -a null zero full random urandom tty "$dir" && cd "$dir" && mkdir pts shm &&
+    mount --bind /dev/pts pts && ln -s pts/ptmx ptmx && ln -s /proc/self/fd fd &&
+    ln -s fd/0 stdin && ln -s fd/1 stdout && ln -s fd/2 stderr &&
+    cd / && mount --move "$dir" /dev && rmdir "$dir" && exec "$@"' sh "$@"
+END
+    chmod 755 "$1"
+}
+
 # publish NAME: prints the table on stdin, and puts it on top of bench/results/NAME.md.
 publish() {
     local results=$repo/bench/results/$1.md
