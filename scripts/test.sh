@@ -18,6 +18,8 @@ need_vmlab
 need sudo sudo
 need perl perl
 need make make
+need gcc gcc
+need libelf1 /usr/lib/x86_64-linux-gnu/libelf.so.1
 need iproute2 ip
 need busybox-static busybox
 need gpg gpg

@@ -1,0 +1,173 @@
+//! Events of kernels that a module damages, in each way that the distribution's kernel can report.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+use tempfile::TempDir;
+use vmlab::events::EventKind::{
+    self, Bug, GeneralProtection, HungTask, Kfence, Oops, Panic, RcuStall, SoftLockup, Taint,
+    Warning,
+};
+use vmlab::events::{EventReader, KernelEvent};
+use vmlab::units::{Bytes, MIB};
+use vmlab::{AccelChoice, Error, Share, Vm, VmBuilder};
+
+const KERNEL: &str = "debian:6.12";
+
+/// How many VMs at once.
+const JOBS: usize = 2;
+
+fn run(command: &mut Command, needs: &str) {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}; it needs {needs}"));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{command:?} (it needs {needs}): {said}");
+}
+
+/// The module for a release, built against the distribution's headers, which are fetched and unpacked once.
+fn module(release: &str) -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/provoke");
+    let tree = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("headers-{release}"));
+    let (version, _) = release.rsplit_once('-').unwrap();
+    let headers = tree.join(format!("usr/src/linux-headers-{release}"));
+    if !headers.join("ready").is_file() {
+        let _ = std::fs::remove_dir_all(&tree);
+        std::fs::create_dir_all(&tree).unwrap();
+        let packages = [
+            format!("linux-headers-{release}"),
+            format!("linux-headers-{version}-common"),
+            format!("linux-kbuild-{version}"),
+        ];
+        let apt = "an archive that still has this release: vmlab kernel pull takes a newer one";
+        run(
+            Command::new("apt-get").args(["-q", "download"]).args(packages).current_dir(&tree),
+            apt,
+        );
+        for package in std::fs::read_dir(&tree).unwrap() {
+            run(Command::new("dpkg").arg("-x").arg(package.unwrap().path()).arg(&tree), "dpkg");
+        }
+        // It includes the common headers by the path that they have when they are installed.
+        let makefile = headers.join("Makefile");
+        let text = std::fs::read_to_string(&makefile).unwrap();
+        let moved = text.replace("/usr/src/", &format!("{}/usr/src/", tree.display()));
+        std::fs::write(makefile, moved).unwrap();
+        // For types of the kernel in the module's BTF, which needs a program that nothing else here does.
+        let _ = std::fs::remove_file(headers.join("vmlinux"));
+        std::fs::write(headers.join("ready"), "").unwrap();
+    }
+    let build = tree.join("module");
+    std::fs::create_dir_all(&build).unwrap();
+    for name in ["Makefile", "provoke.c"] {
+        std::fs::copy(sources.join(name), build.join(name)).unwrap();
+    }
+    let mut make = Command::new("make");
+    // Not with the compiler that the headers name: it need not be there, and another one does as well.
+    make.arg("-C").arg(&headers).arg(format!("M={}", build.display())).args(["CC=gcc", "modules"]);
+    run(make.env_remove("MAKEFLAGS"), "make, gcc and libelf1");
+    build
+}
+
+/// What happens in a guest that loads the module with this parameter, after a script.
+fn provoke(builder: VmBuilder, what: &str, before: &str) -> Vec<KernelEvent> {
+    let vm = builder.start().unwrap();
+    let console = vm.console().subscribe();
+    let script = format!("{before}\ninsmod /mnt/provoke/provoke.ko what={what} 2>&1");
+    match vm.exec(["sh", "-c", &script]) {
+        Ok(output) => {
+            let said = output.stdout_text();
+            assert!(!output.status.success(), "{what}: the module was loaded: {said}");
+            // One whose task was killed leaves what it held locked.
+            let _ = vm.shutdown();
+        }
+        Err(Error::Ended { .. }) => {}
+        Err(e) => panic!("{what}: {e}"),
+    }
+    let mut reader = EventReader::all();
+    console.iter().for_each(|bytes| reader.feed(&bytes));
+    reader.into_events()
+}
+
+/// What provokes something, a script before it, the events, and kinds that may come of them.
+type Case = (&'static str, &'static str, Vec<(EventKind, String)>, &'static [EventKind]);
+
+fn cases() -> Vec<Case> {
+    let one = |kind, title: &str| vec![(kind, title.to_owned())];
+    let fatal = (Panic, "kernel panic: Fatal exception in interrupt".to_owned());
+    let fatal_after = |title: &str| vec![(Oops, title.to_owned()), fatal.clone()];
+    let unable = "BUG: unable to handle kernel";
+    let hung = ["provoke_hung", "provoke_sleeper"];
+    vec![
+        // The two that take long begin first.
+        (
+            "hung",
+            "echo 4 > /proc/sys/kernel/hung_task_timeout_secs",
+            hung.map(|name| (HungTask, format!("INFO: task hung in {name}"))).to_vec(),
+            &[],
+        ),
+        (
+            "soft",
+            "echo 4 > /proc/sys/kernel/watchdog_thresh",
+            one(SoftLockup, "BUG: soft lockup in provoke_soft"),
+            &[RcuStall],
+        ),
+        (
+            "kfence",
+            "echo 1 > /sys/module/kfence/parameters/sample_interval",
+            one(Kfence, "KFENCE: use-after-free read in provoke_kfence"),
+            &[],
+        ),
+        ("warn", "", one(Warning, "WARNING in provoke_warn"), &[]),
+        ("bug", "", one(Bug, "kernel BUG in provoke_bug"), &[]),
+        (
+            "null",
+            "",
+            one(Oops, &format!("{unable} NULL pointer dereference in provoke_write")),
+            &[],
+        ),
+        ("page", "", one(Oops, &format!("{unable} paging request in provoke_write")), &[]),
+        (
+            "general-protection",
+            "",
+            one(GeneralProtection, "general protection fault in provoke_write"),
+            &[],
+        ),
+        ("divide", "", one(Oops, "divide error in provoke_divide"), &[]),
+        ("int3", "", fatal_after("int3 in provoke_int3"), &[]),
+        // The counter of preemption is not what it was.
+        ("atomic", "", one(Bug, "BUG: scheduling while atomic in provoke_atomic"), &[Warning]),
+        ("list", "", one(Bug, "BUG: corrupted list in provoke_list"), &[]),
+        ("stack", "", fatal_after("BUG: stack guard page was hit in provoke_stack"), &[]),
+        ("panic", "", one(Panic, "kernel panic: provoked N"), &[]),
+    ]
+}
+
+#[test]
+fn each_way_to_damage_a_kernel_is_recognised() {
+    let logs = TempDir::new().unwrap();
+    // SAFETY: this is the only test of this program; all that reads the environment meanwhile goes through the
+    // standard library, which locks it.
+    unsafe { std::env::set_var("XDG_STATE_HOME", logs.path()) };
+    let builder = || {
+        let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).cpus(2);
+        builder.accel(AccelChoice::Tcg).share_cwd(false)
+    };
+    let release = builder().prepare().unwrap().kernel().release.clone();
+    let dir = module(&release).canonicalize().unwrap();
+
+    let left = Mutex::new(cases().into_iter());
+    let work = || {
+        loop {
+            let next = left.lock().unwrap().next();
+            let Some((what, before, expected, also)) = next else { break };
+            let share = Share::new(&dir).at("/mnt/provoke").read_only();
+            let found = provoke(builder().share(share), what, before);
+            let of_it = |event: &&KernelEvent| event.kind != Taint && !also.contains(&event.kind);
+            let titles: Vec<_> =
+                found.iter().filter(of_it).map(|event| (event.kind, event.title.clone())).collect();
+            assert_eq!(titles, expected, "{what}: {found:#?}");
+        }
+    };
+    std::thread::scope(|scope| (0..JOBS).for_each(|_| drop(scope.spawn(work))));
+}
