@@ -64,7 +64,8 @@ impl FileKind {
 pub struct TargetFile {
     /// The file, absolute.
     pub path: PathBuf,
-    /// The directory that it is in, absolute. Relative paths in the file are from there.
+    /// The directory that it is in, absolute and without symbolic links. Relative paths in the file are
+    /// from there.
     pub dir: PathBuf,
     /// Whose keys it has.
     pub kind: FileKind,
@@ -104,10 +105,12 @@ pub fn load_as(path: &Path, kind: FileKind) -> Result<TargetFile, TargetFileErro
         let message = format!("line {line} is not UTF-8");
         cannot(std::io::Error::new(std::io::ErrorKind::InvalidData, message))
     })?;
-    let absolute = std::path::absolute(path).map_err(cannot)?;
-    let dir = absolute.parent().unwrap_or(Path::new("/")).to_owned();
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    // As the kernel names it, like the working directory.
+    let dir = parent.unwrap_or(Path::new(".")).canonicalize().map_err(cannot)?;
     let targets = file::read(&text, kind, path, &dir)?;
-    Ok(TargetFile { path: absolute, dir, kind, targets })
+    let path = dir.join(path.file_name().unwrap_or_default());
+    Ok(TargetFile { path, dir, kind, targets })
 }
 
 /// A named run: a command in a fresh VM.

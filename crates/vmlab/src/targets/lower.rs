@@ -1,7 +1,7 @@
 //! From a table as it is written to a target that makes sense.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use vmlab_artifacts::{Arch, KernelSpec, nearest};
 
@@ -355,7 +355,7 @@ impl Lower<'_, '_, '_> {
                     None => path,
                 }
             }
-            None => host.clone(),
+            None => place_of(&host),
         };
         Some(Share { host, guest, read_only })
     }
@@ -427,8 +427,9 @@ impl Lower<'_, '_, '_> {
 
     /// A directory of the host as the working directory. What cannot be a share is in the root.
     fn cwd_of_host(&self, dir: PathBuf) -> (Option<PathBuf>, Option<Share>) {
-        let share = wrong_place(&dir).is_none().then(|| Share::new(&dir));
-        (Some(dir), share)
+        let place = place_of(&dir);
+        let share = wrong_place(&place).is_none().then(|| Share::new(dir).at(&place));
+        (Some(place), share)
     }
 
     fn vm(&mut self, topology: Option<Topology>, shares: Vec<Share>) -> VmSpec {
@@ -480,6 +481,21 @@ impl Lower<'_, '_, '_> {
             expect: value(self.table.expect.take()),
         }
     }
+}
+
+/// Where the guest has a directory of the host unless it is said otherwise: at its own path, without `..`,
+/// which in the guest might lead elsewhere.
+fn place_of(host: &Path) -> PathBuf {
+    let mut place = PathBuf::new();
+    for part in host.components() {
+        match part {
+            Component::ParentDir => {
+                place.pop();
+            }
+            part => place.push(part),
+        }
+    }
+    place
 }
 
 /// Why a share cannot be at a place of the guest.

@@ -96,7 +96,7 @@ fn variables_are_in_texts_and_in_the_environment() {
 #[test]
 fn a_name_can_be_a_pattern() {
     let targets = vmlab(
-        "[[matrix]]\nname = 'on-{kernel}-{share_via}-{v}'\nkernel = ['debian:{v}']\n\
+        "[[matrix]]\nname = 'on-{kernel}-{share-via}-{v}'\nkernel = ['debian:{v}']\n\
          share-via = ['9p', 'virtiofs']\nvars = { v = ['6.1'] }\ncommand = 'c'\n",
     );
     assert_eq!(names(&targets), ["on-debian:6.1-9p-6.1", "on-debian:6.1-virtiofs-6.1"]);

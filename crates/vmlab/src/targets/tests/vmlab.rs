@@ -199,11 +199,12 @@ fn kernels_are_specs_or_paths_from_the_file() {
 #[test]
 fn a_kernel_beside_the_file_needs_no_dot() {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("bzImage"), "").unwrap();
+    let bz_image = dir.path().canonicalize().unwrap().join("bzImage");
+    std::fs::write(&bz_image, "").unwrap();
     let path = dir.path().join("vmlab.toml");
     std::fs::write(&path, "[[target]]\nname = 'a'\ncommand = 'b'\nkernel = 'bzImage'\n").unwrap();
     let file = load(&path).unwrap();
-    assert_eq!(kernel_of(&file.targets[0]), dir.path().join("bzImage").to_str());
+    assert_eq!(kernel_of(&file.targets[0]), bz_image.to_str());
 }
 
 #[test]
@@ -272,6 +273,27 @@ fn defaults_are_for_targets_that_do_not_say_otherwise() {
 }
 
 #[test]
+fn directories_beside_the_file_have_a_place_without_dots() {
+    let target = one(
+        "[[target]]\nname = 'a'\ncommand = 'b'\ncwd = '../x/.'\nshares = [{ host = '../y' }]\n",
+    );
+    assert_eq!(target.run.cwd.as_deref(), Some(Path::new("/home/me/x")));
+    let here = Path::new(DIR);
+    let shares = [
+        Share::new(here.join("../y")).at("/home/me/y").read_only(),
+        Share::new(here.join("../x")).at("/home/me/x"),
+    ];
+    assert_eq!(target.vm.shares, shares);
+    // One that is shared otherwise is not shared twice.
+    let target =
+        one("[[target]]\nname = 'a'\ncommand = 'b'\ncwd = '.'\nshares = [{ host = '.' }]\n");
+    assert_eq!(target.vm.shares, [Share::new(here).read_only()]);
+    let target = one("[[target]]\nname = 'a'\ncommand = 'b'\ncwd = '/srv'\n");
+    assert_eq!(target.run.cwd.as_deref(), Some(Path::new("/srv")));
+    assert!(target.vm.shares.is_empty());
+}
+
+#[test]
 fn groups_of_events_can_be_named() {
     let fail_on = |text: &str| {
         let text = format!("[[target]]\nname = 'a'\ncommand = 'b'\nfail-on = {text}\n");
@@ -326,16 +348,22 @@ fn the_documentation_has_each_key() {
 
 #[test]
 fn files_are_found_and_read() {
-    let dir = tempfile::tempdir().unwrap();
-    assert_eq!(find(dir.path()), None);
-    let (ours, vmtests) = (dir.path().join("vmlab.toml"), dir.path().join("vmtest.toml"));
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().canonicalize().unwrap();
+    assert_eq!(find(&dir), None);
+    let (ours, vmtests) = (dir.join("vmlab.toml"), dir.join("vmtest.toml"));
     std::fs::write(&vmtests, "[[target]]\nname = 'a'\nkernel = 'k'\ncommand = 'b'\n").unwrap();
-    assert_eq!(find(dir.path()).as_ref(), Some(&vmtests));
+    assert_eq!(find(&dir).as_ref(), Some(&vmtests));
     std::fs::write(&ours, "[[target]]\nname = 'a'\ncommand = 'b'\ntimeout = 1\n").unwrap();
-    assert_eq!(find(dir.path()).as_ref(), Some(&ours));
+    assert_eq!(find(&dir).as_ref(), Some(&ours));
 
     let file = load(&vmtests).unwrap();
-    assert_eq!((file.kind, file.dir.as_path()), (FileKind::Vmtest, dir.path()));
+    assert_eq!((file.kind, &file.dir, &file.path), (FileKind::Vmtest, &dir, &vmtests));
+    // However it is called, the directory has one name, which is where commands start.
+    std::fs::create_dir(dir.join("sub")).unwrap();
+    let file = load(&dir.join("sub/../vmtest.toml")).unwrap();
+    assert_eq!((&file.dir, &file.path), (&dir, &vmtests));
+    assert_eq!(file.targets[0].run.cwd.as_ref(), Some(&dir));
     assert_eq!(load(&ours).unwrap().kind, FileKind::Vmlab);
     assert!(matches!(load_as(&ours, FileKind::Vmtest), Err(TargetFileError::Invalid { .. })));
 
@@ -344,7 +372,7 @@ fn files_are_found_and_read() {
     let source = std::error::Error::source(&error).unwrap().to_string();
     assert_eq!(source, "line 2 is not UTF-8");
     assert!(error.to_string().contains("vmlab.toml"));
-    assert!(matches!(load(dir.path()), Err(TargetFileError::Read { .. })));
+    assert!(matches!(load(&dir), Err(TargetFileError::Read { .. })));
     std::fs::write(&ours, "#".repeat(5 * 1024 * 1024)).unwrap();
     assert!(matches!(load(&ours), Err(TargetFileError::Read { .. })));
 }
