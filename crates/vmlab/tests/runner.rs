@@ -164,7 +164,7 @@ fn what_is_around_a_command_runs_in_its_order() {
     bad.run.teardown = vec!["echo after".into()];
     bad.run.keep_on_failure = vec!["/tmp/nothing*".into(), "/etc/host*name".into()];
     let mut slow = target("slow", "trap '' TERM; echo going; sleep 1000");
-    slow.verdict.timeout = Some(Duration::from_secs(2));
+    slow.verdict.timeout = Some(Duration::from_secs(5));
     slow.run.teardown = vec!["echo after".into()];
     let began = Instant::now();
     let (results, _) = run(vec![good, bad, slow], options());
@@ -179,7 +179,7 @@ fn what_is_around_a_command_runs_in_its_order() {
     assert_eq!(kept.len(), 1, "{bad:#?}");
     assert!(kept[0].ends_with("files/etc/hostname"));
     assert!(std::fs::read_to_string(&kept[0]).unwrap().starts_with("vmlab-"));
-    let what = "the command took longer than 2 s".to_owned();
+    let what = "the command took longer than 5 s".to_owned();
     assert_eq!(*failure(slow), Failure::Timeout { what });
     assert_eq!(slow.attempts[0].output, "going\nafter\n");
 }
