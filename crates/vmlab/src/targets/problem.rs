@@ -10,7 +10,7 @@ use thiserror::Error;
 const MAX_SHOWN: usize = 20;
 
 /// Problems of one file that are kept: no one reads more, and each costs time.
-const MAX_KEPT: usize = 1000;
+const MAX_KEPT: usize = 100;
 
 /// The widest part of a line that is shown, in characters: about what a terminal has.
 const MAX_WIDTH: usize = 100;
@@ -76,7 +76,7 @@ impl<'a> Problems<'a> {
 
     /// Each is kept once: what is wrong with a matrix is wrong with each of its targets.
     pub(super) fn add(&mut self, span: &Range<usize>, message: impl Into<String>) {
-        if self.found.len() == MAX_KEPT {
+        if self.is_full() {
             return;
         }
         let problem = (span.clone(), message.into());
@@ -87,6 +87,11 @@ impl<'a> Problems<'a> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.found.is_empty()
+    }
+
+    /// Whether further problems are not kept, so that there is no need to look for the best words.
+    pub(super) fn is_full(&self) -> bool {
+        self.found.len() == MAX_KEPT
     }
 
     pub(super) fn count(&self) -> usize {
@@ -230,8 +235,8 @@ mod tests {
             problems.add(&(at * 2..at * 2 + 1), "wrong");
         }
         let message = problems.into_error(Path::new("f")).to_string();
-        // The last thousand of the two thousand lines.
-        assert!(message.starts_with("wrong\n    --> f:1001:1\n"), "{message}");
-        assert!(message.ends_with("\n\nf: 980 more problems"), "{message}");
+        // The last hundred of the two thousand lines.
+        assert!(message.starts_with("wrong\n    --> f:1901:1\n"), "{message}");
+        assert!(message.ends_with("\n\nf: 80 more problems"), "{message}");
     }
 }

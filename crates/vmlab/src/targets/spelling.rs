@@ -37,6 +37,9 @@ pub(super) fn kebab(key: &str) -> String {
 
 /// Says that a key is not known, and which one may be meant. `what` is such as `key of a target`.
 pub(super) fn unknown(key: &At<String>, what: &str, known: &[&str], problems: &mut Problems<'_>) {
+    if problems.is_full() {
+        return;
+    }
     let written = &key.value;
     let underscore = problems.snake || written.contains('_');
     let style = |name: &str| if underscore { snake(name) } else { kebab(name) };
