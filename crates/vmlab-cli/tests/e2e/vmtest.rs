@@ -28,11 +28,13 @@ fn a_file_of_vmtest_runs_as_it_is() {
         ("is killed", "kill -9 $$"),
         ("keeps quotes", "printf '%s|' 'a b' c"),
     ];
+    let read_only = "! touch /usr/x && ! touch /etc/x && touch /mnt/vmtest/made-too";
+    let targets = targets.iter().map(|(name, command)| (*name, *command, "rw"));
     let mut text = String::new();
-    for (name, command) in targets {
+    for (name, command, mode) in targets.chain([("has a read-only root", read_only, "rw ro")]) {
         text.push_str(&format!(
-            "[[target]]\nname = \"{name}\"\nkernel = \"./kernel\"\ncommand = \"{command}\"\n\
-             [target.vm]\nnum_cpus = 2\nmemory = \"512M\"\n\n"
+            "[[target]]\nname = \"{name}\"\nkernel = \"./kernel\"\nkernel_args = \"{mode}\"\n\
+             command = \"{command}\"\n[target.vm]\nnum_cpus = 2\nmemory = \"512M\"\n\n"
         ));
     }
     std::fs::write(site.cwd().join("vmtest.toml"), text).unwrap();
@@ -44,7 +46,7 @@ fn a_file_of_vmtest_runs_as_it_is() {
     let all = run(&[]);
     all.expect_code(2);
     let said = all.stdout_text();
-    assert_eq!(said.matches("PASS\n").count(), 4, "{said}");
+    assert_eq!(said.matches("PASS\n").count(), 5, "{said}");
     assert_eq!(said.matches("FAILED\n").count(), 2, "{said}");
     for wanted in ["=> exits with 12\n", "of the host\n", "exit code: 12", "a b|c|"] {
         assert!(said.contains(wanted), "{wanted}: {said}");

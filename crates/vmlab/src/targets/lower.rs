@@ -21,6 +21,9 @@ use crate::{AccelChoice, RootMode, ShareVia};
 /// Where vmtest's guests have the directory of the file.
 const VMTEST_DIR: &str = "/mnt/vmtest";
 
+/// What `ro` among a kernel's arguments is to a guest's root with a layer over it.
+const MAKE_READ_ONLY: &str = "mount -o remount,ro /";
+
 /// What vmtest's guests have unless the file says otherwise.
 const VMTEST_CPUS: u32 = 2;
 const VMTEST_MEMORY: Bytes = Bytes(4096 * MIB);
@@ -67,12 +70,14 @@ pub(super) fn target(
     {
         shares.push(share);
     }
+    let vm = lower.vm(topology, shares);
+    let run = lower.run(command, cwd, &vm.append);
     Some(Target {
         name,
         tags: strings(lower.table.tags.take()).into_iter().collect(),
         system,
-        vm: lower.vm(topology, shares),
-        run: lower.run(command, cwd),
+        vm,
+        run,
         verdict: lower.verdict(),
     })
 }
@@ -273,17 +278,18 @@ impl Lower<'_, '_, '_> {
     }
 
     fn root_mode(&mut self) -> RootMode {
-        if self.is_vmtest() {
-            // There the kernel mounts the root, and the last of these words counts.
-            let append = self.table.append.as_ref();
-            let strings = append.into_iter().flat_map(|append| &append.value.0);
-            let mut words = strings.flat_map(|text| text.value.split_whitespace());
-            return match words.rfind(|word| ["ro", "rw"].contains(word)) {
-                Some("ro") => RootMode::ReadOnly,
-                _ => RootMode::Overlay,
-            };
-        }
+        // What is shared needs places in it, so vmtest's is made read-only once it is set up.
         self.table.root_mode.take().map_or(RootMode::Overlay, |mode| mode.value.0)
+    }
+
+    /// What comes before the command. In a `vmtest.toml`, the kernel is to mount the root, and the last of
+    /// these words counts.
+    fn setup(&mut self, append: &[String]) -> Vec<String> {
+        let mode = append.iter().rfind(|word| ["ro", "rw"].contains(&word.as_str()));
+        match mode {
+            Some(mode) if mode == "ro" && self.is_vmtest() => vec![MAKE_READ_ONLY.to_owned()],
+            _ => strings(self.table.setup.take()),
+        }
     }
 
     fn shares(&mut self) -> Option<Vec<Share>> {
@@ -458,14 +464,15 @@ impl Lower<'_, '_, '_> {
         }
     }
 
-    fn run(&mut self, command: TargetCommand, cwd: Option<PathBuf>) -> RunSpec {
+    fn run(&mut self, command: TargetCommand, cwd: Option<PathBuf>, append: &[String]) -> RunSpec {
+        let setup = self.setup(append);
         let table = &mut self.table;
         RunSpec {
             command,
             cwd,
             env: value(table.env.take()).map(|env| env.0).unwrap_or_default(),
             user: value(table.user.take()).unwrap_or_else(|| "root".to_owned()),
-            setup: strings(table.setup.take()),
+            setup,
             teardown: strings(table.teardown.take()),
             keep_on_failure: strings(table.keep_on_failure.take()),
         }
