@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use tempfile::TempDir;
 use vmlab::events::EventKind::{
@@ -16,6 +17,9 @@ use vmlab::units::{Bytes, MIB};
 use vmlab::{AccelChoice, Error, Share, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
+
+/// How long a VM may take on a busy machine, of which the guest itself takes 15 s at most.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// How many VMs at once.
 const JOBS: usize = 2;
@@ -151,7 +155,7 @@ fn each_way_to_damage_a_kernel_is_recognised() {
     unsafe { std::env::set_var("XDG_STATE_HOME", logs.path()) };
     let builder = || {
         let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).cpus(2);
-        builder.accel(AccelChoice::Tcg).share_cwd(false)
+        builder.accel(AccelChoice::Tcg).share_cwd(false).timeout(PATIENCE)
     };
     let release = builder().prepare().unwrap().kernel().release.clone();
     let dir = module(&release).canonicalize().unwrap();
