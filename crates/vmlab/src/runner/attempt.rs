@@ -291,6 +291,8 @@ impl Attempt<'_> {
             .fast(spec.fast)
             .network(spec.network)
             .share_via(spec.share_via)
+            // Events are read from it.
+            .full_console(true)
             .snapshots(options.snapshots)
             .progress(Arc::new(Told { observer, index: self.index }));
         if let Some(dir) = &options.cache_dir {
