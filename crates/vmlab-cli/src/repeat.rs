@@ -91,7 +91,7 @@ pub(crate) fn under(
 
 /// Lets this process open as many files as it may: the usual limit is for one VM. Guests are given the
 /// limits that the caller had, which were read before.
-fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     // Where it cannot be raised, the file servers divide what there is.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });

@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use vmlab::SnapshotMode;
 use vmlab::budget::{Slots, usual_memory};
 use vmlab::results::{Outcome, Results, ShowOutput, TargetResult, terminal};
 use vmlab::runner::{Runner, RunnerOptions};
 use vmlab::targets::{self, FILE_NAMES, Selection, Shard, Target};
 use vmlab::units::{Bytes, duration};
+use vmlab::{Environment, SnapshotMode};
 
 use crate::cli::{ShownArg, TestArgs};
 use crate::exit::Code;
 use crate::output;
+use crate::repeat::raise_file_limit;
 use crate::signals::SignalThread;
 use display::Lines;
 use reports::Reports;
@@ -39,6 +40,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     let suite = file.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let reports = Reports::open(&args.reports)?;
     let options = options(args, suite)?;
+    // After the limits that guests are given were read.
+    raise_file_limit();
     let signals = SignalThread::start()?;
     let names = chosen.iter().map(|target| target.name.clone()).collect();
     let lines = Arc::new(Lines::new(names, args.quiet));
@@ -111,6 +114,7 @@ fn options(args: &TestArgs, suite: String) -> Result<RunnerOptions> {
         memory: memory.context("--memory-budget")?.or_else(usual_memory),
         fail_fast: args.fail_fast,
         timeout: timeout.context("--timeout")?,
+        environment: Environment::of_caller().context("the working directory cannot be found")?,
         snapshots: match (args.no_snapshot, args.cold) {
             (true, _) => SnapshotMode::Never,
             (false, true) => SnapshotMode::Renew,

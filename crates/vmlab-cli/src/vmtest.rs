@@ -146,6 +146,7 @@ fn file(args: &VmtestArgs) -> Result<Code> {
         memory: usual_memory(),
         fail_fast: false,
         timeout: None,
+        environment: Environment::of_caller().context("the working directory cannot be found")?,
         snapshots: SnapshotMode::Use,
         cache_dir: None,
     };

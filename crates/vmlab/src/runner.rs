@@ -17,7 +17,7 @@ use crate::sync::lock;
 use crate::targets::Target;
 use crate::timings::millis;
 use crate::units::Bytes;
-use crate::{Error, Group, RunDir, SnapshotMode};
+use crate::{Environment, Error, Group, RunDir, SnapshotMode};
 
 /// How targets are run.
 #[derive(Debug, Clone)]
@@ -32,6 +32,8 @@ pub struct RunnerOptions {
     pub fail_fast: bool,
     /// How long all targets together may take.
     pub timeout: Option<Duration>,
+    /// What commands inherit, beside what their targets say.
+    pub environment: Environment,
     /// Whether VMs start from snapshots.
     pub snapshots: SnapshotMode,
     /// Where kernels and what is made of them are kept; `None` is the usual place.

@@ -11,7 +11,7 @@ use vmlab::budget::Slots;
 use vmlab::results::{Failure, Outcome, Results, TargetResult};
 use vmlab::runner::{Observer, Runner, RunnerOptions};
 use vmlab::targets::{RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec};
-use vmlab::{RootMode, SnapshotMode};
+use vmlab::{Environment, RootMode, SnapshotMode};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -89,6 +89,7 @@ fn options() -> RunnerOptions {
         memory: None,
         fail_fast: false,
         timeout: None,
+        environment: Environment::of_caller().unwrap(),
         snapshots: SnapshotMode::Use,
         cache_dir: None,
     }

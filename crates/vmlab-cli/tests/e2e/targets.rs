@@ -117,6 +117,15 @@ fn mistakes_in_a_file_are_shown_where_they_are() {
 }
 
 #[test]
+fn commands_have_the_callers_limits() {
+    // vmlab itself needs more open files for several VMs, and takes them.
+    let text = "[[target]]\nname = \"x\"\nkernel = \"debian:6.12\"\nmemory = \"512M\"\n\
+        command = \"test $(ulimit -Sn) = 333\"\n";
+    let site = site("vmlab.toml", text);
+    site.host_sh("ulimit -Sn 333; exec $VMLAB test -j 4").output().expect_code(0);
+}
+
+#[test]
 fn a_matrix_runs_under_each_kernel() {
     kernel(DEBIAN_6_1);
     let site = site(

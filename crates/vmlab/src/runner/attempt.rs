@@ -24,7 +24,7 @@ use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{System, Target, TargetCommand};
 use crate::timings::millis;
-use crate::{Environment, Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
+use crate::{Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -331,12 +331,7 @@ impl Attempt<'_> {
         for argument in &spec.qemu_args {
             vm = vm.qemu_arg(argument);
         }
-        let mut environment = Environment::of_caller().map_err(|source| Error::Io {
-            what: "find",
-            path: PathBuf::from("the working directory"),
-            source,
-            hint: "",
-        })?;
+        let mut environment = options.environment.clone();
         environment.user = user(&run.user, rootfs)?;
         if let Some(cwd) = &run.cwd {
             environment.cwd = cwd.clone();
