@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmlab::budget::Slots;
+use vmlab::events::EventKind;
 use vmlab::results::{Failure, Outcome, Results, TargetResult};
 use vmlab::runner::{Observer, Runner, RunnerOptions};
 use vmlab::targets::{RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec};
@@ -183,6 +184,27 @@ fn what_is_around_a_command_runs_in_its_order() {
     let what = "the command took longer than 5 s".to_owned();
     assert_eq!(*failure(slow), Failure::Timeout { what });
     assert_eq!(slow.attempts[0].output, "going\nafter\n");
+}
+
+#[test]
+fn an_event_fails_a_target_while_its_report_is_still_written() {
+    // As the kernel would say it, and without an end.
+    let line = "WARNING: CPU: 0 PID: 1 at fs/x.c:1 provoked+0x1/0x2";
+    let mut warned = target("warned", &format!("echo '{line}' > /dev/kmsg"));
+    warned.verdict.fail_on = [EventKind::Warning].into();
+    warned.run.keep_on_failure = vec!["/etc/hostname".into()];
+    let mut heedless = warned.clone();
+    heedless.name = "heedless".into();
+    heedless.verdict.fail_on = [EventKind::Panic].into();
+    let (results, _) = run(vec![warned, heedless], options());
+    let [warned, heedless] = &results.targets[..] else { panic!() };
+    assert_eq!(*failure(warned), Failure::Event { title: "WARNING in provoked".into() });
+    assert_eq!(warned.attempts[0].exit_code, Some(0));
+    assert_eq!(warned.attempts[0].kept_files.len(), 1, "{warned:#?}");
+    // It is told all the same.
+    assert_eq!(heedless.outcome, Outcome::Passed);
+    assert_eq!(heedless.attempts[0].events[0].kind, EventKind::Warning);
+    assert!(heedless.attempts[0].kept_files.is_empty());
 }
 
 #[test]

@@ -245,7 +245,9 @@ impl Attempt<'_> {
                 status.map_or(End::TimedOut(limit), End::Exited)
             }
         };
-        if judge(verdict, &end, &self.watch.so_far()).is_some() && !run.keep_on_failure.is_empty() {
+        let failed = judge(verdict, &end, &self.watch.so_far()).is_some()
+            || !self.watch.unfinished().is_disjoint(&verdict.fail_on);
+        if failed && !run.keep_on_failure.is_empty() {
             observer.phase(self.index, "keeping files");
             match keep(vm, &run.keep_on_failure, dir, &mut record.notes) {
                 Ok(files) => record.kept_files = files,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::events::{EventReader, KernelEvent};
+use crate::events::{EventKinds, EventReader, KernelEvent};
 use crate::hypervisor::VmHandle;
 use crate::sync::lock;
 
@@ -29,6 +29,12 @@ impl Watch {
             }
         });
         *lock(&self.last) = Some((reader, reading));
+    }
+
+    /// The kinds of what it is still saying.
+    pub(super) fn unfinished(&self) -> EventKinds {
+        let last = lock(&self.last);
+        last.as_ref().map(|(reader, _)| lock(reader).unfinished()).unwrap_or_default()
     }
 
     /// What it said so far.
