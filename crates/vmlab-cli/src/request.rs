@@ -1,7 +1,7 @@
 //! From arguments as they are written to a request that makes sense.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -196,20 +196,14 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
 fn environment(user: &str, variables: &[OsString], root: &Path) -> Result<Environment> {
     let mut environment =
         Environment::of_caller().context("the working directory cannot be found")?;
-    environment.user = match user {
-        "root" => GuestUser::default(),
-        "caller" => GuestUser::caller(),
-        name => GuestUser::named(name, root).context("--user")?,
-    };
+    environment.user = GuestUser::of(user, root).context("--user")?;
     for variable in variables {
         let bytes = variable.as_bytes();
         let Some(equals) = bytes.iter().position(|b| *b == b'=').filter(|at| *at > 0) else {
             bail!("--env: `{}` is not NAME=VALUE", variable.display());
         };
-        let name = OsString::from_vec(bytes[..equals].to_vec());
-        let value = OsString::from_vec(bytes[equals + 1..].to_vec());
-        environment.vars.retain(|(other, _)| *other != name);
-        environment.vars.push((name, value));
+        environment
+            .set(OsStr::from_bytes(&bytes[..equals]), OsStr::from_bytes(&bytes[equals + 1..]));
     }
     Ok(environment)
 }

@@ -3,7 +3,7 @@
 mod display;
 mod reports;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,9 +50,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     let mut results = runner.run()?;
     signals.idle();
     lines.close();
+    let names = file.targets.iter().map(|target| target.name.as_str());
+    let places: HashMap<&str, usize> = names.zip(0..).collect();
     for result in &mut results.targets {
-        let place = file.targets.iter().position(|target| target.name == result.name);
-        result.index = place.unwrap_or_default();
+        result.index = places.get(result.name.as_str()).copied().unwrap_or_default();
     }
     let show = match args.output {
         ShownArg::All => ShowOutput::All,

@@ -162,15 +162,12 @@ fn file(args: &VmtestArgs) -> Result<Code> {
 fn code(results: &Results) -> Code {
     match &results.targets[..] {
         [target] => match (target.outcome, target.attempts.last()) {
-            (Outcome::Passed | Outcome::Flaky, _) => Code::SUCCESS,
+            (outcome, _) if outcome.is_success() => Code::SUCCESS,
             (_, Some(AttemptResult { exit_code: Some(code), .. })) if *code != 0 => Code(*code),
             _ => Code::NO_VM,
         },
         targets => {
-            let good = |target: &&TargetResult| {
-                !matches!(target.outcome, Outcome::Passed | Outcome::Flaky)
-            };
-            let failed = targets.iter().filter(good).count();
+            let failed = targets.iter().filter(|target| !target.outcome.is_success()).count();
             Code(u8::try_from(failed).unwrap_or(u8::MAX))
         }
     }

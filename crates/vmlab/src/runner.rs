@@ -8,7 +8,7 @@ mod watch;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::budget::{Budget, Slots};
@@ -108,11 +108,9 @@ impl Runner {
             for _ in 0..self.workers() {
                 let (run, next, results, done) = (&run, &next, &results, done.clone());
                 scope.spawn(move || {
-                    let index = || next.fetch_add(1, Ordering::Relaxed);
-                    while let (at, Some(target)) = {
-                        let at = index();
-                        (at, self.targets.get(at))
-                    } {
+                    loop {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(target) = self.targets.get(at) else { break };
                         let result = run.target(at, target);
                         self.observer.ended(at, &result);
                         lock(results)[at] = Some(result);
@@ -122,7 +120,7 @@ impl Runner {
             }
             drop(done);
         });
-        let targets = results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let targets = results.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(Results {
             version: VERSION,
             suite: self.options.suite.clone(),

@@ -114,9 +114,7 @@ impl<'vm> Command<'vm> {
 
     /// Sets an environment variable.
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        let key = key.as_ref();
-        self.environment.vars.retain(|(k, _)| k != key);
-        self.environment.vars.push((key.to_owned(), value.as_ref().to_owned()));
+        self.environment.set(key, value);
         self
     }
 

@@ -1,6 +1,6 @@
 //! What a command inherits, taken from the caller so that it behaves as it would on the host.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -60,6 +60,13 @@ impl Environment {
 }
 
 impl Environment {
+    /// Sets a variable, in the place of what it was.
+    pub fn set(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) {
+        let name = name.as_ref();
+        self.vars.retain(|(other, _)| other != name);
+        self.vars.push((name.to_owned(), value.as_ref().to_owned()));
+    }
+
     /// The variables as the guest is given them.
     pub(crate) fn variables(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         let root = self.user.uid == 0;
@@ -143,6 +150,18 @@ impl GuestUser {
             uid: geteuid().as_raw(),
             gid: getegid().as_raw(),
             groups: groups.into_iter().map(Gid::as_raw).collect(),
+        }
+    }
+
+    /// The user that a person names: `root`, whatever files there are; `caller`; else as [`named`](Self::named).
+    ///
+    /// # Errors
+    /// As for [`named`](Self::named).
+    pub fn of(name: &str, root: &Path) -> io::Result<Self> {
+        match name {
+            "root" => Ok(Self::default()),
+            "caller" => Ok(Self::caller()),
+            name => Self::named(name, root),
         }
     }
 

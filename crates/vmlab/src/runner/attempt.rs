@@ -70,7 +70,8 @@ impl Run<'_> {
 
     fn failure(&self, target: &Target, end: &End, record: &AttemptResult) -> Option<Failure> {
         let killed = matches!(end, End::Lost(error)
-            if error.exit_reason() == Some(&ExitReason::Killed) || is_cancelled(error));
+            if error.exit_reason() == Some(&ExitReason::Killed)
+                || matches!(**error, Error::Cancelled));
         match self.runner.stopped().filter(|_| killed) {
             Some(Stop::Timeout) => {
                 let limit = self.runner.options.timeout.unwrap_or_default().as_secs_f64();
@@ -81,11 +82,6 @@ impl Run<'_> {
             None => judge(&target.verdict, end, &record.events),
         }
     }
-}
-
-/// Whether a VM was not started because everything is to end.
-fn is_cancelled(error: &Error) -> bool {
-    matches!(error, Error::Cancelled)
 }
 
 #[derive(Debug)]
@@ -343,8 +339,7 @@ impl Attempt<'_> {
         let own = own.into_iter().map(|(name, value)| (name, value.as_str()));
         let given = run.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         for (name, value) in own.chain(given) {
-            environment.vars.retain(|(other, _)| other != name);
-            environment.vars.push((name.into(), value.into()));
+            environment.set(name, value);
         }
         Ok(vm.environment(environment))
     }
@@ -400,16 +395,12 @@ fn first_line(script: &str) -> &str {
 }
 
 fn user(name: &str, root: &Path) -> Result<GuestUser, Error> {
-    match name {
-        "root" => Ok(GuestUser::default()),
-        "caller" => Ok(GuestUser::caller()),
-        name => GuestUser::named(name, root).map_err(|source| Error::Io {
-            what: "find the user",
-            path: PathBuf::from(name),
-            source,
-            hint: "",
-        }),
-    }
+    GuestUser::of(name, root).map_err(|source| Error::Io {
+        what: "find the user",
+        path: PathBuf::from(name),
+        source,
+        hint: "",
+    })
 }
 
 /// As much of a log as a report should have.
