@@ -25,6 +25,7 @@ need busybox-static busybox
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck
+need curl curl
 need libxml2-utils xmllint
 need chromium chromium
 install_needed

@@ -229,11 +229,10 @@ fn the_store_lists_inspects_and_removes() {
     assert_eq!(cache.join("kernels").read_dir().unwrap().filter(is_visible).count(), 0);
 }
 
-#[test]
-fn a_package_is_taken_in_and_run() {
+/// A package of Debian's 6.12 with the modules that the root needs, and the kernel's release.
+pub(crate) fn small_package(site: &Site, package: &Path) -> String {
     need("dpkg-deb", "dpkg");
-    let site = Site::new();
-    let (entry, release) = (entry(&site), release(&site, DEBIAN_6_12));
+    let (entry, release) = (entry(site), release(site, DEBIAN_6_12));
     let tree = site.path().join("tree");
     std::fs::create_dir_all(tree.join("DEBIAN")).unwrap();
     let control = format!(
@@ -251,10 +250,16 @@ fn a_package_is_taken_in_and_run() {
     copy.current_dir(&entry).args(["-a", "--parents", "boot"]).args(kept).args(lists).arg(&tree);
     assert!(copy.status().unwrap().success());
     let mut build = Command::new("dpkg-deb");
-    build.args(["--root-owner-group", "-Znone", "-b"]).arg(&tree).arg(site.cwd().join("k.deb"));
+    build.args(["--root-owner-group", "-Znone", "-b"]).arg(&tree).arg(package);
     assert!(build.output().unwrap().status.success());
     std::fs::remove_dir_all(&tree).unwrap();
+    release
+}
 
+#[test]
+fn a_package_is_taken_in_and_run() {
+    let site = Site::new();
+    let release = small_package(&site, &site.cwd().join("k.deb"));
     let cache = site.path().join("cache");
     let vmlab = |args: &[&str]| site.vmlab(args).env("VMLAB_CACHE_DIR", &cache).output();
     let pulled = vmlab(&["kernel", "pull", "./k.deb"]);

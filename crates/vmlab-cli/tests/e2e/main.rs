@@ -6,6 +6,7 @@
 mod common;
 mod facts;
 
+mod action;
 mod cache;
 mod environment;
 mod exit_codes;
