@@ -1,6 +1,6 @@
 //! A whole file: what is at its top, and what targets have from it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::document::{self, Entry, Node, Table, Value};
@@ -150,6 +150,8 @@ impl<'a> File<'a> {
         // What is wrong with them is wrong even if no target inherits it.
         let node = Node { value: Value::Table(self.defaults.clone()), span };
         let _ = TargetTable::from_node(&node, problems);
+        // That was said; each target would only have it again, and there may be many of both.
+        self.defaults.entries.retain(|entry| TargetTable::KEYS.contains(&entry.key.value.as_str()));
     }
 
     fn read_shares(&mut self, node: &Node, problems: &mut Problems<'_>) {
@@ -207,11 +209,9 @@ fn inherit_env(target: &mut Table, defaults: &Entry) {
     else {
         return;
     };
-    for entry in &more.entries {
-        if !env.has(&entry.key.value) {
-            env.set(entry.clone());
-        }
-    }
+    let own: HashSet<String> = env.entries.iter().map(|entry| entry.key.value.clone()).collect();
+    let inherited = more.entries.iter().filter(|entry| !own.contains(&entry.key.value));
+    env.entries.extend(inherited.cloned());
 }
 
 /// The elements of an array of tables.

@@ -1,6 +1,8 @@
 //! What is said of files that are wrong: all of each message.
 
-use super::message;
+use std::time::{Duration, Instant};
+
+use super::{message, try_read};
 use crate::targets::FileKind::{self, Vmlab, Vmtest};
 
 /// Files, and what is said of each, in `errors.txt`: a file begins with `=== ` and its kind, what is said of
@@ -52,7 +54,7 @@ fn too_many_targets_are_refused_before_they_are_made() {
 fn vmtest_files_have_vmtests_keys_only() {
     let said = |kind: FileKind, key: &str| {
         let text = "[[target]]\nname = 'a'\nkernel = './k'\ncommand = 'c'\n";
-        super::try_read(&format!("{text}{key}\n"), kind).is_ok()
+        try_read(&format!("{text}{key}\n"), kind).is_ok()
     };
     for key in ["timeout = 1", "kernel-args = 'x'", "cpus = 1", "tags = []", "env = {}"] {
         assert!(said(Vmlab, key) && !said(Vmtest, key), "{key}");
@@ -61,4 +63,41 @@ fn vmtest_files_have_vmtests_keys_only() {
     {
         assert!(said(Vmlab, key) && said(Vmtest, key), "{key}");
     }
+}
+
+/// A mistake made very many times is told some times, and costs no more than reading it.
+#[test]
+fn very_many_mistakes_take_no_time() {
+    let keys = |prefix: &str, count: usize| -> String {
+        (0..count).map(|number| format!("{prefix}{number} = 1\n")).collect()
+    };
+    let target = "[[target]]\nname = 'x'\nkernel = './k'\ncommand = 'true'\n";
+    let many = format!("{target}{}", keys("x", 200_000));
+    let unknown_defaults =
+        format!("[defaults]\n{}{target}{}", keys("x", 90_000), keys("y", 90_000));
+    let targets: String =
+        (0..5000).map(|number| target.replace('x', &number.to_string())).collect();
+    let inherited = format!("[defaults]\n{}{targets}", keys("x", 5000));
+    let env = format!(
+        "[defaults.env]\n{}{target}[target.env]\n{}[target.x]\n",
+        keys("x", 90_000),
+        keys("y", 90_000)
+    );
+    for (kind, text) in [
+        (FileKind::Vmtest, &many),
+        (FileKind::Vmlab, &many),
+        (FileKind::Vmlab, &unknown_defaults),
+        (FileKind::Vmlab, &inherited),
+        (FileKind::Vmlab, &env),
+    ] {
+        let start = Instant::now();
+        let message = try_read(text, kind).unwrap_err().to_string();
+        let took = start.elapsed();
+        // It is a second for a program that is not optimised; what is quadratic takes minutes.
+        assert!(took < Duration::from_secs(20), "{took:?}: {message}");
+        assert!(message.lines().count() < 150, "{message}");
+    }
+    assert!(
+        try_read(&many, FileKind::Vmtest).unwrap_err().to_string().ends_with("80 more problems")
+    );
 }
