@@ -151,6 +151,7 @@ once_only=(
     snapshots::cloud_kernels
     snapshots::old_and_new_kernels
     snapshots::what_shapes_a_vm
+    targets_harmed::
     timings::
 )
 

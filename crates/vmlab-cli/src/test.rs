@@ -21,7 +21,7 @@ use crate::output;
 use crate::repeat::raise_file_limit;
 use crate::signals::SignalThread;
 use display::Lines;
-use reports::Reports;
+use reports::{Reports, first};
 
 pub(crate) use reports::merge;
 
@@ -61,9 +61,17 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
         ShownArg::None => ShowOutput::None,
     };
     let text = terminal(&results, show);
-    output::stdout(format!("\n{text}").as_bytes())?;
-    reports.write(&results)?;
-    Ok(signals.killed_by().map_or_else(|| code(&results), Code::of_signal))
+    let shown = output::stdout(format!("\n{text}").as_bytes());
+    let written = reports.write(&results);
+    let code = signals.killed_by().map_or_else(|| code(&results), Code::of_signal);
+    match first([shown, written]) {
+        // What the targets came to says more than that it cannot be written.
+        Err(error) if code != Code::SUCCESS => {
+            output::error(&error);
+            Ok(code)
+        }
+        result => result.map(|()| code),
+    }
 }
 
 fn usual_file() -> Result<PathBuf> {

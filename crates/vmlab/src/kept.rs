@@ -24,9 +24,18 @@ pub struct Keeper {
     file: File,
     limit: u64,
     taken: u64,
-    /// The last of what is beyond the limit.
+    /// The last of what is beyond the limit, or came after the file could not be written.
     tail: VecDeque<u8>,
     failed: Option<io::Error>,
+}
+
+/// An output that could not be kept in its file.
+#[derive(Debug)]
+pub struct Unkept {
+    /// Why not.
+    pub error: io::Error,
+    /// The end of it, which is in memory only.
+    pub tail: Vec<u8>,
 }
 
 impl Keeper {
@@ -39,11 +48,16 @@ impl Keeper {
     ///
     /// # Errors
     /// When something could not be written.
-    pub fn finish(mut self) -> io::Result<()> {
-        if let Some(error) = self.failed {
-            return Err(error);
-        }
+    pub fn finish(mut self) -> Result<(), Unkept> {
         let left_out = self.taken.saturating_sub(self.limit + self.tail.len() as u64);
+        let written = match self.failed.take() {
+            Some(error) => Err(error),
+            None => self.write_tail(left_out),
+        };
+        written.map_err(|error| Unkept { error, tail: self.tail.into() })
+    }
+
+    fn write_tail(&mut self, left_out: u64) -> io::Result<()> {
         if left_out > 0 {
             self.file.write_all(&left_out_line(left_out, "not kept"))?;
         }
@@ -56,10 +70,19 @@ impl Keeper {
 impl Write for Keeper {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let room = self.limit.saturating_sub(self.taken);
-        let (now, later) = bytes.split_at(bytes.len().min(room.try_into().unwrap_or(usize::MAX)));
+        let mut now = bytes.len().min(room.try_into().unwrap_or(usize::MAX));
         self.taken += bytes.len() as u64;
-        if self.failed.is_none() {
-            self.failed = self.file.write_all(now).err();
+        let mut later = bytes;
+        while now > 0 && self.failed.is_none() {
+            match self.file.write(&later[..now]) {
+                Ok(0) => self.failed = Some(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    later = &later[count..];
+                    now -= count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => self.failed = Some(error),
+            }
         }
         self.tail.extend(later);
         let excess = self.tail.len().saturating_sub(SHOWN_TAIL as usize);
@@ -186,6 +209,9 @@ mod tests {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let mut keeper = Keeper::new(full);
         assert_eq!(keeper.write(b"abc").unwrap(), 3);
-        assert_eq!(keeper.finish().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(keeper.write(b"def").unwrap(), 3);
+        let unkept = keeper.finish().unwrap_err();
+        assert_eq!(unkept.error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(unkept.tail, b"abcdef");
     }
 }

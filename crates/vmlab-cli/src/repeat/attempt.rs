@@ -93,7 +93,7 @@ impl Plan<'_> {
         attempt.notes.extend(warnings);
         let status = status?;
         stopped?;
-        kept.context("the command's output cannot be kept")?;
+        kept.map_err(|unkept| unkept.error).context("the command's output cannot be kept")?;
         attempt.notes.extend(out_of_memory(vm, status));
         Ok(status)
     }

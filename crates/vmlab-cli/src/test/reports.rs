@@ -55,22 +55,40 @@ impl Reports {
         Ok(Self { files })
     }
 
-    /// Writes all of them, and what GitHub Actions reads where that is running this.
+    /// Writes all of them, and what GitHub Actions reads where that is running this. One that cannot be written
+    /// is no reason to leave out another.
+    ///
+    /// # Errors
+    /// Why the first of those could not be written; the others are said.
     pub(super) fn write(self, results: &Results) -> Result<()> {
-        for (path, mut file, writer) in self.files {
-            file.write_all(writer(results).as_bytes()).with_context(|| unwritable(&path))?;
-        }
+        let files = self.files.into_iter().map(|(path, mut file, writer)| {
+            let written = file.write_all(writer(results).as_bytes());
+            if written.is_err() {
+                // Half of a report would be taken for a whole one. What is not there cannot be.
+                let _ = file.set_len(0);
+            }
+            written.with_context(|| unwritable(&path))
+        });
+        let mut written: Vec<Result<()>> = files.collect();
         if std::env::var_os(IN_GITHUB).is_some_and(|value| value == "true") {
-            output::stdout(github_annotations(results).as_bytes())?;
+            written.push(output::stdout(github_annotations(results).as_bytes()));
         }
         if let Some(path) = std::env::var_os(GITHUB_SUMMARY).map(PathBuf::from) {
             let file = File::options().append(true).create(true).open(&path);
-            let written =
+            let summary =
                 file.and_then(|mut file| file.write_all(github_summary(results).as_bytes()));
-            written.with_context(|| unwritable(&path))?;
+            written.push(summary.with_context(|| unwritable(&path)));
         }
-        Ok(())
+        first(written)
     }
+}
+
+/// The first failure; the others are said.
+pub(super) fn first(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
+    let mut failures = results.into_iter().filter_map(Result::err);
+    let Some(failure) = failures.next() else { return Ok(()) };
+    failures.for_each(|failure| output::error(&failure));
+    Err(failure)
 }
 
 /// Puts the results of shards together.
@@ -82,8 +100,9 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<()> {
         parts.push((name.clone(), Results::from_json(&text).context(name)?));
     }
     let results = Results::merge(parts)?;
-    Reports::open(&args.reports)?.write(&results)?;
-    output::stdout(terminal(&results, ShowOutput::Failed).as_bytes())
+    let written = Reports::open(&args.reports)?.write(&results);
+    let shown = output::stdout(terminal(&results, ShowOutput::Failed).as_bytes());
+    first([written, shown])
 }
 
 fn unwritable(path: &Path) -> String {

@@ -32,14 +32,14 @@ fn release(site: &Site, spec: &'static str) -> String {
 }
 
 /// The store's directory of Debian's 6.12.
-fn entry(site: &Site) -> PathBuf {
+pub(crate) fn entry(site: &Site) -> PathBuf {
     let found = inspect(site, kernel(DEBIAN_6_12));
     let image = Path::new(text(&found, "/kernel/boot_image"));
     image.parent().unwrap().parent().unwrap().to_owned()
 }
 
 /// A cache of the test's own, with Debian's 6.12 in it and nothing made of it yet.
-fn own_cache(site: &Site) -> PathBuf {
+pub(crate) fn own_cache(site: &Site) -> PathBuf {
     let from = entry(site);
     let cache = site.path().join("cache");
     let kernels = cache.join("kernels");

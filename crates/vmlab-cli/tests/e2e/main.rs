@@ -27,6 +27,7 @@ mod snapshots_damage;
 mod stalled;
 mod streams;
 mod targets;
+mod targets_harmed;
 mod terminal;
 mod timings;
 mod tools;

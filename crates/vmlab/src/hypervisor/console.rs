@@ -47,6 +47,8 @@ struct State {
     restart: bool,
     /// Bytes that came in all.
     taken: u64,
+    /// Why the log does not have all of it.
+    log_failure: Option<String>,
     subscribers: Vec<Sender<Vec<u8>>>,
     closed: bool,
 }
@@ -165,6 +167,16 @@ impl SerialConsole {
         }
     }
 
+    /// Says that the log cannot be written. The first reason is kept.
+    pub(crate) fn log_failed(&self, error: &io::Error) {
+        self.lock().log_failure.get_or_insert_with(|| error.to_string());
+    }
+
+    /// Why the log does not have all output, if it does not.
+    pub(crate) fn log_failure(&self) -> Option<String> {
+        self.lock().log_failure.clone()
+    }
+
     /// Takes in everything from `output` until it ends. A log that cannot be written (a full disk)
     /// does not end the VM; memory still has the end of it. Each time that reading from `output` times
     /// out after the kernel has panicked, `stuck` is told the message.
@@ -174,7 +186,9 @@ impl SerialConsole {
             match output.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => {
-                    let _ = log.write_all(&buffer[..count]);
+                    if let Err(error) = log.write_all(&buffer[..count]) {
+                        self.log_failed(&error);
+                    }
                     self.take(&buffer[..count]);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

@@ -278,6 +278,15 @@ pub enum HypervisorError {
         #[source]
         source: std::io::Error,
     },
+    /// A log cannot be made: the disk is full, or its directory is gone.
+    #[error("the log {} cannot be made", path.display())]
+    Log {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A share's directory cannot be served.
     #[error("{} cannot be shared", path.display())]
     Share {

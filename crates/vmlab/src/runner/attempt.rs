@@ -61,7 +61,7 @@ impl Run<'_> {
         if let End::Exited(status) = &end {
             (record.exit_code, record.signal) = (Some(status.shell_code()), status.signal());
         }
-        if let Some(log) = &record.console_log {
+        if let Some(log) = record.console_log.as_deref().filter(|_| record.console.is_empty()) {
             record.console = excerpt(log, &mut record.notes);
         }
         record.took_ms = millis(start.elapsed());
@@ -185,14 +185,24 @@ impl Attempt<'_> {
         let warnings = vm.take_warnings();
         record.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
         record.phases = phases(&vm.report());
+        let console = vm.console().clone();
         drop(vm);
-        let kept = lock(&tee.keeper).take().map(Keeper::finish);
-        if let Some(Err(error)) = kept {
-            record.notes.push(format!("the command's output cannot be kept: {error}"));
+        if let Some(error) = console.log_failure() {
+            let path = console.log_path().display();
+            record.notes.push(format!("{path}: not all of the console is kept: {error}"));
+            // The end of it, which is in memory.
+            record.console = String::from_utf8_lossy(&console.kept()).into_owned();
         }
+        let kept = lock(&tee.keeper).take().map(Keeper::finish);
         record.output_log = kept::written(logs.path());
         if let Some(log) = &record.output_log {
             record.output = excerpt(log, &mut record.notes);
+        }
+        if let Some(Err(unkept)) = kept {
+            let path = logs.path().join(kept::OUTPUT_FILE);
+            let error = unkept.error;
+            record.notes.push(format!("{}: not all output is kept: {error}", path.display()));
+            record.output.push_str(&String::from_utf8_lossy(&unkept.tail));
         }
         let end = end?;
         match (&end, stopped) {

@@ -136,7 +136,10 @@ impl QemuVm {
             Sockets::pairs(servers.count(), with_state).map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
-        let log_file = |path: &Path| private_file(path).map_err(resource("a log file"));
+        let log_file = |path: &Path| {
+            private_file(path)
+                .map_err(|source| HypervisorError::Log { path: path.to_owned(), source })
+        };
         let log = log_file(&log_path)?;
         let stderr_log = log_file(&options.log_dir.join("qemu.log"))?;
         // QEMU would make it with the user's umask.
@@ -167,7 +170,9 @@ impl QemuVm {
         let restore = match (options.origin, ours.state.take()) {
             (Origin::Snapshot(snapshot), Some(socket)) => {
                 // The log is whole, though the console began before.
-                console_log.write_all(&snapshot.console).map_err(resource("a log file"))?;
+                if let Err(error) = console_log.write_all(&snapshot.console) {
+                    console.log_failed(&error);
+                }
                 Some(Restore { copies, state: snapshot.state, socket })
             }
             _ => None,
