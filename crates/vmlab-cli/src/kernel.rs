@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::Result;
 use serde_json::json;
+use vmlab::DebugInfo;
 use vmlab::artifacts::{Cache, Kernel, KernelSpec, KernelStore, Origin};
 use vmlab::units::Bytes;
 
@@ -90,6 +91,10 @@ fn description(kernel: &Kernel) -> Vec<[String; 2]> {
         Some(vmlab::artifacts::ConfigSource::BootImage) => "in the boot image".to_owned(),
         None => absent(),
     };
+    let debug_info = match DebugInfo::of(kernel, []).vmlinux() {
+        Ok(file) => path(&file),
+        Err(why) => format!("- ({why})"),
+    };
     [
         ("release", kernel.release.clone()),
         ("version", kernel.version_string.clone().unwrap_or_else(absent)),
@@ -98,6 +103,7 @@ fn description(kernel: &Kernel) -> Vec<[String; 2]> {
         ("boot image", path(&kernel.boot_image)),
         ("modules", kernel.modules.as_deref().map_or_else(no_modules, path)),
         ("config", config),
+        ("debug info", debug_info),
     ]
     .map(|(name, value)| [name.to_owned(), value])
     .into()

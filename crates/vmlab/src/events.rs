@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use kinds::GROUPS;
 pub use kinds::{UnknownKind, default_kinds, parse_kinds};
 pub use reader::EventReader;
-pub use symbols::{Location, Symbols, decode};
+pub use symbols::{Location, Place, Symbols, decode};
 
 /// What happened to a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

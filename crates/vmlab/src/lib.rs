@@ -21,6 +21,7 @@ pub mod budget;
 mod builder;
 pub mod cache;
 pub mod config;
+mod debug_info;
 pub mod doctor;
 mod error;
 pub mod events;
@@ -49,6 +50,7 @@ mod vm;
 
 pub use accel::AccelChoice;
 pub use builder::{BOOT_TIME, RootMode, VmBuilder};
+pub use debug_info::DebugInfo;
 pub use error::{EmulatorFault, Error, ErrorClass, Evidence, FailedStart};
 pub use group::Group;
 pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};

@@ -4,17 +4,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tempfile::TempDir;
+use vmlab::budget::Slots;
 use vmlab::events::EventKind::{
     self, Bug, GeneralProtection, HungTask, Kfence, Oops, Panic, RcuStall, SoftLockup, Taint,
     Warning,
 };
-use vmlab::events::{EventReader, KernelEvent};
+use vmlab::events::{EventReader, KernelEvent, decode};
+use vmlab::results::TargetResult;
+use vmlab::runner::{Observer, Runner, RunnerOptions};
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Error, Share, Vm, VmBuilder};
+use vmlab::{AccelChoice, DebugInfo, Environment, Error, Share, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -147,6 +150,20 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// The function of the module in which something happens, and the line of its source, counted from 1.
+fn line_of(what: &str) -> Option<(&'static str, usize)> {
+    let (function, code) = match what {
+        "warn" => ("provoke_warn", "WARN(n >= 0,"),
+        "bug" => ("provoke_bug", "BUG();"),
+        "null" => ("provoke_write", "*(volatile int *)address = 1;"),
+        "divide" => ("provoke_divide", "asm volatile(\"xor %%ecx"),
+        _ => return None,
+    };
+    let source = include_str!("provoke/provoke.c");
+    let line = source.lines().position(|line| line.trim().starts_with(code)).unwrap() + 1;
+    Some((function, line))
+}
+
 #[test]
 fn each_way_to_damage_a_kernel_is_recognised() {
     let logs = TempDir::new().unwrap();
@@ -157,7 +174,8 @@ fn each_way_to_damage_a_kernel_is_recognised() {
         let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).cpus(2);
         builder.accel(AccelChoice::Tcg).share_cwd(false).timeout(PATIENCE)
     };
-    let release = builder().prepare().unwrap().kernel().release.clone();
+    let prepared = builder().prepare().unwrap();
+    let release = prepared.kernel().release.clone();
     let dir = module(&release).canonicalize().unwrap();
 
     let left = Mutex::new(cases().into_iter());
@@ -171,7 +189,64 @@ fn each_way_to_damage_a_kernel_is_recognised() {
             let titles: Vec<_> =
                 found.iter().filter(of_it).map(|event| (event.kind, event.title.clone())).collect();
             assert_eq!(titles, expected, "{what}: {found:#?}");
+            if let Some((function, line)) = line_of(what) {
+                let info = DebugInfo::of(prepared.kernel(), [dir.clone()]);
+                let report = &found.iter().find(of_it).unwrap().report;
+                let decoded = decode(report, &info.symbols());
+                let begin = format!("RIP: 0010:{function}");
+                let place = decoded.iter().find(|line| line.starts_with(&begin));
+                let place = place.unwrap_or_else(|| panic!("{what}: {decoded:#?}"));
+                assert!(place.ends_with(&format!("/provoke.c:{line})")), "{what}: {decoded:#?}");
+                // Of the kernel itself nothing is known here, and its functions stay as they are.
+                let kernels = report.iter().find(|line| line.contains("do_one_initcall+"));
+                assert!(decoded.contains(kernels.unwrap()), "{decoded:#?}");
+            }
         }
     };
     std::thread::scope(|scope| (0..JOBS).for_each(|_| drop(scope.spawn(work))));
+    reports_of_targets_have_lines(&dir);
+}
+
+/// What a target of a file reports: the module is in the directory that the command starts in.
+fn reports_of_targets_have_lines(dir: &Path) {
+    let file = TempDir::new().unwrap();
+    let path = file.path().join("vmlab.toml");
+    let text = format!(
+        "[[target]]\nname = \"warns\"\nkernel = \"{KERNEL}\"\nmemory = \"512M\"\ncwd = \"{}\"\n\
+         command = \"insmod ./provoke.ko what=warn\"\n",
+        dir.display()
+    );
+    std::fs::write(&path, text).unwrap();
+    let mut environment = Environment::of_caller().unwrap();
+    environment.cwd = dir.to_owned();
+    let options = RunnerOptions {
+        suite: String::new(),
+        slots: Slots::Count(1),
+        memory: None,
+        fail_fast: false,
+        timeout: Some(PATIENCE),
+        environment,
+        snapshots: SnapshotMode::Use,
+        cache_dir: None,
+    };
+    let targets = vmlab::targets::load(&path).unwrap().targets;
+    let results = Runner::new(targets, options, Arc::new(Nobody)).run().unwrap();
+    let events = &results.targets[0].attempts[0].events;
+    let warning = events.iter().find(|event| event.kind == Warning).unwrap();
+    let (function, line) = line_of("warn").unwrap();
+    let begin = format!("RIP: 0010:{function}");
+    let place = warning.report.iter().find(|line| line.starts_with(&begin)).unwrap();
+    assert!(place.ends_with(&format!("/provoke.c:{line})")), "{:#?}", warning.report);
+}
+
+/// Whom nothing is told.
+#[derive(Debug)]
+struct Nobody;
+
+impl Observer for Nobody {
+    fn started(&self, _: usize, _: u32) {}
+    fn phase(&self, _: usize, _: &str) {}
+    fn note(&self, _: usize, _: &str) {}
+    fn output(&self, _: usize, _: &[u8]) {}
+    fn ended(&self, _: usize, _: &TargetResult) {}
 }

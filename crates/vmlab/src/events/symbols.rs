@@ -11,27 +11,53 @@ pub struct Location {
     pub file: String,
     /// From 1 on.
     pub line: u32,
+    /// The function, where it is inlined in the next one.
+    pub inlined: Option<String>,
 }
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file, self.line)
+        write!(f, "{}:{}", self.file, self.line)?;
+        match &self.inlined {
+            Some(function) => write!(f, " in {function}"),
+            None => Ok(()),
+        }
     }
+}
+
+/// An instruction, as reports name it: `function+0x12/0x34 [module]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The function.
+    pub function: &'a str,
+    /// How many bytes into it.
+    pub offset: u64,
+    /// How long the function is, with what pads it.
+    pub size: u64,
+    /// The module that it is in; `None` for the kernel itself.
+    pub module: Option<&'a str>,
 }
 
 /// Whoever knows a kernel's symbols: its debug information, or a program that reads that.
 pub trait Symbols {
-    /// Where the instruction `offset` bytes into a function is, of a module or of the kernel itself. For a
-    /// return address, that is the one behind the call.
-    fn locate(&self, function: &str, offset: u64, module: Option<&str>) -> Option<Location>;
+    /// Where an instruction is: of functions that were inlined there the innermost first. Nothing where that is
+    /// not known.
+    fn locate(&self, place: &Place<'_>) -> Vec<Location>;
 }
 
 /// A report with the place in the sources behind each function that `symbols` knows.
 pub fn decode(report: &[String], symbols: &dyn Symbols) -> Vec<String> {
     let decoded = report.iter().map(|line| {
         let frame = Frame::find(line)?;
-        let location = symbols.locate(frame.symbol, frame.offset, frame.module)?;
-        Some(format!("{line} ({location})"))
+        // All but the place where it happened are places to return to, behind the call.
+        let offset = match line.contains("RIP: ") || line.starts_with("WARNING: ") {
+            true => frame.offset,
+            false => frame.offset.saturating_sub(1),
+        };
+        let Frame { symbol: function, size, module, .. } = frame;
+        let locations = symbols.locate(&Place { function, offset, size, module });
+        let shown: Vec<String> = locations.iter().map(Location::to_string).collect();
+        (!shown.is_empty()).then(|| format!("{line} ({})", shown.join(", inlined at ")))
     });
     decoded.zip(report).map(|(decoded, line)| decoded.unwrap_or_else(|| line.clone())).collect()
 }

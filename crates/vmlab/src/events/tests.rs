@@ -7,7 +7,7 @@ mod formats;
 mod sources;
 
 use super::{
-    EventKind, EventKinds, EventReader, KernelEvent, Location, Symbols, decode, parse_kinds,
+    EventKind, EventKinds, EventReader, KernelEvent, Location, Place, Symbols, decode, parse_kinds,
 };
 
 fn events(console: impl AsRef<[u8]>) -> Vec<KernelEvent> {
@@ -294,10 +294,22 @@ fn a_wrong_name_gets_the_nearest() {
 struct One;
 
 impl Symbols for One {
-    fn locate(&self, function: &str, offset: u64, module: Option<&str>) -> Option<Location> {
-        let known = ("provoke_null", 5, Some("provoke"));
-        ((function, offset, module) == known)
-            .then(|| Location { file: "provoke.c".to_owned(), line: 25 })
+    fn locate(&self, place: &Place<'_>) -> Vec<Location> {
+        let known =
+            Place { function: "provoke_null", offset: 5, size: 0x20, module: Some("provoke") };
+        let line = |line, inlined: Option<&str>| Location {
+            file: "provoke.c".to_owned(),
+            line,
+            inlined: inlined.map(str::to_owned),
+        };
+        match *place {
+            place if place == known => vec![line(25, None)],
+            // What comes behind the call is another line.
+            Place { function: "do_one_initcall", offset: 0x5a, .. } => {
+                vec![line(3, Some("inner")), line(7, None)]
+            }
+            _ => Vec::new(),
+        }
     }
 }
 
@@ -307,6 +319,7 @@ fn reports_are_decoded_as_far_as_symbols_are_known() {
     let decoded = decode(&event.report, &One);
     let changed: Vec<_> = decoded.iter().filter(|line| !event.report.contains(line)).collect();
     let wanted = "RIP: 0010:provoke_null+0x5/0x20 [provoke] (provoke.c:25)";
-    assert_eq!(changed, [wanted, wanted]);
+    let inlined = " do_one_initcall+0x5b/0x320 (provoke.c:3 in inner, inlined at provoke.c:7)";
+    assert_eq!(changed, [wanted, inlined, wanted]);
     assert_eq!(decoded.len(), event.report.len());
 }

@@ -196,6 +196,8 @@ fn number_length(text: &str) -> usize {
 pub(super) struct Frame<'a> {
     pub(super) symbol: &'a str,
     pub(super) offset: u64,
+    /// How long the function is.
+    pub(super) size: u64,
     pub(super) module: Option<&'a str>,
     /// Whether the kernel is certain of it; it puts `?` before what it found on the stack by chance.
     pub(super) certain: bool,
@@ -215,12 +217,19 @@ impl<'a> Frame<'a> {
             .map_or(0, |at| at + text[at..].chars().next().map_or(1, char::len_utf8));
         let symbol = &text[start..plus];
         let length = offset_length(&text[plus..]);
-        let (offset, _) = text[plus + 3..plus + length.max(3)].split_once('/')?;
+        let (offset, size) = text[plus + 3..plus + length.max(3)].split_once('/')?;
         let offset = u64::from_str_radix(offset, 16).ok()?;
+        let size = u64::from_str_radix(size.trim_start_matches("0x"), 16).unwrap_or(0);
         let module = text[plus + length..].strip_prefix(" [").and_then(|rest| rest.split_once(']'));
         let certain = !text[..start].trim_end().ends_with('?');
         let named = symbol.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
-        named.then_some(Self { symbol, offset, module: module.map(|(name, _)| name), certain })
+        named.then_some(Self {
+            symbol,
+            offset,
+            size,
+            module: module.map(|(name, _)| name),
+            certain,
+        })
     }
 
     /// A line of a call trace.

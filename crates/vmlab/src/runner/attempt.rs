@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use vmlab_artifacts::Progress;
@@ -16,6 +16,7 @@ use super::{Observer, Run, Stop};
 use crate::budget::Need;
 use crate::config::Accel;
 use crate::error::chain;
+use crate::events::decode;
 use crate::hypervisor::ExitReason;
 use crate::hypervisor::qemu::Qemu;
 use crate::kept::{self, Keeper};
@@ -24,7 +25,7 @@ use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{System, Target, TargetCommand};
 use crate::timings::millis;
-use crate::{Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
+use crate::{DebugInfo, Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -49,7 +50,9 @@ impl Run<'_> {
         let mut record =
             AttemptResult { start_ms: millis(start - self.began), ..AttemptResult::default() };
         let watch = Watch::default();
-        let attempt = Attempt { run: self, index, target, number, watch: &watch };
+        let debug_info = OnceLock::new();
+        let attempt =
+            Attempt { run: self, index, target, number, watch: &watch, debug_info: &debug_info };
         let name = format!("{:03}-{}-{number}", index + 1, file_name(&target.name));
         let end = match self.logs.part(&name) {
             Ok(logs) => attempt.run(&logs, &mut record),
@@ -57,6 +60,12 @@ impl Run<'_> {
         };
         self.runner.group.remove(attempt.key());
         record.events = watch.finish();
+        if let (false, Some(info)) = (record.events.is_empty(), debug_info.get()) {
+            let symbols = info.symbols();
+            for event in &mut record.events {
+                event.report = decode(&event.report, &symbols);
+            }
+        }
         record.failure = self.failure(target, &end, &record);
         if let End::Exited(status) = &end {
             (record.exit_code, record.signal) = (Some(status.shell_code()), status.signal());
@@ -91,6 +100,8 @@ struct Attempt<'a> {
     target: &'a Target,
     number: u32,
     watch: &'a Watch,
+    /// That of its kernel, once that is known.
+    debug_info: &'a OnceLock<DebugInfo>,
 }
 
 /// Where the output of all that runs in a guest goes.
@@ -164,6 +175,9 @@ impl Attempt<'_> {
             prepared = vm.qemu_arg("-cpu").qemu_arg(cpu).prepare()?;
         }
         record.accel = Some(prepared.config().accel.name().to_owned());
+        let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
+        let dirs = [runner.options.environment.cwd.clone()].into_iter().chain(shares);
+        self.debug_info.get_or_init(|| DebugInfo::of(prepared.kernel(), dirs));
         let permit = runner.budget.acquire(Need::of(prepared.config()));
         let _permit = permit.ok_or(Error::Cancelled)?;
         let prepared = prepared.one_of(runner.workers()).logs_in(logs.clone());
