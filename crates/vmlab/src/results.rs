@@ -52,6 +52,9 @@ pub struct TargetResult {
     pub index: usize,
     /// Its tags.
     pub tags: Vec<String>,
+    /// Of a matrix, its axes and the target's values on them, in the order of the file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub axes: Vec<(String, String)>,
     /// What it means.
     pub outcome: Outcome,
     /// Each time that it was tried, in order; none where it was not.

@@ -176,7 +176,8 @@ impl Run<'_> {
             self.runner.end_all(Stop::FailFast);
         }
         let tags = target.tags.iter().cloned().collect();
-        TargetResult { name: target.name.clone(), index, tags, outcome, attempts }
+        let (name, axes) = (target.name.clone(), target.axes.clone());
+        TargetResult { name, index, tags, axes, outcome, attempts }
     }
 }
 

@@ -120,6 +120,8 @@ pub struct Target {
     pub name: String,
     /// What it can be chosen by, beside its name.
     pub tags: BTreeSet<String>,
+    /// Of a matrix, its axes and the target's values on them, in the order of the file.
+    pub axes: Vec<(String, String)>,
     /// What the VM starts.
     pub system: System,
     /// What the VM is.

@@ -58,6 +58,7 @@ fn target(name: &str, script: &str) -> Target {
     Target {
         name: name.to_owned(),
         tags: BTreeSet::new(),
+        axes: Vec::new(),
         system: System::Kernel {
             spec: Some(KERNEL.to_owned()),
             rootfs: PathBuf::from("/"),

@@ -4,6 +4,7 @@
 //! that to fail somewhere, the page's policy lets no script run but the page's own.
 
 mod attempt;
+mod grid;
 
 use std::collections::BTreeSet;
 
@@ -27,6 +28,7 @@ pub fn html(results: &Results) -> String {
     let mut out = String::new();
     head(&mut out, results);
     out.push_str("<main>\n");
+    grid::grids(&mut out, results, &ids);
     overview(&mut out, results, &ids);
     out.push_str("<section aria-labelledby=\"ui-details\">\n<h2 id=\"ui-details\">Details</h2>\n");
     for (target, id) in results.targets.iter().zip(&ids) {

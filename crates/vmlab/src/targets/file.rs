@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::document::{self, Entry, Node, Table, Value};
 use super::lower::{self, Context};
-use super::matrix::{self, MAX_TARGETS};
+use super::matrix::{self, Expanded, MAX_TARGETS};
 use super::problem::{Problems, TargetFileError};
 use super::spelling::{check_vmtest, unify, unknown};
 use super::table::{ShareTable, TargetTable};
@@ -76,7 +76,7 @@ impl<'a> File<'a> {
             problems.add(&(0..0), "the file has no [[target]]");
         }
         tables.sort_by_key(|(node, _)| node.span.start);
-        let mut nodes = Vec::new();
+        let mut nodes: Vec<Expanded> = Vec::new();
         for (node, is_matrix) in tables {
             let Node { value: Value::Table(mut table), span } = node else {
                 expected::<()>("a table", &node, problems);
@@ -90,24 +90,25 @@ impl<'a> File<'a> {
                 nodes.extend(matrix::expand(table, &span, |t| self.inherit(t), problems));
             } else {
                 self.inherit(&mut table);
-                nodes.push(Node { value: Value::Table(table), span });
+                nodes.push((Node { value: Value::Table(table), span }, Vec::new()));
             }
             if nodes.len() > MAX_TARGETS {
                 problems.add(&(0..0), format!("the file has more than {MAX_TARGETS} targets"));
                 return Vec::new();
             }
         }
-        self.targets(&nodes, problems)
+        self.targets(nodes, problems)
     }
 
-    fn targets(&self, nodes: &[Node], problems: &mut Problems<'_>) -> Vec<Target> {
+    fn targets(&self, nodes: Vec<Expanded>, problems: &mut Problems<'_>) -> Vec<Target> {
         let context = Context { dir: self.dir, kind: self.kind, shares: &self.shares };
         let mut targets: Vec<Target> = Vec::new();
         // Where the target of a name is.
         let mut names: BTreeMap<String, usize> = BTreeMap::new();
         let mut numbers: BTreeMap<String, usize> = BTreeMap::new();
-        for node in nodes {
-            let Some(mut target) = lower::target(node, &context, problems) else { continue };
+        for (node, axes) in nodes {
+            let Some(mut target) = lower::target(&node, &context, problems) else { continue };
+            target.axes = axes;
             if self.kind == FileKind::Vmtest {
                 // There, names need not be different.
                 let name = target.name.clone();

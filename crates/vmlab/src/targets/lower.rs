@@ -75,6 +75,7 @@ pub(super) fn target(
     Some(Target {
         name,
         tags: strings(lower.table.tags.take()).into_iter().collect(),
+        axes: Vec::new(),
         system,
         vm,
         run,

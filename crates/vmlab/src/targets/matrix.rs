@@ -42,13 +42,16 @@ struct Combination {
     at: Span,
 }
 
+/// A target as a table, and its values on the axes of its matrix.
+pub(super) type Expanded = (Node, Vec<(String, String)>);
+
 /// The targets that a matrix stands for, each as a table. `inherit` adds what the file has for all targets.
 pub(super) fn expand(
     mut matrix: Table,
     at: &Span,
     inherit: impl Fn(&mut Table),
     problems: &mut Problems<'_>,
-) -> Vec<Node> {
+) -> Vec<Expanded> {
     let before = problems.count();
     let [vars, include, exclude] = KEYS.map(|key| matrix.take(key));
     let name = matrix.take("name");
@@ -104,7 +107,8 @@ pub(super) fn expand(
             }
             table.set(name);
         }
-        Node { value: Value::Table(table), span: at }
+        let values = variables.labelled(&combination.values);
+        (Node { value: Value::Table(table), span: at }, values)
     });
     targets.collect()
 }
@@ -324,6 +328,12 @@ impl<'a> Variables<'a> {
                 env.set(Entry { key: At { value: name, span: span.clone() }, node });
             }
         }
+    }
+
+    /// The values of one combination, each with its axis.
+    fn labelled(&self, values: &[Node]) -> Vec<(String, String)> {
+        let text = |node| self.text(&scalar_text(node).unwrap_or_default());
+        self.axes.iter().zip(values).map(|(axis, node)| (axis.label(), text(node))).collect()
     }
 
     /// Puts values in the place of `{name}` in all strings.

@@ -6,7 +6,7 @@
     field.value = text;
     field.dispatchEvent(new Event("input", { bubbles: true }));
   };
-  const rows = () => all("tbody tr:not([hidden])").map((row) => row.dataset.id).join(" ");
+  const rows = () => all("tbody tr[data-id]:not([hidden])").map((row) => row.dataset.id).join(" ");
   const shown = () => all("details.target:not([hidden])").map((one) => one.dataset.id).join(" ");
   const found = [];
   try {
@@ -29,6 +29,14 @@
     location.hash = "#long";
     await pause();
     found.push(`link: ${rows()}, long ${details("long").open ? "opened" : "closed"}`);
+    // So does a cell of the matrix.
+    details("network").open = false;
+    box("flaky").click();
+    const cells = all(".grid .cell a");
+    cells[1].click();
+    await pause();
+    const cell = details("network").open && !details("network").hidden;
+    found.push(`cells ${cells.map((one) => one.textContent.split(" ")[0]).join(" ")}, network ${cell ? "opened" : "closed"}`);
     const [output, console] = details("long").querySelectorAll("details.log");
     const search = async (log, text) => {
       type(log.querySelector("input"), text);

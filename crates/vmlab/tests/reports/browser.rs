@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use vmlab::results::{AttemptResult, Outcome, html};
+use vmlab::results::{AttemptResult, Outcome, TargetResult, html};
 
 use crate::samples::{self, attempt, suite, target};
 
@@ -40,9 +40,10 @@ fn searching_filtering_and_links_work() {
     const LINES: usize = 50_000;
     let console: String = (1..=LINES).map(|number| format!("line {number} <b> (x)\n")).collect();
     let long = AttemptResult { console, ..attempt(None, "one\nTwo two\nthree\n") };
+    let of = |kernel: &str| samples::axes(&[("kernel", kernel)]);
     let results = suite(vec![
-        target("long", Outcome::Passed, vec![long]),
-        samples::flaky(),
+        TargetResult { axes: of("a"), ..target("long", Outcome::Passed, vec![long]) },
+        TargetResult { axes: of("b"), ..samples::flaky() },
         samples::failed(),
         samples::timeout(),
     ]);
@@ -62,6 +63,7 @@ fn searching_filtering_and_links_work() {
         "network opened; others closed; log scrolled true to its end true; \
          filter 6.12 exit: exit; passed off: network exit hang; all off: none true; \
          link: long network exit hang, long opened; \
+         cells passed flaky, network opened; \
          output: 1 line, 2 Two two, marks Two two; restored true; \
          console: 23756 lines, the first 2000 are shown, 2000 spans, first 4; \
          literal: 1 line, 77 line 77 <b> (x); nothing: 0 lines; \

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use roxmltree::{Document, Node, ParsingOptions};
-use vmlab::results::{AttemptResult, Outcome, Results, html};
+use vmlab::results::{AttemptResult, Outcome, Results, TargetResult, html};
 
 use crate::samples::{self, HOSTILE, attempt, passed, suite, target};
 
@@ -86,6 +86,93 @@ fn each_target_has_a_row_that_leads_to_its_details() {
         let title = text(named(document.root(), "title")[0]);
         assert_eq!(title, "demo: 1 passed, 1 flaky, 5 failed, 2 errors, 2 cancelled");
     });
+}
+
+/// The grids of a page: what is in each row's cells, without times.
+fn grids(results: &Results) -> Vec<(String, Vec<String>)> {
+    let mut found = Vec::new();
+    parsed(results, |document| {
+        let ids = ids(document);
+        for grid in with_class(document.root(), "grid") {
+            let above = grid.parent().unwrap().prev_sibling_element();
+            let heading =
+                above.filter(|node| node.has_tag_name("h3")).map(text).unwrap_or_default();
+            let rows = named(grid, "tr").into_iter().map(|row| {
+                let cells = row.children().filter(Node::is_element).map(|cell| {
+                    let Some(link) = named(cell, "a").first().copied() else { return text(cell) };
+                    let id = link.attribute("href").unwrap().trim_start_matches('#');
+                    assert!(ids.contains(&id), "{id}");
+                    let badge = with_class(cell, "badge")[0];
+                    assert_eq!(cell.attribute("class"), Some(&*format!("cell {}", text(badge))));
+                    format!("{} {id}", text(badge))
+                });
+                cells.collect::<Vec<_>>().join(" | ")
+            });
+            found.push((heading, rows.collect()));
+        }
+    });
+    found
+}
+
+#[test]
+fn a_matrix_is_a_grid_of_its_axes() {
+    let of = |name: &str, axes: &[(&str, &str)]| TargetResult {
+        axes: samples::axes(axes),
+        ..passed(name)
+    };
+    let bad = |target: TargetResult| TargetResult { outcome: Outcome::Failed, ..target };
+    let table = |heading: &str, rows: &[&str]| {
+        (heading.to_owned(), rows.iter().map(|row| (*row).to_owned()).collect::<Vec<_>>())
+    };
+    // The longer axis is the rows, whichever the file has first; what has one value says nothing.
+    let results = suite(vec![
+        of("a", &[("cpus", "1"), ("memory", "1G"), ("kernel", "x")]),
+        bad(of("b", &[("cpus", "1"), ("memory", "1G"), ("kernel", "y")])),
+        of("c", &[("cpus", "2"), ("memory", "1G"), ("kernel", "z")]),
+        of("d", &[("cpus", "2"), ("memory", "1G"), ("kernel", "x")]),
+    ]);
+    let rows = [
+        "kernel \\ cpus | 1 | 2",
+        "x | passed a | passed d",
+        "y | failed b | –",
+        "z | – | passed c",
+    ];
+    assert_eq!(grids(&results), [table("", &rows)]);
+
+    // A third axis has a table for each value. Another matrix has its own, if only by its values.
+    let mut targets = Vec::new();
+    for (fs, row, column) in [("e", "1", "x"), ("e", "2", "y"), ("f", "1", "y"), ("f", "3", "x")] {
+        targets
+            .push(of(&[fs, row, column].concat(), &[("fs", fs), ("row", row), ("column", column)]));
+    }
+    targets.push(of("again", &[("fs", "e"), ("row", "1"), ("column", "x")]));
+    targets.push(of("more", &[("fs", "e"), ("row", "2"), ("column", "x")]));
+    targets.push(passed("none"));
+    targets.push(of("alone", &[("kernel", "x")]));
+    let expected = [
+        table("column: x", &["row \\ fs | e | f", "1 | passed e1x | –", "3 | – | passed f3x"]),
+        table("column: y", &["row \\ fs | e | f", "1 | – | passed f1y", "2 | passed e2y | –"]),
+        table("", &["row | ", "1 | passed again", "2 | passed more"]),
+    ];
+    assert_eq!(grids(&suite(targets)), expected);
+
+    // Nothing of the kind, where there is nothing to compare.
+    assert!(grids(&suite(vec![passed("a"), samples::hostile()])).is_empty());
+    assert!(!html(&suite(vec![passed("a")])).contains("ui-matrix"));
+    // Nor does a page of many combinations become one of very many holes.
+    let sparse = |n: usize| {
+        let value = n.to_string();
+        of(&value, &[("a", &value), ("b", &value), ("c", &value)])
+    };
+    let page = html(&suite((0..1000).map(sparse).collect()));
+    assert!(page.len() < 4_000_000, "{}", page.len());
+    let sparse = |n: usize| of("x", &[("a", &n.to_string()), ("b", &n.to_string())]);
+    let page = html(&suite((0..1000).map(sparse).collect()));
+    assert!(page.len() < 4_000_000 && page.contains("Too sparse"), "{}", page.len());
+    // What is hostile as an axis is text.
+    let mut other = samples::hostile();
+    other.axes[1].1 = HOSTILE.to_owned();
+    assert_eq!(grids(&suite(vec![samples::hostile(), other])).len(), 1);
 }
 
 #[test]

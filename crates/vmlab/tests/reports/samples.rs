@@ -35,7 +35,8 @@ pub(crate) fn suite(targets: Vec<TargetResult>) -> Results {
 }
 
 pub(crate) fn target(name: &str, outcome: Outcome, attempts: Vec<AttemptResult>) -> TargetResult {
-    TargetResult { name: name.to_owned(), index: 0, tags: Vec::new(), outcome, attempts }
+    let (tags, axes) = (Vec::new(), Vec::new());
+    TargetResult { name: name.to_owned(), index: 0, tags, axes, outcome, attempts }
 }
 
 /// An attempt that took 1.5 s and wrote `output`.
@@ -193,6 +194,7 @@ pub(crate) fn hostile() -> TargetResult {
     };
     TargetResult {
         tags: vec![HOSTILE.to_owned()],
+        axes: axes(&[(HOSTILE, HOSTILE), ("other", "1")]),
         ..target(HOSTILE, Outcome::Failed, vec![failed, failed_otherwise])
     }
 }
@@ -214,6 +216,10 @@ pub(crate) fn all() -> Results {
     suite(targets)
 }
 
+pub(crate) fn axes(axes: &[(&str, &str)]) -> Vec<(String, String)> {
+    axes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
 /// What a run of a matrix may look like: the page in the documentation.
 pub(crate) fn demo() -> Results {
     let kernels = ["6.12.117+deb12-amd64", "6.1.0-50-amd64", "5.10.0-39-amd64"];
@@ -228,6 +234,7 @@ pub(crate) fn demo() -> Results {
                 _ => passed(""),
             };
             target.name = format!("{test}, {name}");
+            target.axes = axes(&[("kernel", name), ("test", test)]);
             for attempt in &mut target.attempts {
                 attempt.release = Some(release.to_owned());
                 attempt.took_ms = 620.0 + 470.0 * index as f64;

@@ -40,6 +40,9 @@ fn each_array_is_an_axis_in_the_order_of_the_file() {
             "after",
         ]
     );
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    assert_eq!(targets[0].axes, []);
+    assert_eq!(targets[3].axes, [pair("kernel", "./bzImage"), pair("cpus", "1")]);
     let cpus: Vec<_> = targets.iter().map(|t| t.vm.topology.and_then(|t| t.cpus())).collect();
     assert_eq!(cpus, [None, Some(1), Some(2), Some(1), Some(2), None]);
     assert_eq!(targets[4].vm.memory.map(|memory| memory.0), Some(1024 * MIB));

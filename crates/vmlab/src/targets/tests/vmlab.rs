@@ -32,6 +32,7 @@ fn little_has_to_be_said() {
     let expected = Target {
         name: "a".to_owned(),
         tags: [].into(),
+        axes: Vec::new(),
         system: System::Kernel { spec: None, rootfs: "/".into(), root_mode: RootMode::Overlay },
         vm: VmSpec::default(),
         run: RunSpec {
@@ -106,6 +107,7 @@ fn each_key_of_a_target_is_read() {
     let expected = Target {
         name: "all".to_owned(),
         tags: ["net", "slow"].map(text).into(),
+        axes: Vec::new(),
         system: System::Kernel {
             spec: Some("debian:6.12".to_owned()),
             rootfs: here.join("root"),
