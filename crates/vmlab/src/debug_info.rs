@@ -30,7 +30,7 @@ pub struct DebugInfo {
     trees: Vec<PathBuf>,
     /// Directories that modules of the user's own may be in.
     dirs: Vec<PathBuf>,
-    /// What paths in the sources begin with, and what need not be said.
+    /// The build tree, whose sources are named without it.
     sources: Option<PathBuf>,
 }
 
@@ -144,9 +144,13 @@ impl Symbols for Reader {
     fn locate(&self, place: &Place<'_>) -> Vec<Location> {
         let Some(file) = self.file(place.module) else { return Vec::new() };
         let mut locations = file.locate(place).unwrap_or_default();
+        let tree = self.info.sources.as_deref();
+        // In general the kernel was built where its modules were; where not, nothing is left out of them.
+        let built = || Some(PathBuf::from(self.file(None)?.sources()?));
+        let tops: Vec<PathBuf> = tree.map(Path::to_owned).into_iter().chain(built()).collect();
         for location in &mut locations {
             let path = location.file.replace("/./", "/");
-            let within = self.info.sources.as_deref().and_then(|top| {
+            let within = tops.iter().find_map(|top| {
                 Path::new(&path).strip_prefix(top).ok().map(|path| path.display().to_string())
             });
             location.file = within.unwrap_or(path);

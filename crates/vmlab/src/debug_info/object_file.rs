@@ -19,6 +19,10 @@ type Dwarf = gimli::Dwarf<EndianArcSlice<RunTimeEndian>>;
 /// The kernel counts what pads a function, and an ELF file does not. No kernel aligns functions to more.
 const MAX_PADDING: u64 = 64;
 
+/// A file that each kernel has, and a function in it that is never inlined. `decode_stacktrace.sh` takes the same.
+const MAIN: &str = "init/main.c";
+const FUNCTION_OF_MAIN: &str = "kernel_init";
+
 /// A function.
 #[derive(Debug, Clone, Copy)]
 struct Function {
@@ -101,6 +105,13 @@ impl ObjectFile {
             functions.entry(name.to_owned()).or_default().push(function);
         }
         Some(Self { context, functions })
+    }
+
+    /// What the paths of a kernel's sources begin with: packages name directories of the machine that built them.
+    pub(super) fn sources(&self) -> Option<String> {
+        let function = self.functions.get(FUNCTION_OF_MAIN)?.first()?;
+        let location = self.context.find_location(function.address).ok()??;
+        location.file?.strip_suffix(MAIN).map(str::to_owned)
     }
 
     /// Where an instruction is in the sources, the innermost of inlined functions first. `None` if this is not

@@ -180,6 +180,20 @@ fn kernels_have_theirs_in_build_trees_and_packages() {
         let line = format!("{}/source.c:9", top.display());
         assert!(found.contains(&line), "{found:?}");
     }
+
+    // Those are named as in the kernel's sources, where it is known where they were.
+    let build = top.join("builder/linux");
+    std::fs::create_dir_all(build.join("init")).unwrap();
+    std::fs::create_dir_all(build.join("root/boot")).unwrap();
+    std::fs::write(build.join("init/main.c"), SOURCE.replace("first", "kernel_init")).unwrap();
+    let vmlinux = build.join("root/boot").join(format!("vmlinux-{RELEASE}"));
+    let mut gcc = Command::new("gcc");
+    gcc.current_dir(&build).args(["-O1", "-fcf-protection=none", "-Wl,-e,kernel_init"]);
+    gcc.args(&link[..3]).arg(build.join("init/main.c")).arg("-o").arg(&vmlinux);
+    assert!(gcc.status().unwrap().success());
+    let size = self::size(&vmlinux, "second");
+    let found = lines(&info(&build.join("root"), &[]), None, "second", size);
+    assert!(found.contains("init/main.c:9"), "{found:?}");
 }
 
 #[test]

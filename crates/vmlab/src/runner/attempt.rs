@@ -40,6 +40,9 @@ const TEARDOWN_TIME: Duration = Duration::from_secs(60);
 /// How long a command that was killed may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(5);
 
+/// Held while reports are decoded: a kernel's debug information takes most of a gigabyte, so it is there once.
+static DECODING: Mutex<()> = Mutex::new(());
+
 /// The signal that nothing can ignore.
 const SIGKILL: i32 = 9;
 
@@ -61,6 +64,7 @@ impl Run<'_> {
         self.runner.group.remove(attempt.key());
         record.events = watch.finish();
         if let (false, Some(info)) = (record.events.is_empty(), debug_info.get()) {
+            let _one = lock(&DECODING);
             let symbols = info.symbols();
             for event in &mut record.events {
                 event.report = decode(&event.report, &symbols);
