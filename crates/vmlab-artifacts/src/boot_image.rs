@@ -7,7 +7,7 @@ mod arm64;
 mod banner;
 mod bzimage;
 mod elf;
-mod found;
+pub(crate) mod found;
 #[cfg(test)]
 mod tests;
 

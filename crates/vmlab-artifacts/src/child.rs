@@ -4,13 +4,19 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use rustix::process::Signal;
+
 /// Makes a command's process die with the *thread* that spawns it, however that ends. That thread
 /// has to wait for it.
 pub(crate) fn dies_with_us(command: &mut Command) {
+    ends_with_us(command, Signal::KILL);
+}
+
+/// As [`dies_with_us`], by a signal that lets the process clean up.
+pub(crate) fn ends_with_us(command: &mut Command, signal: Signal) {
     let parent = rustix::process::getpid();
     let prepare = move || {
-        let signal = Some(rustix::process::Signal::KILL);
-        rustix::process::set_parent_process_death_signal(signal)?;
+        rustix::process::set_parent_process_death_signal(Some(signal))?;
         // The parent may have died before that was set.
         match rustix::process::getppid() == Some(parent) {
             true => Ok(()),

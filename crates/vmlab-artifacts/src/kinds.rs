@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::cache::Flaw;
 use crate::source::{apt, local};
-use crate::store;
+use crate::{image, image_build, store};
 
 /// What is kept of a kind: that which was used last, and what is in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,5 +35,11 @@ impl std::fmt::Debug for Kind {
 }
 
 /// All kinds of this crate.
-pub const KINDS: [Kind; 4] =
-    [store::KIND, local::CONFIGS_KIND, local::LINKED_MODULES_KIND, apt::KIND];
+pub const KINDS: [Kind; 6] = [
+    store::KIND,
+    local::CONFIGS_KIND,
+    local::LINKED_MODULES_KIND,
+    apt::KIND,
+    image::KIND,
+    image_build::KIND,
+];

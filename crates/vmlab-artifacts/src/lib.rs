@@ -1,19 +1,24 @@
 //! What a VM boots from: kernels, their modules, initramfs images, and the caches they live in.
 
 mod arch;
+pub mod base64;
 pub mod boot_image;
 pub mod cache;
 mod child;
 pub mod compress;
 mod error;
 pub mod features;
+pub mod firmware;
 mod host;
+pub mod image;
+pub mod image_build;
 pub mod initramfs;
 pub mod kconfig;
 mod kernel;
 mod kinds;
 pub mod modules;
 mod progress;
+pub mod seed;
 mod source;
 pub mod spec;
 mod store;
@@ -26,6 +31,7 @@ pub use cache::{Cache, CacheEntry, CacheError, ContentKey, Digest, Manifest};
 pub use error::KernelError;
 pub use features::{Availability, Feature, Features};
 pub use host::{SYSTEM_DIRS, find_program};
+pub use image::{DiskImage, ImageError, ImageFormat};
 pub use kernel::{ConfigSource, Kernel, Origin};
 pub use kinds::{Bound, KINDS, Kind};
 pub use progress::{Progress, Silent};

@@ -23,7 +23,7 @@ const MAGICS: &[(&[u8], &str)] = &[
 ];
 
 /// What a file that is not a regular one is.
-pub(super) fn file_type(file_type: FileType) -> String {
+pub(crate) fn file_type(file_type: FileType) -> String {
     let name = if file_type.is_dir() {
         "a directory"
     } else if file_type.is_block_device() {
@@ -41,7 +41,7 @@ pub(super) fn file_type(file_type: FileType) -> String {
 }
 
 /// What a file is, by its beginning and its length in bytes.
-pub(super) fn describe(head: &[u8], len: u64) -> String {
+pub(crate) fn describe(head: &[u8], len: u64) -> String {
     if len == 0 {
         return "an empty file".to_owned();
     }

@@ -31,6 +31,11 @@ impl fmt::Display for Digest {
 }
 
 impl Digest {
+    /// Of what was hashed piece by piece.
+    pub(crate) fn from_hash(hash: Sha256) -> Digest {
+        Digest(hash.finalize().into())
+    }
+
     /// Hashes what is in memory.
     pub fn of(content: &[u8]) -> Digest {
         Digest(Sha256::digest(content).into())

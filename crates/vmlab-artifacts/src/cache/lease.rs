@@ -55,6 +55,13 @@ impl Leases {
     pub fn add(&self, lease: Lease) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
     }
+
+    /// Holds what others hold as well.
+    pub fn join(&self, others: Leases) {
+        let mut taken = others.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = std::mem::take(&mut *taken);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(taken);
+    }
 }
 
 impl Cache {

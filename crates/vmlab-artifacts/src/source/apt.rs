@@ -7,6 +7,7 @@ mod command;
 mod packages;
 mod root;
 mod sources;
+mod whole_suite;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use self::command::{apt, run};
 pub(crate) use self::packages::{Candidate, Package, version_fits, wanted_flavour};
 use self::root::{AptRoot, Index};
 use self::sources::HostSource;
+pub(crate) use self::whole_suite::{SuiteSources, suite_sources};
 use crate::source::deb::stanza_fields;
 use crate::spec::{Distro, DistroSpec, Select};
 use crate::{Bound, KernelError, Kind, Progress};
@@ -219,6 +221,15 @@ impl Search<'_> {
 
     /// The newest kernel of a suite and of its updates.
     fn in_suite(&self, host: &[HostSource], suite: &str) -> Result<Found, KernelError> {
+        let offers = self.of_suite(host, suite)?;
+        match self.best(&offers)? {
+            Some(found) => Ok(found),
+            None => Err(self.no_match(&offers, &[])),
+        }
+    }
+
+    /// A suite and its updates, as far as the host has these of its own.
+    fn of_suite(&self, host: &[HostSource], suite: &str) -> Result<Vec<Offer>, KernelError> {
         let distro = self.spec.distro;
         let base = other_suite(host, suite);
         let mut offers = match self.ask(vec![base]).remove(0) {
@@ -241,10 +252,7 @@ impl Search<'_> {
                 offers.push(offer?);
             }
         }
-        match self.best(&offers)? {
-            Some(found) => Ok(found),
-            None => Err(self.no_match(&offers, &[])),
-        }
+        Ok(offers)
     }
 
     /// The newest kernel of a version: in the host's suites, else in others of the same archive.

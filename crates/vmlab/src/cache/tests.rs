@@ -26,7 +26,17 @@ fn every_kind_has_a_name_of_its_own() {
     names.sort_unstable();
     assert_eq!(
         names,
-        ["apt", "boot-images", "configs", "initramfs", "kernels", "linked-modules", "snapshots"],
+        [
+            "apt",
+            "boot-images",
+            "configs",
+            "images",
+            "initramfs",
+            "kernels",
+            "linked-modules",
+            "snapshots",
+            "unpacked-images"
+        ],
         "a kind was added: name it in the table of ARCHITECTURE.md, too"
     );
     assert!(!names.contains(&REMEMBERED));

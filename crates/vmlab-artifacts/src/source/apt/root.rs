@@ -197,7 +197,31 @@ impl AptRoot {
         Ok((lease, lock))
     }
 
-    fn deb822(&self) -> String {
+    /// The `Release` file of the lists that [`index`](AptRoot::index) has fetched, as the archive signed it.
+    ///
+    /// # Errors
+    /// [`KernelError::Cache`] when it is not there.
+    pub(super) fn release_file(&self) -> Result<String, KernelError> {
+        let dir = self.dir.join("lists");
+        let read = || -> io::Result<String> {
+            let mut found = Vec::new();
+            for item in fs::read_dir(&dir)? {
+                let path = item?.path();
+                if path
+                    .to_str()
+                    .is_some_and(|p| p.ends_with("_InRelease") || p.ends_with("_Release"))
+                {
+                    found.push(path);
+                }
+            }
+            found.sort();
+            let path = found.first().ok_or(io::ErrorKind::NotFound)?;
+            Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
+        };
+        read().map_err(|e| KernelError::cache_io("find the Release file in", &dir, e))
+    }
+
+    pub(super) fn deb822(&self) -> String {
         let source = &self.source;
         let mut text = format!(
             "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nArchitectures: {}\nTargets: Packages\n",
