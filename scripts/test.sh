@@ -22,12 +22,22 @@ need gcc gcc
 need libelf1 /usr/lib/x86_64-linux-gnu/libelf.so.1
 need iproute2 ip
 need busybox-static busybox
+need e2fsprogs /usr/sbin/mke2fs
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck
 need curl curl
 need libxml2-utils xmllint
 need chromium chromium
+need mmdebstrap mmdebstrap
+need dosfstools /usr/sbin/mkfs.vfat
+need mtools mcopy
+need uidmap newuidmap
+need zstd zstd
+need xz-utils xz
+need fdisk /usr/sbin/sfdisk
+need qemu-utils qemu-img
+need ovmf /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
 install_needed
 
 target=$(target_dir)
@@ -144,6 +154,13 @@ end_to_end_program() {
 
 # End-to-end tests of what a guest is, not of what the caller may do: root's run of them is enough.
 once_only=(
+    image_build::a_build_that_is_ended
+    images::images_of_a_vmtest
+    images::one_file
+    images::secure_boot
+    images::the_agent
+    images::uefi_starts
+    images::what_a_system
     nested::
     snapshots_apart::
     snapshots::a_pc_with_two_nodes
@@ -159,6 +176,8 @@ say "vmlab $(git rev-parse --short HEAD 2>/dev/null || echo '(no git)'), $(cargo
 check "rustfmt and clippy are there" clippy_and_rustfmt
 check "format" cargo fmt --all --check
 check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run bench/*.sh
+# The settings of an image's scripts are put before them.
+check "scripts of images" shellcheck -s sh -e SC2154 crates/vmlab-artifacts/src/*/*.sh
 check "clippy" cargo clippy --locked --workspace --all-targets -- -D warnings
 check "fuzz targets" fuzz_targets
 check "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps

@@ -122,11 +122,8 @@ fn open_channel(command_line: &str, events: &OwnedFd) -> Result<OwnedFd, String>
 fn open_port(events: &OwnedFd) -> Result<OwnedFd, String> {
     let until = sys::monotonic_ns() + PORT_TIMEOUT_S as u64 * 1_000_000_000;
     loop {
-        if let Some(name) = find_port()? {
-            let path = format!("/dev/{name}");
-            let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            return rustix::fs::open(&path, flags, Mode::empty())
-                .map_err(|e| format!("opening the virtio port {path}: {e}"));
+        if let Some(path) = find_port()? {
+            return open_device(&path).map_err(|e| format!("opening the virtio port {path}: {e}"));
         }
         if !power::wait_until(events, until) {
             return Err(format!(
@@ -139,8 +136,14 @@ fn open_port(events: &OwnedFd) -> Result<OwnedFd, String> {
     }
 }
 
-/// Looks for the port among those that the kernel has found by now.
-fn find_port() -> Result<Option<String>, String> {
+/// Opens a virtio port, which only one process can have open at a time.
+pub(crate) fn open_device(path: &str) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+}
+
+/// Looks for the device of the port among those that the kernel has found by now.
+pub(crate) fn find_port() -> Result<Option<String>, String> {
     let ports = fs::read_dir(PORTS).map_err(|e| {
         format!(
             "{PORTS}: {e} (the kernel lacks CONFIG_VIRTIO_CONSOLE, or its module virtio_console)"
@@ -149,7 +152,7 @@ fn find_port() -> Result<Option<String>, String> {
     for port in ports.flatten() {
         let name = fs::read_to_string(port.path().join("name"));
         if name.is_ok_and(|name| name.trim_end() == PORT_NAME) {
-            return Ok(Some(port.file_name().to_string_lossy().into_owned()));
+            return Ok(Some(format!("/dev/{}", port.file_name().to_string_lossy())));
         }
     }
     Ok(None)

@@ -1,13 +1,16 @@
 //! The agent of vmlab guests.
 //!
 //! As PID 1 it loads the modules of its initramfs, opens the channel to the host, makes the guest
-//! ready as the host says and runs commands. Otherwise it serves commands on its standard input,
-//! which is how everything but the boot is tested without a VM.
+//! ready as the host says and runs commands. With the argument `guest` it does the same in a system that
+//! has a PID 1 of its own. Otherwise it serves commands on its standard input, which is how everything
+//! but the boot is tested without a VM.
 
 mod boot;
 mod boot_log;
 mod channel;
 mod exec;
+mod guest;
+mod kernel_log;
 mod kmsg;
 mod modules;
 mod power;
@@ -22,6 +25,8 @@ fn main() -> ExitCode {
     if rustix::process::getpid().is_init() {
         kmsg::install_panic_hook();
         boot::run(started_ns)
+    } else if std::env::args_os().nth(1).is_some_and(|argument| argument == "guest") {
+        guest::run(started_ns)
     } else {
         session::serve_stdin(started_ns)
     }

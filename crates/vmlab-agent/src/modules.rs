@@ -26,11 +26,21 @@ type Loaded = (String, u64, u64, Result<(), String>);
 /// which ones, with beginning and end, and what went wrong, which matters only when something that is
 /// needed is then missing.
 pub(crate) fn load() -> (Vec<(String, u64, u64)>, Vec<String>) {
+    load_list("list")
+}
+
+/// Loads those that the initramfs has for something that only this guest needs, such as the filesystem of
+/// its disk. Returns what went wrong.
+pub(crate) fn load_for(purpose: &str) -> Vec<String> {
+    load_list(&format!("for-{purpose}")).1
+}
+
+fn load_list(name: &str) -> (Vec<(String, u64, u64)>, Vec<String>) {
     let mut steps = Vec::new();
-    let list = match fs::read_to_string(format!("{DIR}/list")) {
+    let list = match fs::read_to_string(format!("{DIR}/{name}")) {
         Ok(list) => list,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return (steps, Vec::new()),
-        Err(e) => return (steps, vec![format!("reading {DIR}/list: {e}")]),
+        Err(e) => return (steps, vec![format!("reading {DIR}/{name}: {e}")]),
     };
     let cpus = thread::available_parallelism().map_or(1, NonZero::get);
     let mut trouble = Vec::new();

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
 use rustix::event::{Timespec, epoll};
-use vmlab_wire::message::Ready;
+use vmlab_wire::message::{Mount, Ready};
 use vmlab_wire::{Frame, GuestMessage, HostMessage, message};
 
 use crate::channel::{ChannelError, Inbox, Outbox, Received};
@@ -30,6 +30,8 @@ const READS_PER_TURN: usize = 16;
 pub(crate) enum Role {
     /// PID 1: it makes the guest ready and powers it off.
     Init,
+    /// A process of a system that has another PID 1: it mounts shares and runs commands.
+    Guest,
     /// A process like any other: it only runs commands.
     Service,
 }
@@ -77,6 +79,10 @@ pub(crate) struct Session {
     begun: setup::Step,
     /// The devices of shares that a snapshot can be taken with.
     devices: setup::Devices,
+    /// What was mounted into a system that is not this one's.
+    shares: Vec<Mount>,
+    /// The root is on a disk, and has to be left clean.
+    root_on_disk: bool,
 }
 
 impl Session {
@@ -102,6 +108,8 @@ impl Session {
             trouble: Vec::new(),
             begun: Ok(()),
             devices: setup::Devices::default(),
+            shares: Vec::new(),
+            root_on_disk: false,
         })
     }
 
@@ -194,11 +202,18 @@ impl Session {
                 self.writable = self.outbox.flush(&self.fd)?;
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
                 let begun = std::mem::replace(&mut self.begun, Ok(()));
-                let done = begun.and_then(|()| setup::run(&setup, &self.devices, &mut warn));
+                let done = begun.and_then(|()| match self.role {
+                    Role::Init | Role::Service => setup::run(&setup, &self.devices, &mut warn),
+                    Role::Guest => {
+                        self.shares.clone_from(&setup.shares);
+                        setup::run_in_system(&setup, &mut warn)
+                    }
+                });
                 self.ready = done.is_ok();
                 self.outbox.message(&match done {
                     Ok(done) => {
                         self.commands.set_own_filesystems(done.own_filesystems);
+                        self.root_on_disk = done.root_on_disk;
                         GuestMessage::SetupDone(done.report)
                     }
                     Err(mut failure) => {
@@ -263,19 +278,29 @@ impl Session {
     pub(crate) fn end(mut self, over: &Over) {
         match over {
             Over::PowerOff => {}
-            Over::HungUp => kmsg::error("the host has gone, powering off"),
+            Over::HungUp if self.role == Role::Init => {
+                kmsg::error("the host has gone, powering off");
+            }
+            Over::HungUp => {}
             Over::Broken(why) => kmsg::error(&format!("fatal: {why}")),
         }
         match self.role {
             Role::Init => power::end_all(&self.signals),
-            Role::Service => self.commands.running().for_each(|pid| {
+            Role::Guest | Role::Service => self.commands.running().for_each(|pid| {
                 // It may just have ended.
                 let _ = sys::kill(-pid, libc::SIGKILL);
             }),
         }
+        if self.role == Role::Guest {
+            setup::unmount(&self.shares);
+        }
         if self.role == Role::Init {
+            setup::make_clean();
             // That is all that the host's files need. Filesystems of the guest's own are as after a sync, too.
             rustix::fs::sync();
+            if self.root_on_disk {
+                setup::end_root();
+            }
         }
         if matches!(over, Over::PowerOff) {
             self.outbox.message(&GuestMessage::PoweringOff);

@@ -224,10 +224,13 @@ pub struct BootModule<'a> {
 ///
 /// It holds the agent as `/init`, empty directories to mount on, `/dev/console` and `/dev/null`, and
 /// the modules as `/modules/NN-NAME.ko` with `/modules/list`: one line a module in load order, the
-/// file's name and, after a space, the parameters. An empty line is between two waves.
+/// file's name and, after a space, the parameters. An empty line is between two waves. `on_demand` are
+/// modules for what is only known in the guest, such as the filesystem of a disk: each with a list
+/// `/modules/for-NAME` of the same kind, and all their files once.
 pub fn build_initramfs(
     agent: &[u8],
     modules: &[BootModule<'_>],
+    on_demand: &[(&str, Vec<BootModule<'_>>)],
 ) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = InitramfsBuilder::new();
     for directory in ["dev", "proc", "sys", "run", "newroot", MODULES_DIR] {
@@ -262,5 +265,22 @@ pub fn build_initramfs(
         list.push('\n');
     }
     archive.file(MODULES_LIST, 0o644, list.as_bytes())?;
+
+    let mut written = BTreeSet::new();
+    for (purpose, modules) in on_demand {
+        let mut list = String::new();
+        for (index, module) in modules.iter().enumerate() {
+            let file = format!("{}.ko", module.name);
+            if written.insert(module.name) {
+                archive.file(&format!("{MODULES_DIR}/{file}"), 0o644, module.content)?;
+            }
+            if index > 0 && modules[index - 1].wave != module.wave {
+                list.push('\n');
+            }
+            list.push_str(&file);
+            list.push('\n');
+        }
+        archive.file(&format!("{MODULES_DIR}/for-{purpose}"), 0o644, list.as_bytes())?;
+    }
     archive.finish()
 }

@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
-use crate::{cache, doctor, generate, kernel, output, request, run, test};
+use crate::{cache, doctor, generate, image, kernel, output, request, run, test};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -47,6 +47,9 @@ enum Command {
     /// Fetch, list, inspect and remove kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// Make bootable disk images
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     /// List, verify and empty the cache of kernels and of what is made from them
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -165,12 +168,34 @@ pub(crate) struct VmArgs {
     /// Directory that is the guest's root
     #[arg(long, value_name = "DIR", default_value = "/")]
     pub(crate) rootfs: PathBuf,
-    /// What becomes of writes to the root: refused, kept in the guest's memory, or done
-    #[arg(long, value_enum, default_value = "overlay")]
-    pub(crate) root_mode: RootModeArg,
+    /// Disk image whose system is started, or whose root a kernel (-k) has: a file, or debian:12 for what
+    /// `image build` makes. It is not written to
+    #[arg(long, value_name = "IMAGE", conflicts_with = "rootfs")]
+    pub(crate) image: Option<PathBuf>,
+    /// Start the image by UEFI, not by a BIOS
+    #[arg(long, requires = "image", conflicts_with = "kernel")]
+    pub(crate) uefi: bool,
+    /// Start the image by UEFI, and only if its boot loader is signed
+    #[arg(long, requires = "image", conflicts_with = "kernel")]
+    pub(crate) secure_boot: bool,
+    /// Start the image by this BIOS or UEFI firmware
+    #[arg(long, value_name = "FILE", requires = "image", conflicts_with = "kernel")]
+    pub(crate) bios: Option<PathBuf>,
+    /// Let the guest write to the image itself
+    #[arg(long, requires = "image")]
+    pub(crate) persist: bool,
+    /// What becomes of writes to the root: refused, kept in the guest's memory (the default), or done (the
+    /// default for images)
+    #[arg(long, value_enum)]
+    pub(crate) root_mode: Option<RootModeArg>,
     /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
     #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
     pub(crate) share: Vec<String>,
+    /// Give the guest a disk: a file with an image, which is at /dev/disk/by-id/virtio-NAME; NAME is disk0,
+    /// disk1 and so on unless given. Writes are discarded, unless `rw` keeps them in the file or `ro` has
+    /// them refused
+    #[arg(long, value_name = "FILE[:NAME][:ro|rw|discard]")]
+    pub(crate) disk: Vec<String>,
     /// How the root and all shares reach the guest; auto takes virtiofs where the kernel has it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) share_via: ShareViaArg,
@@ -206,9 +231,9 @@ pub(crate) struct VmArgs {
     /// End the VM, and all that runs in it, after this time: 90s, 5m, 1h; a number alone is seconds
     #[arg(long, value_name = "TIME")]
     pub(crate) timeout: Option<String>,
-    /// How long the guest may take to come up
-    #[arg(long, value_name = "TIME", default_value = "120s")]
-    pub(crate) boot_timeout: String,
+    /// How long the guest may take to come up; 120s, or 300s for an image that starts its own system
+    #[arg(long, value_name = "TIME")]
+    pub(crate) boot_timeout: Option<String>,
     /// Print the phases, and the guest's console as it comes
     #[arg(short, long)]
     pub(crate) verbose: bool,
@@ -416,6 +441,7 @@ pub(crate) fn dispatch() -> Code {
         Command::Vmtest(args) => vmtest::run(args),
         Command::Report(ReportCommand::Merge(args)) => done(test::merge(&args)),
         Command::Kernel(command) => done(kernel::run(command)),
+        Command::Image(command) => done(image::run(command)),
         Command::Cache(command) => cache::run(command),
         Command::Doctor { json } => doctor::run(json),
         Command::Completions { shell } => done(generate::completions(&mut Cli::command(), shell)),

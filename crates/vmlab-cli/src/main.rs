@@ -6,6 +6,7 @@ mod command;
 mod doctor;
 mod exit;
 mod generate;
+mod image;
 mod kernel;
 mod output;
 mod progress;

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use vmlab::config::{Machine, NetworkMode, ShareTransport, Topology};
+use vmlab::targets::Firmware;
 use vmlab::units::{Bytes, duration};
 use vmlab::{
-    AccelChoice, Environment, GuestUser, RootMode, Share, ShareVia, SnapshotMode, Vm, VmBuilder,
+    AccelChoice, Disk, Environment, GuestUser, Image, RootMode, Share, ShareVia, SnapshotMode, Vm,
+    VmBuilder,
 };
 
 use crate::cli::{
@@ -85,7 +87,11 @@ fn repeat(args: &RepeatArgs) -> Result<Option<Repeat>> {
 }
 
 pub(crate) fn of_shell(args: ShellArgs) -> Result<Request> {
-    let shell = shell_of(&args.vm.rootfs, std::env::var_os("SHELL"));
+    let shell = match args.vm.image {
+        // What it has is not known before it runs.
+        Some(_) => "/bin/sh".into(),
+        None => shell_of(&args.vm.rootfs, std::env::var_os("SHELL")),
+    };
     // Without a terminal the shell reads commands from its input, as any shell does.
     let terminal = rustix::termios::isatty(std::io::stdin());
     request(args.vm, vec![shell], terminal, None)
@@ -131,11 +137,6 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             AccelArg::Tcg => AccelChoice::Tcg,
         })
         .rootfs(&args.rootfs)
-        .root_mode(match args.root_mode {
-            RootModeArg::Ro => RootMode::ReadOnly,
-            RootModeArg::Overlay => RootMode::Overlay,
-            RootModeArg::Rw => RootMode::ReadWrite,
-        })
         .network(match args.net {
             NetArg::None => NetworkMode::None,
             NetArg::User => NetworkMode::User,
@@ -153,8 +154,17 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         })
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
-        .fast(args.fast)
-        .boot_timeout(duration(&args.boot_timeout).context("--boot-timeout")?);
+        .fast(args.fast);
+    if let Some(mode) = args.root_mode {
+        vm = vm.root_mode(match mode {
+            RootModeArg::Ro => RootMode::ReadOnly,
+            RootModeArg::Overlay => RootMode::Overlay,
+            RootModeArg::Rw => RootMode::ReadWrite,
+        });
+    }
+    if let Some(limit) = &args.boot_timeout {
+        vm = vm.boot_timeout(duration(limit).context("--boot-timeout")?);
+    }
     vm = match (args.cpus.as_deref(), args.topology.as_deref()) {
         (Some("host"), _) => {
             let cpus = std::thread::available_parallelism().context("--cpus host")?;
@@ -178,6 +188,9 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
     for share in &args.share {
         vm = vm.share(share.parse::<Share>().context("--share")?);
     }
+    for disk in &args.disk {
+        vm = vm.disk(disk.parse::<Disk>().context("--disk")?);
+    }
     for arguments in args.append {
         vm = vm.append(arguments);
     }
@@ -190,13 +203,25 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
     if let Some(timeout) = &args.timeout {
         vm = vm.timeout(duration(timeout).context("--timeout")?);
     }
-    Ok(vm.environment(environment(&args.user, &args.env, &args.rootfs)?))
+    let no_cwd = "the working directory cannot be found";
+    let Some(image) = args.image else {
+        let mut environment = Environment::of_caller().context(no_cwd)?;
+        environment.user = GuestUser::of(&args.user, &args.rootfs).context("--user")?;
+        return Ok(vm.environment(with_variables(environment, &args.env)?));
+    };
+    let mut image = Image::new(image).persist(args.persist);
+    if args.uefi || args.secure_boot {
+        image = image.firmware(Firmware::Uefi { secure_boot: args.secure_boot });
+    }
+    if let Some(file) = args.bios {
+        image = image.firmware_file(file);
+    }
+    let environment = with_variables(Environment::of_system().context(no_cwd)?, &args.env)?;
+    Ok(vm.image(image).user_of_guest(args.user).environment(environment))
 }
 
-fn environment(user: &str, variables: &[OsString], root: &Path) -> Result<Environment> {
-    let mut environment =
-        Environment::of_caller().context("the working directory cannot be found")?;
-    environment.user = GuestUser::of(user, root).context("--user")?;
+/// With those that the user gives.
+fn with_variables(mut environment: Environment, variables: &[OsString]) -> Result<Environment> {
     for variable in variables {
         let bytes = variable.as_bytes();
         let Some(equals) = bytes.iter().position(|b| *b == b'=').filter(|at| *at > 0) else {
@@ -215,7 +240,8 @@ mod tests {
     #[test]
     fn variables_replace_inherited_ones() {
         let set = ["PATH=/x".into(), "A=b=c".into(), "EMPTY=".into()];
-        let environment = environment("root", &set, Path::new("/")).unwrap();
+        let caller = Environment::of_caller().unwrap();
+        let environment = with_variables(caller.clone(), &set).unwrap();
         let values = |name: &str| {
             let found = environment.vars.iter().filter(|(n, _)| n == name);
             found.map(|(_, v)| v.to_str().unwrap().to_owned()).collect::<Vec<_>>()
@@ -223,8 +249,8 @@ mod tests {
         assert_eq!(values("PATH"), ["/x"]);
         assert_eq!(values("A"), ["b=c"]);
         assert_eq!(values("EMPTY"), [""]);
-        assert!(super::environment("root", &["=x".into()], Path::new("/")).is_err());
-        assert!(super::environment("root", &["x".into()], Path::new("/")).is_err());
+        assert!(with_variables(caller.clone(), &["=x".into()]).is_err());
+        assert!(with_variables(caller, &["x".into()]).is_err());
     }
 
     #[test]

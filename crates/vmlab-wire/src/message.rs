@@ -104,12 +104,15 @@ pub struct BootLog {
 pub struct Setup {
     /// The guest's host name.
     pub hostname: String,
-    /// The root filesystem.
-    pub root: Root,
+    /// The root filesystem. A system that has a PID 1 of its own keeps its root, name and files.
+    pub root: Option<Root>,
     /// The kernel's own module tree, mounted at `/lib/modules/<release>`.
     pub modules: Option<Filesystem>,
     /// Further mounts, in order.
     pub shares: Vec<Mount>,
+    /// The serial numbers of virtio disks that have to be there before commands run. The guest has them at
+    /// `/dev/disk/by-id/virtio-SERIAL`.
+    pub disks: Vec<String>,
     /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed,
     /// nor is any share: where one is mounted over a file, the share is seen.
     pub files: Vec<File>,
@@ -121,6 +124,8 @@ pub struct Setup {
     pub revive: u32,
     /// Devices were added since the kernel looked for any, as to a VM that was restored.
     pub new_devices: bool,
+    /// The host wants to know the guest's users and groups.
+    pub accounts: bool,
     /// Wall-clock time, in nanoseconds since 1970.
     pub clock_ns: u64,
     /// Bytes to seed the kernel's random number generator with.
@@ -150,9 +155,10 @@ pub enum RootMode {
 /// Something to mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filesystem {
-    /// Type, as `mount -t` takes it, or `bind` for a directory of the root.
+    /// Type, as `mount -t` takes it, `bind` for a directory of the root, or `disk` for the root of a system
+    /// on a disk, whatever its filesystem.
     pub kind: String,
-    /// Source: a share's tag, a device, or an absolute path for `bind`.
+    /// Source: a share's tag, a device, an absolute path for `bind`, or the serial number of a disk.
     pub source: String,
     /// Options of the filesystem, comma-separated, without `ro` and `rw`.
     pub options: String,
@@ -163,6 +169,8 @@ pub struct Filesystem {
 pub struct Mount {
     /// What to mount.
     pub filesystem: Filesystem,
+    /// What to mount where the kernel does not know that filesystem.
+    pub otherwise: Option<Filesystem>,
     /// Absolute path in the guest.
     pub target: Vec<u8>,
     /// Whether the guest may not write.
@@ -198,6 +206,17 @@ pub struct SetupReport {
     pub steps: Vec<(String, u64)>,
     /// The guest's wall clock when all was done, in nanoseconds since 1970.
     pub clock_ns: u64,
+    /// Its users and groups, if they were asked for.
+    pub accounts: Option<Accounts>,
+}
+
+/// A system's users and groups, as far as its own files name them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accounts {
+    /// `/etc/passwd`.
+    pub passwd: Vec<u8>,
+    /// `/etc/group`.
+    pub group: Vec<u8>,
 }
 
 /// A step that failed in the guest.

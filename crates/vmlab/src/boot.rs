@@ -3,6 +3,8 @@
 
 mod findings;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -18,13 +20,13 @@ use vmlab_artifacts::{
 };
 
 use crate::Error;
-use crate::config::{AgentChannel, Boot, ConfigError, ShareTransport};
+use crate::config::{AgentChannel, ConfigError, KernelBoot, ShareTransport};
 use crate::identity::of_this_program;
 use crate::share::ShareVia;
 use findings::Findings;
 
 /// The agent for guests of this architecture, built with this library.
-static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
+pub(crate) static AGENT: &[u8] = include_bytes!(env!("VMLAB_AGENT"));
 
 /// The SHA-256 of it, in hexadecimal digits.
 pub(crate) const AGENT_SHA256: &str = env!("VMLAB_AGENT_SHA256");
@@ -59,6 +61,9 @@ const IMAGE_FILE: &str = "vmlinux";
 const NO_PVH_FILE: &str = "no-pvh";
 const INITRAMFS_FILE: &str = "initramfs.cpio";
 
+/// What the root of a disk may be, where the kernel has it as a module.
+const DISK_FILESYSTEMS: [&str; 6] = ["ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs"];
+
 /// What a run needs of its kernel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Needs {
@@ -68,6 +73,10 @@ pub(crate) struct Needs {
     pub(crate) network: bool,
     /// How host directories are carried.
     pub(crate) share_via: ShareVia,
+    /// There is a disk.
+    pub(crate) disk: bool,
+    /// Its root is on a disk.
+    pub(crate) disk_root: bool,
     /// The root cannot be written to and has no place for modules; an overlay can make one.
     pub(crate) modules_place: bool,
 }
@@ -75,7 +84,7 @@ pub(crate) struct Needs {
 /// A kernel made ready to boot.
 #[derive(Debug)]
 pub(crate) struct PreparedKernel {
-    pub(crate) boot: Boot,
+    pub(crate) boot: KernelBoot,
     pub(crate) channel: AgentChannel,
     pub(crate) transport: ShareTransport,
     /// It sees devices that are described by ACPI alone, and whose configuration is in memory alone.
@@ -105,13 +114,14 @@ pub(crate) fn prepare(
     for note in kernel.no_modules.iter().cloned().chain(other_release(kernel)) {
         progress.note(&note);
     }
-    let modules = kernel.modules.as_deref().filter(|_| !found.modules.is_empty());
+    let modules = kernel.modules.as_deref();
+    let modules = modules.filter(|_| needs.disk_root || !found.modules.is_empty());
     let modules = modules.map(|tree| (tree, found.modules.as_slice()));
     let Findings { channel, transport, sees_ecam, .. } = found;
-    let boot = Boot {
+    let boot = KernelBoot {
         image: direct,
         arch: image.arch(),
-        initramfs: initramfs(cache, modules, &kernel.leases)?,
+        initramfs: initramfs(cache, modules, needs.disk_root, &kernel.leases)?,
         command_line: command_line(channel, arguments),
     };
     Ok(PreparedKernel { boot, channel, transport, sees_ecam })
@@ -261,6 +271,9 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     if needs.overlay {
         required.push((Feature::Overlay, "lay a writable layer over its root"));
     }
+    if needs.disk {
+        required.push((Feature::VirtioBlk, "reach its disks"));
+    }
     if needs.network {
         required.push((Feature::VirtioNet, "reach the network"));
     }
@@ -397,11 +410,13 @@ fn verify_image(entry: &Path) -> Result<(), Flaw> {
 fn initramfs(
     cache: &Cache,
     modules: Option<(&Path, &[String])>,
+    disk_root: bool,
     leases: &Leases,
 ) -> Result<PathBuf, Error> {
     let verify = |entry: &Path| verify_length(entry, INITRAMFS_FILE);
     let question = of_this_program(ContentKey::new("modules-of-initramfs"))
-        .field("tree", modules.map_or(&[][..], |(dir, _)| dir.as_os_str().as_encoded_bytes()));
+        .field("tree", modules.map_or(&[][..], |(dir, _)| dir.as_os_str().as_encoded_bytes()))
+        .field("disk", [u8::from(disk_root)]);
     let wanted = modules.iter().flat_map(|(_, wanted)| wanted.iter());
     let question = wanted.fold(question, |key, name| key.field("wanted", name)).finish();
     if let Some(key) = cache.recall::<String>(INITRAMFS, &question)
@@ -415,14 +430,21 @@ fn initramfs(
     let mut sources = Sources::default();
     let mut key = ContentKey::new("initramfs-3").field("agent", AGENT_SHA256);
     let mut closure: Vec<ModuleRef> = Vec::new();
+    let mut on_demand: Vec<(&str, Vec<ModuleRef>)> = Vec::new();
     let mut tree = None;
     if let Some((dir, wanted)) = modules {
         ModuleTree::index_files(dir).for_each(|file| sources.add(file));
         let opened = ModuleTree::open(dir)?;
         closure = opened.closure(&wanted.iter().map(String::as_str).collect::<Vec<_>>())?;
+        // What the kernel has built in has no module, and what it does not have the guest will tell.
+        let of_disk = |name| Some((name, opened.closure(&[name]).ok()?));
+        on_demand.extend(DISK_FILESYSTEMS.into_iter().filter(|_| disk_root).filter_map(of_disk));
         tree = Some(opened);
     }
-    for module in &closure {
+    for (name, _) in &on_demand {
+        key = key.field("on demand", name);
+    }
+    for module in closure.iter().chain(on_demand.iter().flat_map(|(_, modules)| modules)) {
         sources.add(&module.path);
         key = key.field("name", &module.name).file("module", &module.path).map_err(|source| {
             Error::Io { what: "read the module", path: module.path.clone(), source, hint: "" }
@@ -430,27 +452,33 @@ fn initramfs(
     }
     let key = key.finish();
     let build = |dir: &Path| {
-        let mut contents = Vec::new();
-        for module in &closure {
-            contents.extend(tree.as_ref().map(|tree| tree.read(module)).transpose()?);
+        let mut contents = HashMap::new();
+        for module in closure.iter().chain(on_demand.iter().flat_map(|(_, modules)| modules)) {
+            if let (Some(tree), Entry::Vacant(place)) = (&tree, contents.entry(&module.path)) {
+                place.insert(tree.read(module)?);
+            }
         }
-        let list: Vec<BootModule<'_>> = closure
-            .iter()
-            .zip(&contents)
-            .map(|(module, content)| BootModule {
-                name: &module.name,
-                content,
-                params: "",
-                wave: module.wave,
-            })
-            .collect();
-        let archive = build_initramfs(AGENT, &list)?;
+        let list = |(name, modules)| (name, boot_modules(modules, &contents));
+        let on_demand: Vec<_> =
+            on_demand.iter().map(|(name, modules)| list((*name, modules.as_slice()))).collect();
+        let archive = build_initramfs(AGENT, &boot_modules(&closure, &contents), &on_demand)?;
         write_sealed(dir, INITRAMFS_FILE, &archive)
     };
     let kind = (INITRAMFS, INITRAMFS_KEPT);
     let entry = cache.get_or_build_bounded(kind, &key, leases, verify, build)?;
     cache.remember(INITRAMFS, &question, &sources, &key);
     Ok(entry.join(INITRAMFS_FILE))
+}
+
+fn boot_modules<'a>(
+    modules: &'a [ModuleRef],
+    contents: &'a HashMap<&PathBuf, Vec<u8>>,
+) -> Vec<BootModule<'a>> {
+    let boot_module = |module: &'a ModuleRef| {
+        let content = contents.get(&module.path)?;
+        Some(BootModule { name: &module.name, content, params: "", wave: module.wave })
+    };
+    modules.iter().filter_map(boot_module).collect()
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
@@ -464,7 +492,7 @@ fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
 
 /// Writes a file, and beside it its length, so that a look-up notices when it was cut short, and its
 /// digest, for whoever looks for damage and has the time.
-fn write_sealed(dir: &Path, file: &str, content: &[u8]) -> Result<(), Error> {
+pub(crate) fn write_sealed(dir: &Path, file: &str, content: &[u8]) -> Result<(), Error> {
     write(&dir.join(file), content)?;
     write(&length_file(dir, file), content.len().to_string().as_bytes())?;
     write(&digest_file(dir, file), Digest::of(content).to_string().as_bytes())
@@ -479,7 +507,7 @@ fn digest_file(dir: &Path, file: &str) -> PathBuf {
 }
 
 /// Compares a file with its digest. Entries that earlier versions have made have none.
-fn verify_digest(dir: &Path, file: &str) -> Result<(), Flaw> {
+pub(crate) fn verify_digest(dir: &Path, file: &str) -> Result<(), Flaw> {
     let recorded = match std::fs::read_to_string(digest_file(dir, file)) {
         Ok(recorded) => recorded,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -491,7 +519,7 @@ fn verify_digest(dir: &Path, file: &str) -> Result<(), Flaw> {
     }
 }
 
-fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {
+pub(crate) fn verify_length(dir: &Path, file: &str) -> Result<(), Flaw> {
     let recorded: u64 = std::fs::read_to_string(length_file(dir, file))?.trim().parse()?;
     let found = std::fs::metadata(dir.join(file))?.len();
     if found == recorded {

@@ -1,42 +1,38 @@
 //! From what a user wants to a VM that is ready to start.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod parts;
 
-use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress, Silent};
-use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmlab_artifacts::cache::Leases;
+use vmlab_artifacts::{Cache, Progress, Silent};
 
 use crate::Error;
-use crate::accel::{self, AccelChoice, Chosen};
-use crate::boot::{self, Needs, PreparedKernel};
-use crate::config::{
-    Accel, AgentChannel, Caching, Machine, NetworkMode, ShareDevice, ShareTransport, Topology,
-    VmConfigBuilder, share_tag,
-};
+use crate::accel::AccelChoice;
+use crate::config::{Accel, Machine, NetworkMode, Topology, VmConfigBuilder};
+use crate::disk::{self, Disk};
 use crate::guest::Environment;
-use crate::hypervisor::{Capabilities, Hypervisor, qemu::Qemu};
-use crate::prepared::PreparedVm;
+use crate::hypervisor::{Hypervisor, qemu::Qemu};
+use crate::image::Image;
+use crate::prepared::{PreparedVm, System};
 use crate::report::Phase;
-use crate::rootfs::{Identity, guest_bytes};
-use crate::share::{self, KERNELS_OWN, Share, ShareVia};
+use crate::share::{Share, ShareVia};
 use crate::snapshot::SnapshotMode;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
+use parts::Parts;
 
 /// How long a guest may take to come up. Booting takes one to three seconds under TCG; the rest is for
 /// machines that are busy with other things.
 pub const BOOT_TIME: Duration = Duration::from_secs(120);
 
-/// The guest's address in QEMU's user-mode network.
-const USER_NETWORK: Network =
-    Network { address: [10, 0, 2, 15], prefix: 24, gateway: [10, 0, 2, 2] };
-
-/// What [`VmBuilder::fast`] tells the kernel. Each changes something that a command could notice, and each
-/// was measured to save time; `docs/boot.md` says what.
-const FAST: [&str; 3] = ["mitigations=off", "init_on_alloc=0", "initcall_blacklist=jent_mod_init"];
+/// How long an image may take to start its own system: ten to thirty seconds under TCG, and more where many
+/// services are in it.
+pub const IMAGE_BOOT_TIME: Duration = Duration::from_secs(300);
 
 /// How the guest's root can be written to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -80,9 +76,11 @@ pub struct VmBuilder {
     accel: AccelChoice,
     machine: Option<Machine>,
     root: PathBuf,
-    root_mode: RootMode,
+    root_mode: Option<RootMode>,
+    image: Option<Image>,
     share_cwd: bool,
     shares: Vec<Share>,
+    disks: Vec<Disk>,
     share_via: ShareVia,
     sandbox: bool,
     network: NetworkMode,
@@ -93,8 +91,9 @@ pub struct VmBuilder {
     qemu_args: Vec<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
+    user: Option<String>,
     timeout: Option<Duration>,
-    boot_timeout: Duration,
+    boot_timeout: Option<Duration>,
     snapshots: SnapshotMode,
     hypervisor: Arc<dyn Hypervisor>,
     progress: Arc<dyn Progress + Send>,
@@ -116,9 +115,11 @@ impl Default for VmBuilder {
             accel: AccelChoice::Auto,
             machine: None,
             root: PathBuf::from("/"),
-            root_mode: RootMode::Overlay,
+            root_mode: None,
+            image: None,
             share_cwd: true,
             shares: Vec::new(),
+            disks: Vec::new(),
             share_via: ShareVia::Auto,
             sandbox: true,
             network: NetworkMode::None,
@@ -129,8 +130,9 @@ impl Default for VmBuilder {
             qemu_args: Vec::new(),
             modules: Vec::new(),
             environment: None,
+            user: None,
             timeout: None,
-            boot_timeout: BOOT_TIME,
+            boot_timeout: None,
             snapshots: SnapshotMode::default(),
             hypervisor: Arc::new(Qemu::new()),
             progress: Arc::new(Silent),
@@ -187,9 +189,17 @@ impl VmBuilder {
         self
     }
 
-    /// How the root can be written to; into memory unless set.
+    /// How the root can be written to; into memory unless set, or really where it is on an image, of which
+    /// the VM has a layer of its own.
     pub fn root_mode(mut self, mode: RootMode) -> Self {
-        self.root_mode = mode;
+        self.root_mode = Some(mode);
+        self
+    }
+
+    /// The disk image that the VM starts. With a [`kernel`](Self::kernel), that one is started, and has its
+    /// root on the image.
+    pub fn image(mut self, image: Image) -> Self {
+        self.image = Some(image);
         self
     }
 
@@ -203,6 +213,12 @@ impl VmBuilder {
     /// Adds a host directory.
     pub fn share(mut self, share: Share) -> Self {
         self.shares.push(share);
+        self
+    }
+
+    /// Adds a disk beside the root. The guest has it at `/dev/disk/by-id/virtio-NAME`.
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
         self
     }
 
@@ -270,6 +286,12 @@ impl VmBuilder {
         self
     }
 
+    /// The user of the commands, by a name that only the guest knows; that of the environment unless set.
+    pub fn user_of_guest(mut self, name: impl Into<String>) -> Self {
+        self.user = Some(name.into());
+        self
+    }
+
     /// How long the VM may exist. After that it ends with
     /// [`ExitReason::Timeout`](crate::hypervisor::ExitReason::Timeout).
     pub fn timeout(mut self, timeout: Duration) -> Self {
@@ -277,9 +299,10 @@ impl VmBuilder {
         self
     }
 
-    /// How long the guest may take to come up; [`BOOT_TIME`] unless set.
+    /// How long the guest may take to come up; [`BOOT_TIME`] unless set, [`IMAGE_BOOT_TIME`] for an image
+    /// that starts its own system.
     pub fn boot_timeout(mut self, timeout: Duration) -> Self {
-        self.boot_timeout = timeout;
+        self.boot_timeout = Some(timeout);
         self
     }
 
@@ -308,88 +331,56 @@ impl VmBuilder {
     pub fn prepare(self) -> Result<PreparedVm, Error> {
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
-        let mut environment = match &self.environment {
-            Some(environment) => environment.clone(),
-            None => Environment::of_caller().map_err(|source| Error::Io {
-                what: "find",
-                path: PathBuf::from("the working directory"),
-                source,
-                hint: "",
-            })?,
-        };
-        if !self.has_cwd(&environment.cwd) {
-            environment.cwd = PathBuf::from("/");
-        }
+        let environment = self.environment_in_guest()?;
         let cache = match &self.cache_dir {
             Some(dir) => Cache::at(dir),
             None => Cache::open_default()?,
         };
         // Before anything is fetched for a VM that could not be started.
         self.hypervisor.find()?;
-        let capabilities = self.hypervisor.capabilities();
-        let store = KernelStore::open(cache.clone());
-        let kernel = match &self.kernel {
-            Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
-            None => {
-                let fits = |kernel: &Kernel| {
-                    boot::check(&cache, kernel, self.needs(kernel))
-                        .map_err(|error| error.to_string())
-                };
-                store.resolve_default_for(&fits, &*self.progress)?
+        let leases = Leases::default();
+        let disks = disk::devices(&self.disks)?;
+        let parts = match &self.image {
+            Some(image) if self.kernel.is_none() => {
+                self.image_parts(image, &environment, (&cache, &leases), &mut timeline)?
             }
+            _ => self.kernel_parts(&environment, (&cache, &leases), &mut timeline)?,
         };
-        timeline.end(Phase::Kernel);
-
-        let needs = self.needs(&kernel);
-        let since = Instant::now();
-        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, &cache)?;
-        timeline.note("proof of KVM", since);
-        let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
-        if accel == Accel::Kvm && !self.full_console {
-            arguments.push("quiet".to_owned());
-        }
-        if self.fast {
-            arguments.extend(FAST.iter().map(|&arg| arg.to_owned()));
-        }
-        arguments.extend(self.append.iter().cloned());
-        let since = Instant::now();
-        let prepared = boot::prepare(&cache, &kernel, needs, &arguments, &*self.progress)?;
-        timeline.note("boot image and initramfs", since);
-        let machine =
-            self.machine.unwrap_or_else(|| self.fastest_machine(&prepared, &capabilities));
-        let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
-        let root = absolute(&self.root)?;
-        let setup = self.setup(&mut plan, &environment, &kernel, &root)?;
-        let mut config = VmConfigBuilder::new(prepared.boot)
+        let Parts { config, setup, system, accel_reason } = parts;
+        let mut config = disks
+            .into_iter()
+            .fold(config, VmConfigBuilder::disk)
             .memory(self.memory)
             .topology(self.topology)
-            .accel(accel)
-            .machine(machine)
             .sandbox(self.sandbox)
             .network(self.network)
-            .channel(prepared.channel)
             .qemu_args(self.qemu_args);
-        for device in plan.devices {
-            config = config.share(device);
+        if let Some(machine) = self.machine {
+            config = config.machine(machine);
         }
         let config = config.build()?;
-        capabilities.check(self.hypervisor.name(), &config)?;
+        self.hypervisor.capabilities().check(self.hypervisor.name(), &config)?;
         timeline.end(Phase::Prepare);
-        let identity = Identity { root, hostname: self.hostname, network: self.network };
+        let usual_time = match system {
+            System::Kernel(_) => BOOT_TIME,
+            System::Image(_) => IMAGE_BOOT_TIME,
+        };
+        // The microvm has no timer that the guest could check its time-stamp counter against.
+        let tsc = (config.accel == Accel::Tcg).then_some(tsc);
         Ok(PreparedVm {
             config,
             setup,
-            identity,
-            kernel,
+            system,
             environment,
+            user: self.user,
             accel_reason,
             hypervisor: self.hypervisor,
             timeout: self.timeout,
-            boot_timeout: self.boot_timeout,
+            boot_timeout: self.boot_timeout.unwrap_or(usual_time),
             snapshots: self.snapshots,
             cache,
-            // The microvm has no timer that the guest could check its time-stamp counter against.
-            tsc: (accel == Accel::Tcg).then_some(tsc),
+            leases,
+            tsc,
             timeline,
             progress: self.progress,
             vms: 1,
@@ -403,152 +394,5 @@ impl VmBuilder {
     /// When something cannot be had, the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
         self.prepare()?.start()
-    }
-
-    fn needs(&self, kernel: &Kernel) -> Needs {
-        Needs {
-            overlay: self.root_mode == RootMode::Overlay,
-            network: self.network != NetworkMode::None,
-            share_via: self.share_via,
-            modules_place: self.root_mode == RootMode::ReadOnly
-                && kernel.modules.is_some()
-                && !self.root.join("lib/modules").is_dir(),
-        }
-    }
-
-    fn fastest_machine(&self, kernel: &PreparedKernel, can: &Capabilities) -> Machine {
-        let Topology { nodes, llcs, .. } = self.topology;
-        let simple =
-            nodes == 1 && llcs == 1 && kernel.channel == AgentChannel::Virtio && kernel.sees_ecam;
-        if simple && can.machines.contains(&Machine::Microvm) {
-            Machine::Microvm
-        } else {
-            Machine::Q35
-        }
-    }
-
-    fn setup(
-        &self,
-        plan: &mut MountPlan,
-        environment: &Environment,
-        kernel: &Kernel,
-        root_path: &Path,
-    ) -> Result<Setup, Error> {
-        let (mode, read_only, caching) = match self.root_mode {
-            RootMode::ReadOnly => (WireRootMode::ReadOnly, true, Caching::Fixed),
-            RootMode::Overlay => (WireRootMode::Overlay, true, Caching::Fixed),
-            RootMode::ReadWrite => (WireRootMode::ReadWrite, false, Caching::Coherent),
-        };
-        let filesystem = plan.add(root_path, read_only, caching);
-        let root = Root { filesystem, mode };
-        let modules = kernel.modules.as_ref().map(|dir| plan.modules(dir, root_path));
-
-        let cwd = environment.cwd.as_path();
-        let cwd = (self.share_cwd && !is_of_the_kernel(cwd)).then_some(cwd);
-        let shares = self.shares_in_order(cwd)?;
-        let shares = shares.iter().map(|share| plan.mount(share)).collect();
-        Ok(Setup {
-            // What each start has for itself is in `fresh_setup`.
-            hostname: String::new(),
-            root,
-            modules,
-            shares,
-            files: Vec::new(),
-            network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
-            modprobe: self.modules.clone(),
-            revive: 0,
-            new_devices: false,
-            clock_ns: 0,
-            entropy: Vec::new(),
-        })
-    }
-
-    /// Whether the guest has the working directory, in its root where it is not shared.
-    fn has_cwd(&self, cwd: &Path) -> bool {
-        let in_root = || {
-            let below = cwd.strip_prefix("/").unwrap_or(cwd);
-            !is_of_the_guest(cwd) && self.root.join(below).is_dir()
-        };
-        let shared = || self.shares.iter().any(|share| cwd.starts_with(&share.guest));
-        is_of_the_kernel(cwd) || self.share_cwd || shared() || in_root()
-    }
-
-    /// All shares, the working directory among them unless another is given for its place.
-    fn shares_in_order(&self, cwd: Option<&Path>) -> Result<Vec<Share>, Error> {
-        let mut shares: Vec<Share> = Vec::new();
-        for share in &self.shares {
-            share.validate()?;
-            if shares.iter().any(|other| other.guest == share.guest) {
-                return Err(share.error("another share has this place in the guest"));
-            }
-            shares.push(share.clone());
-        }
-        let root = Path::new("/");
-        if let Some(cwd) = cwd.filter(|cwd| *cwd != root)
-            && !shares.iter().any(|share| share.guest == cwd)
-        {
-            shares.push(Share::new(cwd));
-        }
-        // From the outside in: a mount covers what was mounted below it before.
-        shares.sort_by_key(|share| share.guest.components().count());
-        Ok(shares)
-    }
-}
-
-fn absolute(path: &Path) -> Result<PathBuf, Error> {
-    std::fs::canonicalize(path).map_err(|source| Error::Io {
-        what: "use the root filesystem",
-        path: path.to_owned(),
-        source,
-        hint: "",
-    })
-}
-
-/// Whether a path of the root is hidden in the guest by something of its own.
-fn is_of_the_guest(path: &Path) -> bool {
-    ["/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp"].iter().any(|own| path.starts_with(own))
-}
-
-/// Whether a path is one that every guest has from its own kernel.
-fn is_of_the_kernel(path: &Path) -> bool {
-    KERNELS_OWN.iter().any(|own| path.starts_with(own))
-}
-
-/// Which devices carry which directories, and what the guest mounts of them.
-struct MountPlan {
-    transport: ShareTransport,
-    devices: Vec<ShareDevice>,
-}
-
-impl MountPlan {
-    fn add(&mut self, path: &Path, read_only: bool, caching: Caching) -> Filesystem {
-        let transport = self.transport;
-        let path = path.to_owned();
-        let tag = share_tag(self.devices.len());
-        let filesystem = share::filesystem(&tag, transport, caching);
-        self.devices.push(ShareDevice { tag, path, read_only, transport, caching });
-        filesystem
-    }
-
-    fn mount(&mut self, share: &Share) -> Mount {
-        Mount {
-            filesystem: self.add(&share.host, share.read_only, Caching::Coherent),
-            target: guest_bytes(&share.guest),
-            read_only: share.read_only,
-        }
-    }
-
-    /// The module tree. Where the root has it somewhere, no device is needed: every one costs time at
-    /// boot.
-    fn modules(&mut self, dir: &Path, root: &Path) -> Filesystem {
-        let source = dir.strip_prefix(root).map(|below| Path::new("/").join(below));
-        match source.ok().as_deref().filter(|path| !is_of_the_guest(path)).and_then(Path::to_str) {
-            Some(source) => Filesystem {
-                kind: "bind".to_owned(),
-                source: source.to_owned(),
-                options: String::new(),
-            },
-            None => self.add(dir, true, Caching::Fixed),
-        }
     }
 }

@@ -1,13 +1,19 @@
 //! What a hypervisor is asked to run: everything resolved, nothing left to look for.
 
+mod error;
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 use vmlab_artifacts::Arch;
+use vmlab_artifacts::image::ImageFormat;
 
 use crate::units::{Bytes, MIB};
+
+pub use error::ConfigError;
 
 /// The least memory that a guest can be given. Distribution kernels do not reach their init with less.
 pub const MIN_MEMORY: Bytes = Bytes(96 * MIB);
@@ -175,9 +181,107 @@ pub struct ShareDevice {
     pub caching: Caching,
 }
 
-/// The files that a VM boots from.
+/// The most bytes that a virtio disk's serial number has.
+pub const MAX_SERIAL: usize = 20;
+
+/// What becomes of a guest's writes to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskWrites {
+    /// The guest sees them, and they are gone with the VM.
+    Discarded,
+    /// They are in the file.
+    Kept,
+    /// The disk is read-only.
+    Refused,
+}
+
+/// A disk of the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
-pub struct Boot {
+pub struct DiskDevice {
+    /// What the guest knows it by, 1 to [`MAX_SERIAL`] letters, digits, `-` or `_`.
+    pub serial: String,
+    /// The file with its content.
+    pub path: PathBuf,
+    /// How that file is laid out.
+    pub format: ImageFormat,
+    /// What becomes of writes.
+    pub writes: DiskWrites,
+}
+
+/// What a PC starts before any boot loader.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// The hypervisor's own BIOS.
+    Bios,
+    /// A file with a BIOS.
+    File(PathBuf),
+    /// UEFI.
+    Uefi {
+        /// The program.
+        code: PathBuf,
+        /// What each VM's variables are at first.
+        vars: PathBuf,
+        /// How both files are laid out.
+        format: ImageFormat,
+        /// Whether the program runs parts of itself in system management mode, which protects the variables.
+        smm: bool,
+    },
+}
+
+/// A system on a disk, which is the first one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct FirmwareBoot {
+    /// What starts its boot loader.
+    pub firmware: Firmware,
+    /// Strings for the system, as SMBIOS has them for manufacturers of computers (type 11).
+    pub oem_strings: Vec<String>,
+}
+
+/// What a VM starts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Boot {
+    /// A kernel, without any boot loader.
+    Kernel(KernelBoot),
+    /// The boot loader of a disk.
+    Firmware(FirmwareBoot),
+}
+
+impl Boot {
+    /// The kernel, where it is started directly.
+    pub fn kernel(&self) -> Option<&KernelBoot> {
+        match self {
+            Boot::Kernel(kernel) => Some(kernel),
+            Boot::Firmware(_) => None,
+        }
+    }
+
+    /// The same, to change it.
+    pub(crate) fn kernel_mut(&mut self) -> Option<&mut KernelBoot> {
+        match self {
+            Boot::Kernel(kernel) => Some(kernel),
+            Boot::Firmware(_) => None,
+        }
+    }
+}
+
+impl From<KernelBoot> for Boot {
+    fn from(kernel: KernelBoot) -> Self {
+        Boot::Kernel(kernel)
+    }
+}
+
+impl From<FirmwareBoot> for Boot {
+    fn from(firmware: FirmwareBoot) -> Self {
+        Boot::Firmware(firmware)
+    }
+}
+
+/// The files that a kernel boots from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct KernelBoot {
     /// Kernel image, in a form that the hypervisor starts directly.
     pub image: PathBuf,
     /// Architecture of the image.
@@ -204,6 +308,8 @@ pub struct VmConfig {
     pub machine: Machine,
     /// Host directories.
     pub shares: Vec<ShareDevice>,
+    /// Disks.
+    pub disks: Vec<DiskDevice>,
     /// Whether the threads of vmlab's own file servers are restricted to their shares.
     pub sandbox: bool,
     /// Network.
@@ -221,116 +327,6 @@ impl VmConfig {
     }
 }
 
-/// A request that cannot work, found before anything was started.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ConfigError {
-    /// The kernel is for another processor.
-    #[error("the kernel {} is for {kernel}, and this host runs {host} guests", path.display())]
-    ArchMismatch {
-        /// The kernel image.
-        path: PathBuf,
-        /// What it is for.
-        kernel: Arch,
-        /// What the hypervisor runs.
-        host: Arch,
-    },
-    /// Too little or too much memory.
-    #[error(
-        "a guest cannot have {asked} of memory: from {MIN_MEMORY} to {MAX_MEMORY} are possible"
-    )]
-    Memory {
-        /// What was asked for.
-        asked: Bytes,
-    },
-    /// No or too many CPUs.
-    #[error("the topology {topology} (nodes, LLCs, cores, threads) is not 1 to {MAX_CPUS} CPUs")]
-    Cpus {
-        /// What was asked for.
-        topology: Topology,
-    },
-    /// More NUMA nodes than memory can be divided among.
-    #[error("{nodes} NUMA nodes cannot share {memory} of memory: each needs a whole number of MiB")]
-    NodeMemory {
-        /// Nodes asked for.
-        nodes: u32,
-        /// Memory asked for.
-        memory: Bytes,
-    },
-    /// Not a topology.
-    #[error("`{text}` is not a topology: NODES,LLCS,CORES,THREADS such as 1,2,4,2")]
-    TopologySyntax {
-        /// What was given.
-        text: String,
-    },
-    /// The hypervisor cannot do it.
-    #[error("the hypervisor {hypervisor} cannot have {what}")]
-    Unsupported {
-        /// The hypervisor's name.
-        hypervisor: &'static str,
-        /// What it cannot have.
-        what: &'static str,
-    },
-    /// The machine type cannot do it.
-    #[error("the machine {machine} has no {what}; use --machine q35")]
-    Machine {
-        /// The machine's name.
-        machine: &'static str,
-        /// What it lacks.
-        what: &'static str,
-    },
-    /// A file that should be there is not.
-    #[error("the {what} {} cannot be used", path.display())]
-    File {
-        /// What the file is for.
-        what: &'static str,
-        /// Where it should be.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A shared path is not a directory.
-    #[error("{} cannot be shared: it is not a directory", path.display())]
-    NotADirectory {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Two shares of one name.
-    #[error("two shares have the tag `{tag}`")]
-    DuplicateTag {
-        /// The tag.
-        tag: String,
-    },
-    /// A tag that the device cannot have.
-    #[error("`{tag}` cannot be a share's tag: 1 to {MAX_TAG} letters, digits, `-` or `_`")]
-    Tag {
-        /// The tag.
-        tag: String,
-    },
-    /// A path that cannot be given to QEMU.
-    #[error(
-        "{} cannot be shared over 9p: its name is not UTF-8, which QEMU's options need",
-        path.display()
-    )]
-    PathEncoding {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Kernel arguments too long.
-    #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]
-    CommandLineLength {
-        /// Its length.
-        len: usize,
-    },
-    /// Kernel arguments with control characters.
-    #[error("the kernel command line contains the control character {found:?}")]
-    CommandLineCharacter {
-        /// The first one.
-        found: char,
-    },
-}
-
 /// Collects a [`VmConfig`] and checks it as a whole.
 #[derive(Debug, Clone)]
 pub struct VmConfigBuilder {
@@ -339,15 +335,16 @@ pub struct VmConfigBuilder {
 
 impl VmConfigBuilder {
     /// A VM with one CPU and 1 GiB of memory that boots `boot`.
-    pub fn new(boot: Boot) -> Self {
+    pub fn new(boot: impl Into<Boot>) -> Self {
         Self {
             config: VmConfig {
-                boot,
+                boot: boot.into(),
                 memory: Bytes(1024 * MIB),
                 topology: Topology::flat(1),
                 accel: Accel::Tcg,
                 machine: Machine::Microvm,
                 shares: Vec::new(),
+                disks: Vec::new(),
                 sandbox: true,
                 network: NetworkMode::None,
                 channel: AgentChannel::Virtio,
@@ -386,6 +383,12 @@ impl VmConfigBuilder {
         self
     }
 
+    /// Adds a disk.
+    pub fn disk(mut self, disk: DiskDevice) -> Self {
+        self.config.disks.push(disk);
+        self
+    }
+
     /// Sets whether file servers are restricted.
     pub fn sandbox(mut self, sandbox: bool) -> Self {
         self.config.sandbox = sandbox;
@@ -416,12 +419,11 @@ impl VmConfigBuilder {
     /// The first thing that cannot work.
     pub fn build(self) -> Result<VmConfig, ConfigError> {
         let config = self.config;
-        if config.boot.arch != Arch::HOST {
-            return Err(ConfigError::ArchMismatch {
-                path: config.boot.image,
-                kernel: config.boot.arch,
-                host: Arch::HOST,
-            });
+        if let Some(KernelBoot { image, arch, .. }) = config.boot.kernel()
+            && *arch != Arch::HOST
+        {
+            let path = image.clone();
+            return Err(ConfigError::ArchMismatch { path, kernel: *arch, host: Arch::HOST });
         }
         if config.memory < MIN_MEMORY || config.memory > MAX_MEMORY {
             return Err(ConfigError::Memory { asked: config.memory });
@@ -445,11 +447,13 @@ impl VmConfigBuilder {
             if config.channel == AgentChannel::Serial {
                 return lacks("second serial port, which a kernel without virtio consoles needs");
             }
+            if config.boot.kernel().is_none() {
+                return lacks("firmware that starts disks");
+            }
         }
-        readable("kernel image", &config.boot.image)?;
-        readable("initramfs", &config.boot.initramfs)?;
-        check_command_line(&config.boot.command_line)?;
+        check_boot(&config.boot)?;
         check_shares(&config.shares)?;
+        check_disks(&config.disks)?;
         Ok(config)
     }
 }
@@ -460,6 +464,52 @@ fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
         path: path.to_owned(),
         source,
     })
+}
+
+fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
+    match boot {
+        Boot::Kernel(kernel) => {
+            readable("kernel image", &kernel.image)?;
+            readable("initramfs", &kernel.initramfs)?;
+            check_command_line(&kernel.command_line)
+        }
+        Boot::Firmware(FirmwareBoot { firmware, .. }) => match firmware {
+            Firmware::Bios => Ok(()),
+            Firmware::File(file) => readable("firmware", file),
+            Firmware::Uefi { code, vars, .. } => {
+                readable("firmware", code)?;
+                readable("store of the firmware's variables", vars)
+            }
+        },
+    }
+}
+
+fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
+    let mut serials = HashSet::new();
+    for DiskDevice { serial, path, writes, .. } in disks {
+        if !is_serial(serial) {
+            return Err(ConfigError::Serial { serial: serial.clone() });
+        }
+        if !serials.insert(serial) {
+            return Err(ConfigError::DuplicateSerial { serial: serial.clone() });
+        }
+        let writable = *writes == DiskWrites::Kept;
+        let opened = std::fs::File::options().read(true).write(writable).open(path);
+        opened.map_err(|source| ConfigError::File { what: "disk", path: path.clone(), source })?;
+        if path.to_str().is_none() {
+            return Err(ConfigError::DiskEncoding { path: path.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a disk can have this name.
+pub(crate) fn is_serial(name: &str) -> bool {
+    (1..=MAX_SERIAL).contains(&name.len()) && name.chars().all(is_plain)
+}
+
+fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '-' || c == '_'
 }
 
 fn check_command_line(line: &str) -> Result<(), ConfigError> {
@@ -476,8 +526,7 @@ fn check_shares(shares: &[ShareDevice]) -> Result<(), ConfigError> {
     let mut tags = HashSet::new();
     for share in shares {
         let fits = (1..=MAX_TAG).contains(&share.tag.len());
-        let legal = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if !fits || !share.tag.chars().all(legal) {
+        if !fits || !share.tag.chars().all(is_plain) {
             return Err(ConfigError::Tag { tag: share.tag.clone() });
         }
         if !tags.insert(&share.tag) {
@@ -497,6 +546,3 @@ fn check_shares(shares: &[ShareDevice]) -> Result<(), ConfigError> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,7 @@
 //! What this host can do, what is missing, and how to get it.
 
 use serde::Serialize;
+use vmlab_artifacts::firmware::find_uefi;
 use vmlab_artifacts::{Cache, KernelStore, find_program};
 use vmlab_devices::fs::Landlock;
 use vmlab_vmm::probe;
@@ -42,7 +43,19 @@ const SPACE_WANTED: Bytes = Bytes(1 << 30);
 
 /// Looks at everything that running VMs depends on.
 pub fn examine() -> Vec<Check> {
-    vec![qemu(), kvm(), sandbox(), depmod(), apt(), cache(), logs(), kernels(), memory()]
+    vec![
+        qemu(),
+        kvm(),
+        sandbox(),
+        depmod(),
+        apt(),
+        cache(),
+        logs(),
+        kernels(),
+        uefi(),
+        image_build(),
+        memory(),
+    ]
 }
 
 fn good(name: &'static str, detail: impl Into<String>) -> Check {
@@ -189,6 +202,30 @@ fn kernels() -> Check {
         Err(error) => {
             wrong("kernels", Status::Lacking, error, "paths and installed kernels work without it")
         }
+    }
+}
+
+fn uefi() -> Check {
+    let remedy = "images start by UEFI (--uefi, --secure-boot) with it; by a BIOS they do without";
+    let found = find_uefi(false).and_then(|plain| Ok((plain, find_uefi(true)?)));
+    match found {
+        Ok((plain, secure)) => {
+            let (plain, secure) = (plain.code.display(), secure.code.display());
+            good("uefi", format!("{plain}, with secure boot {secure}"))
+        }
+        Err(error) => wrong("uefi", Status::Lacking, chain(&error), remedy),
+    }
+}
+
+fn image_build() -> Check {
+    match find_program("mmdebstrap") {
+        Some(path) => good("images", format!("built by {}", path.display())),
+        None => wrong(
+            "images",
+            Status::Lacking,
+            "mmdebstrap was not found",
+            "`vmlab image build` needs it; image files work without it",
+        ),
     }
 }
 

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use thiserror::Error;
 use vmlab_artifacts::boot_image::BootImageError;
+use vmlab_artifacts::firmware::FirmwareError;
+use vmlab_artifacts::image::ImageError;
+use vmlab_artifacts::image_build::{ImageBuildError, RecipeError};
 use vmlab_artifacts::initramfs::InitramfsError;
 use vmlab_artifacts::modules::ModulesError;
 use vmlab_artifacts::{CacheError, KernelError, SpecError};
@@ -77,6 +80,14 @@ pub enum Error {
     /// A share was given in a wrong way.
     #[error("`{text}` is not a share: {why}; give HOST[:GUEST][:ro|rw] with absolute guest paths")]
     Share {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A disk was given in a wrong way.
+    #[error("`{text}` is not a disk: {why}; give FILE[:NAME][:ro|rw|discard]")]
+    Disk {
         /// What was given.
         text: String,
         /// What is wrong with it.
@@ -165,6 +176,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The guest does not know a user.
+    #[error("the guest has no user `{name}`")]
+    NoSuchUser {
+        /// The name.
+        name: String,
+    },
     /// The working directory cannot be entered.
     #[error("the working directory {} cannot be entered in the guest", dir.display())]
     WorkingDirectory {
@@ -188,6 +205,50 @@ pub enum Error {
     /// Everything is to end.
     #[error("it was cancelled")]
     Cancelled,
+    /// An image's name makes no sense.
+    #[error(transparent)]
+    ImageRecipe(#[from] RecipeError),
+    /// A file is no image that can be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// There is no firmware for it.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
+    /// An image cannot be built.
+    #[error(transparent)]
+    ImageBuild(#[from] ImageBuildError),
+    /// What a guest writes cannot be kept in an image of the cache.
+    #[error(
+        "what the guest writes cannot be kept in {}, of which vmlab uses a copy in its cache; unpack it, or \
+         make an image of your own by `vmlab image build --output FILE`",
+        image.display()
+    )]
+    CachedImage {
+        /// The image, as it was asked for.
+        image: PathBuf,
+    },
+    /// Only a kernel that vmlab starts can have it.
+    #[error(
+        "an image that starts its own system cannot be given {what}; with a kernel (-k), it can"
+    )]
+    NotForImages {
+        /// What.
+        what: &'static str,
+    },
+    /// An image gave no way to run commands in it.
+    #[error(
+        "the image let nobody in within {} s: {}",
+        after.as_secs_f32().round(),
+        tried.join("; ")
+    )]
+    NoWayIn {
+        /// How long it was waited for.
+        after: Duration,
+        /// What was tried, and what came of it.
+        tried: Vec<String>,
+        /// What its console had to say, and where all of it is.
+        console: Box<Evidence>,
+    },
     /// What was asked for is not there yet.
     #[error("{what} cannot be run yet")]
     NotYet {
@@ -254,6 +315,7 @@ impl Error {
     pub fn evidence(&self) -> Option<&Evidence> {
         match self {
             Self::BootTimeout { console, .. }
+            | Self::NoWayIn { console, .. }
             | Self::Ended { console, .. }
             | Self::NotStopped { console, .. }
             | Self::Protocol { console, .. }
@@ -284,7 +346,7 @@ impl Error {
     /// What kind of failure it is.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::BootTimeout { .. } => ErrorClass::TimeLimit,
+            Self::BootTimeout { .. } | Self::NoWayIn { .. } => ErrorClass::TimeLimit,
             Self::Ended { reason, .. } => match reason {
                 ExitReason::Timeout => ErrorClass::TimeLimit,
                 ExitReason::GuestPanic(_) => ErrorClass::GuestPanic,
@@ -308,15 +370,23 @@ impl Error {
             | Self::KernelLacks { .. }
             | Self::Config(_)
             | Self::Share { .. }
+            | Self::Disk { .. }
             | Self::Hypervisor(_)
             | Self::Kvm(_)
             | Self::Io { .. }
             | Self::NotStopped { .. }
             | Self::Protocol { .. }
             | Self::Setup { .. }
+            | Self::NoSuchUser { .. }
             | Self::WorkingDirectory { .. }
             | Self::CommandSetup { .. }
             | Self::Cancelled
+            | Self::ImageRecipe(_)
+            | Self::ImageBuild(_)
+            | Self::Image(_)
+            | Self::Firmware(_)
+            | Self::CachedImage { .. }
+            | Self::NotForImages { .. }
             | Self::NotYet { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
         }

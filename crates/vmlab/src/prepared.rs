@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use vmlab_artifacts::cache::Leases;
 use vmlab_artifacts::{Cache, Kernel, Progress};
 use vmlab_wire::message::Setup;
 
@@ -26,21 +28,42 @@ use crate::{Error, FailedStart};
 /// How much entropy a guest is given before anything runs in it, in bytes.
 const ENTROPY: usize = 64;
 
+/// What runs in a VM.
+#[derive(Debug, Clone)]
+pub(crate) enum System {
+    /// A kernel that vmlab starts, and a root that it mounts.
+    Kernel(Box<(Kernel, Identity)>),
+    /// What an image starts by itself.
+    Image(ImageSystem),
+}
+
+/// An image that starts its own system.
+#[derive(Debug, Clone)]
+pub(crate) struct ImageSystem {
+    /// As it was asked for.
+    pub(crate) source: PathBuf,
+    /// Its host name, if it is given another one.
+    pub(crate) hostname: Option<String>,
+}
+
 /// A VM for which everything is there. It can be cloned and started any number of times, also from several
 /// threads at once.
 #[derive(Clone)]
 pub struct PreparedVm {
     pub(crate) config: VmConfig,
     pub(crate) setup: Setup,
-    pub(crate) identity: Identity,
-    pub(crate) kernel: Kernel,
+    pub(crate) system: System,
     pub(crate) environment: Environment,
+    /// The user, where only the guest knows who that is.
+    pub(crate) user: Option<String>,
     pub(crate) accel_reason: Option<String>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) boot_timeout: Duration,
     pub(crate) snapshots: SnapshotMode,
     pub(crate) cache: Cache,
+    /// What it uses of the cache beside its kernel.
+    pub(crate) leases: Leases,
     /// When its time-stamp counter was first read, if the guest has to be told the frequency.
     pub(crate) tsc: Option<TscPoint>,
     pub(crate) timeline: Timeline,
@@ -61,9 +84,12 @@ impl PreparedVm {
         &self.config
     }
 
-    /// The kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
+    /// The kernel; `None` where an image starts its own.
+    pub fn kernel(&self) -> Option<&Kernel> {
+        match &self.system {
+            System::Kernel(known) => Some(&known.0),
+            System::Image(_) => None,
+        }
     }
 
     /// Why KVM is not used, where it might have been.
@@ -79,9 +105,13 @@ impl PreparedVm {
 
     /// What is known of the run before it has begun.
     pub fn report(&self) -> Report {
+        let (kernel, release) = match &self.system {
+            System::Kernel(known) => (known.0.spec.clone(), known.0.release.clone()),
+            System::Image(image) => (image.source.display().to_string(), String::new()),
+        };
         Report {
-            kernel: self.kernel.spec.clone(),
-            release: self.kernel.release.clone(),
+            kernel,
+            release,
             accel: self.config.accel,
             accel_reason: self.accel_reason.clone(),
             machine: self.config.machine,
@@ -146,8 +176,8 @@ impl PreparedVm {
     /// What a VM has to be given that boots now, as it measures nothing for itself. It is no part of what
     /// the VM is: measuring gives another number each time.
     pub(crate) fn to_boot(&self, mut config: VmConfig) -> VmConfig {
-        if let Some(tsc) = self.tsc {
-            let line = &mut config.boot.command_line;
+        if let (Some(tsc), Some(kernel)) = (self.tsc, config.boot.kernel_mut()) {
+            let line = &mut kernel.command_line;
             // First, so that users can have their own.
             *line = format!("tsc=reliable tsc_early_khz={} {line}", tsc.khz(&self.cache));
         }
@@ -157,7 +187,10 @@ impl PreparedVm {
     /// The set-up for a VM, with the present time and random numbers of its own. `devices` are those that it
     /// did not boot with.
     pub(crate) fn fresh_setup(&self, devices: Option<Devices>) -> io::Result<Setup> {
-        let (hostname, files) = self.identity.fresh()?;
+        let (hostname, files) = match &self.system {
+            System::Kernel(known) => known.1.fresh()?,
+            System::Image(image) => (image.hostname.clone().unwrap_or_default(), Vec::new()),
+        };
         let mut entropy = vec![0; ENTROPY];
         random::fill(&mut entropy)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -27,7 +27,8 @@ const MACHINE_ID: &str = "etc/machine-id";
 /// What makes a guest with some root another one than the host and than all other guests.
 #[derive(Debug, Clone)]
 pub(crate) struct Identity {
-    pub(crate) root: PathBuf,
+    /// Its root, where that is a directory of the host.
+    pub(crate) root: Option<PathBuf>,
     /// Its host name, if it is given one.
     pub(crate) hostname: Option<String>,
     pub(crate) network: NetworkMode,
@@ -43,8 +44,8 @@ impl Identity {
             Some(name) => name.clone(),
             None => format!("{HOSTNAME}{}", random::hex(HOSTNAME_DIGITS)?),
         };
-        let mut files = files(&self.root, &hostname, self.network);
-        if self.root.join(MACHINE_ID).is_file() {
+        let mut files = files(self.root.as_deref(), &hostname, self.network);
+        if self.root.as_ref().is_none_or(|root| root.join(MACHINE_ID).is_file()) {
             let id = random::hex(MACHINE_ID_DIGITS)?;
             files.push(file(&format!("/{MACHINE_ID}"), 0o444, format!("{id}\n")));
         }
@@ -56,9 +57,10 @@ impl Identity {
 ///
 /// `hostname` is the guest's. Where this process is not root, what sudo and PAM need of files that
 /// only root can read is made up: everybody may become the guest's root, and nobody has a password.
-fn files(root: &Path, hostname: &str, network: NetworkMode) -> Vec<File> {
+fn files(root: Option<&Path>, hostname: &str, network: NetworkMode) -> Vec<File> {
     let mut files = vec![file("/etc/hostname", 0o644, format!("{hostname}\n"))];
-    if let Ok(hosts) = std::fs::read_to_string(root.join("etc/hosts")) {
+    let read = |path| std::fs::read_to_string(root?.join(path)).ok();
+    if let Some(hosts) = read("etc/hosts") {
         files.push(file("/etc/hosts", 0o644, with_host(&hosts, hostname)));
     }
     match network {
@@ -68,12 +70,12 @@ fn files(root: &Path, hostname: &str, network: NetworkMode) -> Vec<File> {
         }
         // Often a link into /run, which the guest has for itself.
         NetworkMode::None => {
-            if let Ok(content) = std::fs::read_to_string(root.join("etc/resolv.conf")) {
+            if let Some(content) = read("etc/resolv.conf") {
                 files.push(file("/etc/resolv.conf", 0o644, content));
             }
         }
     }
-    if !rustix::process::geteuid().is_root() {
+    if let Some(root) = root.filter(|_| !rustix::process::geteuid().is_root()) {
         files.extend(substitutes(root));
     }
     files
@@ -143,7 +145,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("etc")).unwrap();
         let identity = |hostname: Option<&str>| {
-            let root = root.path().to_owned();
+            let root = Some(root.path().to_owned());
             let hostname = hostname.map(str::to_owned);
             Identity { root, hostname, network: NetworkMode::None }.fresh().unwrap()
         };
@@ -166,7 +168,7 @@ mod tests {
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
         let content = |network| {
-            let files = files(root.path(), "g", network);
+            let files = files(Some(root.path()), "g", network);
             let file = files.into_iter().find(|f| f.path == b"/etc/resolv.conf").unwrap();
             String::from_utf8(file.content).unwrap()
         };

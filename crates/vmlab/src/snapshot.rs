@@ -160,10 +160,13 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     let shares = if config.served_shares().next().is_some() { SHARES } else { 0 };
     config.shares = (0..shares).map(|index| placeholder(index, empty)).collect();
     config.network = NetworkMode::None;
+    config.disks.clear();
     // It restricts the servers of shares.
     config.sandbox = true;
     // Tells the agent. First, so that the user's own arguments have the last word.
-    config.boot.command_line.insert_str(0, "vmlab.snapshot ");
+    if let Some(kernel) = config.boot.kernel_mut() {
+        kernel.command_line.insert_str(0, "vmlab.snapshot ");
+    }
     config
 }
 
@@ -188,6 +191,7 @@ impl Place {
         config: &VmConfig,
     ) -> Result<Option<Self>, Error> {
         max()?;
+        let Some(kernel) = config.boot.kernel() else { return Ok(None) };
         // Nobody knows what they add to a VM.
         if !config.qemu_args.is_empty() || !hypervisor.capabilities().snapshot {
             return Ok(None);
@@ -198,20 +202,22 @@ impl Place {
         let Some(identity) = hypervisor.snapshot_identity(&config, cache)? else { return Ok(None) };
         let read = |source| Error::Io {
             what: "read the kernel",
-            path: config.boot.image.clone(),
+            path: kernel.image.clone(),
             source,
             hint: "",
         };
         let mut shape = config.clone();
-        (shape.boot.image, shape.boot.initramfs) = Default::default();
+        if let Some(kernel) = shape.boot.kernel_mut() {
+            (kernel.image, kernel.initramfs) = Default::default();
+        }
         let shape = serde_json::to_string(&shape).map_err(|e| read(e.into()))?;
         let key = ContentKey::new("snapshot-1")
             .field("version", VERSION.to_le_bytes())
             .field("hypervisor", hypervisor.name())
             .field("identity", identity)
             .field("shape", shape);
-        let key = add_file(key, cache, "kernel", &config.boot.image).map_err(read)?;
-        let key = add_file(key, cache, "initramfs", &config.boot.initramfs).map_err(read)?;
+        let key = add_file(key, cache, "kernel", &kernel.image).map_err(read)?;
+        let key = add_file(key, cache, "initramfs", &kernel.initramfs).map_err(read)?;
         Ok(Some(Self { cache: cache.clone(), key: key.finish(), empty, without_run: config }))
     }
 

@@ -21,6 +21,7 @@ use crate::runs::RunDir;
 use crate::snapshot::{Place, SnapshotMode};
 use crate::timings::Timeline;
 use crate::vm::{evidence, lost_error};
+use crate::ways_in::WaysIn;
 
 /// How long a guest that damaged itself before its agent was up is given to come up all the same.
 const OOPS_GRACE: Duration = Duration::from_secs(5);
@@ -97,6 +98,42 @@ pub(crate) struct Starter<'a, F> {
 impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Boots the VM with all that the run needs.
     pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
+        match self.prepared.config.boot.kernel() {
+            Some(_) => self.boot_kernel(timeline),
+            None => self.boot_image(timeline),
+        }
+    }
+
+    /// Lets an image start its own system, and the agent come into it.
+    fn boot_image(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
+        let prepared = self.prepared;
+        prepared.begin(timeline, Phase::Boot);
+        self.boot_twice(|| {
+            let run_dir = prepared.run_dir()?;
+            let begin = (&prepared.config, Origin::Boot, run_dir.path());
+            let machine = self.start(begin, Connection::open, timeline)?;
+            let ways = WaysIn::try_all(&machine.handle, prepared.boot_timeout);
+            let ready = machine.ready().map_err(|error| {
+                machine.failed(match error {
+                    Error::BootTimeout { after, oops: None, console } => {
+                        Error::NoWayIn { after, tried: ways.tried(), console }
+                    }
+                    other => other,
+                })
+            })?;
+            drop(ways);
+            timeline.guest_ready(&ready);
+            timeline.end(Phase::Boot);
+            let came_up = machine.handle.serial().position();
+            let setup = machine.set_up(None, came_up, timeline);
+            let setup = setup.map_err(|error| machine.failed(error))?;
+            let Machine { handle, connection, .. } = machine;
+            Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
+        })
+    }
+
+    /// Boots a kernel with all that the run needs.
+    fn boot_kernel(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
         let prepared = self.prepared;
         prepared.begin(timeline, Phase::Boot);
         let config = prepared.to_boot(prepared.config.clone());
@@ -271,7 +308,7 @@ pub(crate) struct Devices {
 impl Devices {
     fn of(config: &VmConfig, kept: u32) -> Self {
         let shares = config.shares.len().try_into().unwrap_or(u32::MAX);
-        let more = shares > kept || config.network != NetworkMode::None;
+        let more = shares > kept || config.network != NetworkMode::None || !config.disks.is_empty();
         Self { revive: kept.min(shares), more }
     }
 }
@@ -333,8 +370,8 @@ impl Machine<'_> {
             }
             Some((Err(mut failure), _)) => {
                 let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
-                let kernel = &self.prepared.kernel;
-                if unknown && kernel.modules.is_none() {
+                let kernel = self.prepared.kernel().filter(|kernel| kernel.modules.is_none());
+                if let Some(kernel) = kernel.filter(|_| unknown) {
                     let why = &kernel.no_modules;
                     let why = why.as_ref().map_or(NO_MODULES.into(), |why| format!("; {why}"));
                     failure.detail.push_str(&why);

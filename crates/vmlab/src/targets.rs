@@ -27,7 +27,7 @@ pub use select::{Selection, SelectionError, Shard};
 use crate::config::{Machine, NetworkMode, Topology};
 use crate::events::{EventKind, EventKinds};
 use crate::units::Bytes;
-use crate::{AccelChoice, RootMode, Share, ShareVia};
+use crate::{AccelChoice, Disk, RootMode, Share, ShareVia};
 
 /// The names of files that are looked for in a directory, the first before the second.
 pub const FILE_NAMES: [&str; 2] = ["vmlab.toml", "vmtest.toml"];
@@ -201,7 +201,9 @@ pub struct VmSpec {
     pub modules: Vec<String>,
     /// Host directories in the guest.
     pub shares: Vec<Share>,
-    /// What carries them.
+    /// Disks of the guest beside its root.
+    pub disks: Vec<Disk>,
+    /// What carries shares.
     pub share_via: ShareVia,
     /// Arguments for QEMU.
     pub qemu_args: Vec<String>,

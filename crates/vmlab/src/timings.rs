@@ -328,7 +328,7 @@ mod tests {
     fn the_steps_of_the_set_up_end_with_its_message() {
         let mut timeline = timeline();
         let steps = vec![("root".to_owned(), 30_000), ("files".to_owned(), 20_000)];
-        timeline.guest_set_up(&SetupReport { steps, clock_ns: 0 });
+        timeline.guest_set_up(&SetupReport { steps, ..SetupReport::default() });
         timeline.end(Phase::Setup);
         let spans = timeline.spans();
         let (root, files) = (find(&spans, "root"), find(&spans, "files"));
@@ -345,8 +345,10 @@ mod tests {
         timeline.guest_ready(&Ready { started_ns: 0, ready_ns, modules, ..ready(steps) });
         timeline.end(Phase::Boot);
         timeline.boot_log(&BootLog { parts: vec![("z".to_owned(), u64::MAX); 3] });
-        timeline
-            .guest_set_up(&SetupReport { steps: vec![("s".to_owned(), u64::MAX); 9], clock_ns: 0 });
+        timeline.guest_set_up(&SetupReport {
+            steps: vec![("s".to_owned(), u64::MAX); 9],
+            ..Default::default()
+        });
         timeline.end(Phase::Setup);
         for phase in timeline.spans() {
             for (_, span) in phase.flat() {

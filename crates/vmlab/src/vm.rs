@@ -5,16 +5,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmlab_artifacts::Kernel;
+use vmlab_artifacts::cache::Leases;
 use vmlab_wire::HostMessage;
-use vmlab_wire::message::{Ready, SetupReport};
+use vmlab_wire::message::{Accounts, Ready, SetupReport};
 
 use crate::Error;
 use crate::builder::VmBuilder;
-use crate::config::VmConfig;
+use crate::config::{DiskWrites, VmConfig};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
-use crate::guest::{Command, Connection, Environment, Lost, Output};
+use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
-use crate::prepared::PreparedVm;
+use crate::prepared::{PreparedVm, System};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};
@@ -26,6 +27,9 @@ const END_TIME: Duration = Duration::from_secs(5);
 
 /// How long the guest may take to end its processes and write everything back.
 const STOP_TIME: Duration = Duration::from_secs(30);
+
+/// How long an image's own system may take to power itself off. systemd gives each service ninety seconds.
+const POWER_OFF_TIME: Duration = Duration::from_secs(120);
 
 /// How long the guest may take to read its kernel's log. Without it, timings say less.
 const BOOT_LOG_TIME: Duration = Duration::from_secs(5);
@@ -58,12 +62,13 @@ pub struct Vm {
     connection: Arc<Connection>,
     environment: Environment,
     config: VmConfig,
-    kernel: Kernel,
+    system: System,
     prospect: Report,
     ready: Ready,
     setup: SetupReport,
     came_up: u64,
     timeline: Mutex<Timeline>,
+    _leases: Leases,
     _run_dir: RunDir,
 }
 
@@ -93,19 +98,43 @@ impl Vm {
             Box::new(FailedStart { error, report })
         })?;
         let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
-        Ok(Self {
+        let mut vm = Self {
             handle,
             connection,
             environment: prepared.environment,
             config: prepared.config,
-            kernel: prepared.kernel,
+            system: prepared.system,
             prospect,
             ready,
             setup,
             came_up,
             timeline: Mutex::new(timeline),
+            _leases: prepared.leases,
             _run_dir: run_dir,
-        })
+        };
+        if let Some(name) = prepared.user
+            && let Err(error) = vm.become_user(&name)
+        {
+            let report = vm.report();
+            return Err(Box::new(FailedStart { error, report }));
+        }
+        Ok(vm)
+    }
+
+    /// Has commands run by a user of the guest, who is looked up there.
+    fn become_user(&mut self, name: &str) -> Result<(), Error> {
+        let user = match name {
+            "root" => GuestUser::default(),
+            "caller" => GuestUser::caller(),
+            name => {
+                let Accounts { passwd, group } = self.setup.accounts.take().unwrap_or_default();
+                let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                let user = GuestUser::find(name, &text(&passwd), &text(&group));
+                user.ok_or_else(|| Error::NoSuchUser { name: name.to_owned() })?
+            }
+        };
+        self.environment.user = user;
+        Ok(())
     }
 
     /// Runs a command to its end: the program, looked for in `PATH`, and its arguments.
@@ -125,9 +154,12 @@ impl Vm {
         Command::new(self, program.as_ref().to_owned(), self.environment.clone())
     }
 
-    /// The kernel that it was started with.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
+    /// The kernel that it was started with; `None` where an image has started its own.
+    pub fn kernel(&self) -> Option<&Kernel> {
+        match &self.system {
+            System::Kernel(known) => Some(&known.0),
+            System::Image(_) => None,
+        }
     }
 
     /// The running kernel's release, as `uname -r` says it.
@@ -191,7 +223,11 @@ impl Vm {
             }),
             Err(lost) => Err(self.lost(lost)),
         };
-        // All is written back: nothing is gained by watching the guest power itself off.
+        // Where all is written back, nothing is gained by watching the guest power itself off.
+        let result = match &self.system {
+            System::Image(_) if self.keeps_writes() => result.and_then(|()| self.power_off()),
+            _ => result,
+        };
         self.connection.close();
         self.handle.kill(match result {
             Ok(()) => ExitReason::Shutdown,
@@ -199,6 +235,27 @@ impl Vm {
         });
         self.end_phase(Phase::Stop);
         result
+    }
+
+    /// Whether what it writes to its disks is there after it.
+    fn keeps_writes(&self) -> bool {
+        self.config.disks.iter().any(|disk| disk.writes == DiskWrites::Kept)
+    }
+
+    /// Has the guest's own system end everything and unmount its disks.
+    fn power_off(&self) -> Result<(), Error> {
+        self.handle.shutdown()?;
+        match self.handle.wait(Some(Instant::now() + POWER_OFF_TIME)) {
+            Some(ExitReason::Shutdown) => Ok(()),
+            Some(reason) => {
+                let console = evidence(&*self.handle, self.came_up);
+                Err(Error::Ended { reason, booting: false, console })
+            }
+            None => {
+                let console = evidence(&*self.handle, self.came_up);
+                Err(Error::NotStopped { after: POWER_OFF_TIME, console })
+            }
+        }
     }
 
     /// What it did so far.

@@ -90,7 +90,7 @@ fn commands_are_run_as_with_std_process() {
     let output = vm.exec(["uname", "-r"]).unwrap();
     assert!(output.status.success());
     assert_eq!(output.stdout_text().trim_end(), vm.release());
-    assert_eq!(vm.release(), vm.kernel().release);
+    assert_eq!(vm.release(), vm.kernel().unwrap().release);
     assert!(output.stderr.is_empty());
 
     let output = vm.exec(["sh", "-c", "printf 'o\\377'; printf e >&2; exit 3"]).unwrap();
@@ -369,7 +369,7 @@ fn what_cannot_work_is_an_error_before_anything_starts() {
 
     let plan = builder().cpus(3).append("marked").prepare().unwrap();
     assert_eq!(plan.config().topology.cpus(), Some(3));
-    assert!(plan.config().boot.command_line.ends_with(" marked"));
+    assert!(plan.config().boot.kernel().unwrap().command_line.ends_with(" marked"));
     assert!(plan.command_line()[0].to_string_lossy().contains("qemu-system-"));
-    assert!(plan.kernel().modules.is_some());
+    assert!(plan.kernel().unwrap().modules.is_some());
 }

@@ -175,7 +175,7 @@ fn each_way_to_damage_a_kernel_is_recognised() {
         builder.accel(AccelChoice::Tcg).share_cwd(false).timeout(PATIENCE)
     };
     let prepared = builder().prepare().unwrap();
-    let release = prepared.kernel().release.clone();
+    let release = prepared.kernel().unwrap().release.clone();
     let dir = module(&release).canonicalize().unwrap();
 
     let left = Mutex::new(cases().into_iter());
@@ -190,7 +190,7 @@ fn each_way_to_damage_a_kernel_is_recognised() {
                 found.iter().filter(of_it).map(|event| (event.kind, event.title.clone())).collect();
             assert_eq!(titles, expected, "{what}: {found:#?}");
             if let Some((function, line)) = line_of(what) {
-                let info = DebugInfo::of(prepared.kernel(), [dir.clone()]);
+                let info = DebugInfo::of(prepared.kernel().unwrap(), [dir.clone()]);
                 let report = &found.iter().find(of_it).unwrap().report;
                 let decoded = decode(report, &info.symbols());
                 let begin = format!("RIP: 0010:{function}");

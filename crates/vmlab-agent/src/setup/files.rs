@@ -2,13 +2,16 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use rustix::fs::Access;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, mount_bind, unmount};
-use vmlab_wire::message::{Failure, File, Mount, RootMode};
+use vmlab_wire::message::{Accounts, Failure, File, Mount, RootMode};
 
 use super::root::mount_at;
 use super::{Step, failed, failed_io};
@@ -34,10 +37,58 @@ fn make_dir(path: &Path) -> Step {
     })
 }
 
+/// How long a system that boots may take to make its root writable, when this program came first.
+const WRITABLE_TIME: Duration = Duration::from_secs(30);
+
+/// How often it is looked at.
+const WRITABLE_LOOK: Duration = Duration::from_millis(20);
+
+/// Waits for the root to become writable, for mount points. One that never does may have them all the same.
+pub(super) fn await_writable_root() {
+    let until = Instant::now() + WRITABLE_TIME;
+    let read_only = || rustix::fs::access("/", Access::WRITE_OK) == Err(Errno::ROFS);
+    while read_only() && Instant::now() < until {
+        std::thread::sleep(WRITABLE_LOOK);
+    }
+}
+
+/// The longest file of users or groups that is read: a message has to take both of them.
+const MAX_ACCOUNTS: u64 = 256 * 1024;
+
+/// The users and groups of the root. A file that is not there has none.
+pub(super) fn accounts() -> Accounts {
+    let read = |path| {
+        let mut content = Vec::new();
+        if let Ok(file) = fs::File::open(path) {
+            // What cannot be read names nobody, either.
+            let _ = file.take(MAX_ACCOUNTS).read_to_end(&mut content);
+        }
+        content
+    };
+    Accounts { passwd: read("/etc/passwd"), group: read("/etc/group") }
+}
+
 /// Mounts a share at its target.
 pub(super) fn share(share: &Mount) -> Step {
     make_dir(path(&share.target)?)?;
-    mount_at(&share.filesystem, &share.target, share.read_only)
+    let Err(failure) = mount_at(&share.filesystem, &share.target, share.read_only) else {
+        return Ok(());
+    };
+    let unknown = failure.errno == Some(Errno::NODEV.raw_os_error());
+    match share.otherwise.as_ref().filter(|_| unknown) {
+        Some(filesystem) => mount_at(filesystem, &share.target, share.read_only),
+        None => Err(failure),
+    }
+}
+
+/// Takes a share away. Who still uses it keeps it, but all that was written is with the host.
+pub(super) fn unshare(share: &Mount) -> Step {
+    let target = path(&share.target)?;
+    let step = || format!("unmount {}", target.display());
+    if let Ok(dir) = fs::File::open(target) {
+        rustix::fs::syncfs(&dir).map_err(|e| failed(step(), e, ""))?;
+    }
+    unmount(target, UnmountFlags::DETACH).map_err(|e| failed(step(), e, ""))
 }
 
 fn write(path: &Path, file: &File) -> io::Result<()> {

@@ -1,5 +1,8 @@
 //! Making the guest ready for commands, as the host says.
 
+mod by_id;
+mod clean;
+mod disk;
 mod files;
 mod modules;
 mod network;
@@ -12,7 +15,8 @@ mod upper;
 use std::fmt::Display;
 
 use rustix::io::Errno;
-use vmlab_wire::message::{Failure, RootMode, Setup, SetupReport};
+use rustix::mount::MountFlags;
+use vmlab_wire::message::{Failure, Mount, RootMode, Setup, SetupReport};
 
 use crate::exec::OwnFilesystems;
 use crate::sys::monotonic_ns;
@@ -45,8 +49,11 @@ pub(crate) struct Done {
     pub(crate) report: SetupReport,
     /// The filesystems that are the guest's own, with no share among them.
     pub(crate) own_filesystems: OwnFilesystems,
+    /// Its root is on a disk that may be used again, and so has to be left as after an unmount.
+    pub(crate) root_on_disk: bool,
 }
 
+pub(crate) use clean::make_clean;
 pub(crate) use revive::Devices;
 
 /// Does what is the same for every guest, before the host says what this one is to be. Where VMs are
@@ -89,8 +96,15 @@ pub(crate) fn run(
         system::find_devices()?;
         done("new devices");
     }
+    let Some(root) = &setup.root else {
+        return Err(Failure {
+            step: "find its root".to_string(),
+            detail: "the host names none".to_string(),
+            errno: None,
+        });
+    };
     let mut placed = false;
-    root::mount(&setup.root, |layers| {
+    root::mount(root, |layers| {
         // What cannot be made now is made through the overlay, which says why if it cannot be made there.
         placed = layers.place(&setup.files).is_ok();
         if setup.modules.is_some() {
@@ -100,18 +114,18 @@ pub(crate) fn run(
     done("root");
     root::switch()?;
     done("switch root");
-    pseudo::mount_memory(setup.root.mode)?;
+    pseudo::mount_memory(root.mode)?;
     done("memory filesystems");
     if let Some(tree) = &setup.modules {
-        modules::mount(tree, setup.root.mode, warn)?;
+        modules::mount(tree, root.mode, warn)?;
         done("module tree");
     }
     // Before the shares: whatever is written after them may end up on the host.
     if !placed {
-        files::place(&setup.files, setup.root.mode, warn)?;
+        files::place(&setup.files, root.mode, warn)?;
         done("files");
     }
-    let own: &[_] = match setup.root.mode {
+    let own: &[_] = match root.mode {
         RootMode::Overlay | RootMode::ReadOnly => &["/tmp", "/run", "/var/tmp"],
         // The rest is the root's.
         RootMode::ReadWrite => &["/tmp", "/run"],
@@ -123,6 +137,10 @@ pub(crate) fn run(
     if !setup.shares.is_empty() {
         done("shares");
     }
+    if !setup.disks.is_empty() {
+        by_id::name(&setup.disks)?;
+        done("disks");
+    }
     system::hostname(&setup.hostname, warn);
     done("hostname");
     if let Some(network) = &setup.network {
@@ -133,6 +151,59 @@ pub(crate) fn run(
         setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
         done("modprobe");
     }
+    report.accounts = setup.accounts.then(files::accounts);
     report.clock_ns = system::wall_clock_ns();
-    Ok(Done { report, own_filesystems })
+    let root_on_disk = root.mode == RootMode::ReadWrite && root.filesystem.kind == root::DISK;
+    Ok(Done { report, own_filesystems, root_on_disk })
+}
+
+/// Makes a system ready that has a PID 1 of its own: it keeps its root and all that is in it.
+pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Result<Done, Failure> {
+    let mut report = SetupReport::default();
+    let mut since = monotonic_ns();
+    let mut done = |name: &str| {
+        let now = monotonic_ns();
+        report.steps.push((name.to_string(), (now - since) / 1000));
+        since = now;
+    };
+    system::entropy(&setup.entropy, warn);
+    if !setup.hostname.is_empty() {
+        system::hostname(&setup.hostname, warn);
+    }
+    done("entropy and name");
+    if !setup.shares.is_empty() {
+        files::await_writable_root();
+        done("writable root");
+    }
+    for share in &setup.shares {
+        files::share(share)?;
+    }
+    done("shares");
+    if !setup.disks.is_empty() {
+        by_id::name(&setup.disks)?;
+        done("disks");
+    }
+    if !setup.modprobe.is_empty() {
+        setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
+        done("modprobe");
+    }
+    report.accounts = setup.accounts.then(files::accounts);
+    report.clock_ns = system::wall_clock_ns();
+    Ok(Done { report, own_filesystems: OwnFilesystems::of([]), root_on_disk: false })
+}
+
+/// Leaves the root as after an unmount, when nobody uses it any more.
+pub(crate) fn end_root() {
+    if let Err(e) = rustix::mount::mount_remount("/", MountFlags::RDONLY, "") {
+        crate::kmsg::error(&format!("the root cannot be made read-only: {e}"));
+    }
+}
+
+/// Takes the shares from such a system, so that all that was written to them is on the host.
+pub(crate) fn unmount(shares: &[Mount]) {
+    for share in shares.iter().rev() {
+        if let Err(e) = files::unshare(share) {
+            crate::kmsg::error(&format!("a share is still in use: {}", e.detail));
+        }
+    }
 }

@@ -7,7 +7,10 @@ use rustix::mount::{MountFlags, mount as mount_fs, mount_bind, mount_move};
 use vmlab_wire::message::{Failure, Filesystem, Root, RootMode};
 
 use super::upper::Layers;
-use super::{Step, failed};
+use super::{Step, disk, failed};
+
+/// The kind of a root that is on a disk.
+pub(super) const DISK: &str = "disk";
 
 /// Where the root is put together. The initramfs has these directories, or is writable.
 const NEW_ROOT: &str = "/newroot";
@@ -96,6 +99,9 @@ pub(super) fn mount_at(filesystem: &Filesystem, target: &[u8], read_only: bool) 
         });
     }
     let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    if kind == DISK {
+        return disk::mount_root(source, target, flags);
+    }
     let data = std::ffi::CString::new(options.as_str()).map_err(|_| Failure {
         step: format!("mount {source}"),
         detail: "its options contain a NUL byte".to_string(),

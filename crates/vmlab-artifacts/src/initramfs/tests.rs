@@ -126,7 +126,7 @@ fn the_boot_archive_has_its_layout() {
     let module = |name, params, wave| BootModule { name, content: b"\x7fELF", params, wave };
     let modules =
         [module("virtio", "", 0), module("9pnet", " ", 0), module("virtio_console", "foo=1", 1)];
-    let archive = build_initramfs(b"agent", &modules).unwrap();
+    let archive = build_initramfs(b"agent", &modules, &[]).unwrap();
     let entries = read(&archive);
     let find = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap();
 
@@ -151,13 +151,13 @@ fn the_boot_archive_has_its_layout() {
             assert!(entries[..index].iter().any(|e| e.name == parent), "{}", entry.name);
         }
     }
-    assert_eq!(build_initramfs(b"agent", &modules).unwrap(), archive);
+    assert_eq!(build_initramfs(b"agent", &modules, &[]).unwrap(), archive);
 }
 
 #[test]
 fn modules_that_would_break_the_list_are_refused() {
     for (name, params) in [("a b", ""), ("a\n", ""), ("a/b", ""), ("a", "x=1\ny"), ("a", "x\0")] {
         let modules = [BootModule { name, content: b"", params, wave: 0 }];
-        assert!(build_initramfs(b"", &modules).is_err(), "{name:?} {params:?}");
+        assert!(build_initramfs(b"", &modules, &[]).is_err(), "{name:?} {params:?}");
     }
 }

@@ -55,6 +55,8 @@ find_drive() {
 
 # What may run programs is not given: /run may be mounted noexec.
 make_dir() {
+    # What is above it is there.
+    # shellcheck disable=SC2174
     mkdir -p -m 0700 "$dir" || return
     grep -q " $dir tmpfs " /proc/mounts && return
     mount -t tmpfs -o mode=0700,nosuid,nodev,exec,size=64m vmlab "$dir"
@@ -69,6 +71,7 @@ case $how in
     *) dd if="$drive" bs=65536 skip="$first" count="$blocks" 2>/dev/null ;;
 esac >"$agent.$$" || fail 5 "cannot copy the agent to $dir"
 # A running program cannot be written to, but its name can be given to another.
+# shellcheck disable=SC2015
 chmod 0700 "$agent.$$" && mv -f "$agent.$$" "$agent" || fail 5 "cannot put the agent into $dir"
 
 if [ "$how" = here ]; then

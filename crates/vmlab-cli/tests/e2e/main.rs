@@ -8,12 +8,15 @@ mod facts;
 
 mod action;
 mod cache;
+mod disks;
 mod environment;
 mod exit_codes;
 mod failures;
 mod file_servers;
 mod files;
 mod filesystem;
+mod image_build;
+mod images;
 mod kept_apart;
 mod kernels;
 mod machine;

@@ -15,8 +15,10 @@ fn the_doctor_finds_what_is_there() {
     let checks: Value = serde_json::from_slice(&outcome.stdout).unwrap();
     let checks = checks.as_array().unwrap();
     let names: Vec<&str> = checks.iter().map(|c| c["name"].as_str().unwrap()).collect();
-    for wanted in ["qemu", "kvm", "sandbox", "depmod", "apt", "cache", "logs", "kernels", "memory"]
-    {
+    for wanted in [
+        "qemu", "kvm", "sandbox", "depmod", "apt", "cache", "logs", "kernels", "uefi", "images",
+        "memory",
+    ] {
         assert!(names.contains(&wanted), "{wanted}: {names:?}");
     }
     for check in checks {

@@ -3,6 +3,8 @@ use super::*;
 mod remembered;
 
 const NEEDS: Needs = Needs {
+    disk: false,
+    disk_root: false,
     overlay: true,
     network: false,
     share_via: ShareVia::Only(ShareTransport::NineP),
@@ -63,6 +65,7 @@ fn exactly_what_is_missing_is_named() {
         (&["CONFIG_VIRTIO_PCI"], NEEDS, "reach the host's files"),
         (&["CONFIG_OVERLAY_FS"], NEEDS, "lay a writable layer over its root"),
         (&["CONFIG_VIRTIO_NET"], Needs { network: true, ..NEEDS }, "reach the network"),
+        (&["CONFIG_VIRTIO_BLK"], Needs { disk: true, ..NEEDS }, "reach its disks"),
         (&["CONFIG_BLK_DEV_INITRD"], NEEDS, "run the agent"),
         (&["CONFIG_BINFMT_ELF"], NEEDS, "run the agent"),
         (&["CONFIG_DEVTMPFS", "CONFIG_TMPFS"], NEEDS, "run the agent"),

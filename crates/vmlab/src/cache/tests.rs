@@ -34,6 +34,7 @@ fn every_kind_has_a_name_of_its_own() {
             "initramfs",
             "kernels",
             "linked-modules",
+            "seeds",
             "snapshots",
             "unpacked-images"
         ],

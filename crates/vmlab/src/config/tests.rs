@@ -8,7 +8,7 @@ fn dir() -> tempfile::TempDir {
 }
 
 fn builder(dir: &Path) -> VmConfigBuilder {
-    VmConfigBuilder::new(Boot {
+    VmConfigBuilder::new(KernelBoot {
         image: dir.join("kernel"),
         arch: Arch::HOST,
         initramfs: dir.join("initrd"),
@@ -33,7 +33,7 @@ fn a_sound_request_passes() {
 fn another_architecture_is_refused() {
     let dir = dir();
     let mut builder = builder(dir.path());
-    builder.config.boot.arch = match Arch::HOST {
+    builder.config.boot.kernel_mut().unwrap().arch = match Arch::HOST {
         Arch::X86_64 => Arch::Aarch64,
         Arch::Aarch64 => Arch::X86_64,
     };
@@ -91,6 +91,53 @@ fn shares_are_checked() {
     assert!(matches!(build(&[share("a", &file)]), Err(ConfigError::NotADirectory { .. })));
     let gone = path.join("gone");
     assert!(matches!(build(&[share("a", &gone)]), Err(ConfigError::File { .. })));
+}
+
+#[test]
+fn disks_are_checked() {
+    let dir = dir();
+    let path = dir.path().join("kernel");
+    let disk = |serial: &str, writes| DiskDevice {
+        serial: serial.to_owned(),
+        path: path.clone(),
+        format: ImageFormat::Raw,
+        writes,
+    };
+    let build = |disks: &[DiskDevice]| {
+        disks.iter().fold(builder(dir.path()), |b, d| b.disk(d.clone())).build()
+    };
+    let (one, two) = (disk("a", DiskWrites::Kept), disk("b", DiskWrites::Refused));
+    assert_eq!(build(&[one.clone(), two]).unwrap().disks.len(), 2);
+    let twice = build(&[one.clone(), disk("a", DiskWrites::Discarded)]);
+    assert!(matches!(twice, Err(ConfigError::DuplicateSerial { .. })));
+    let long = "x".repeat(MAX_SERIAL + 1);
+    for bad in ["", "a,b", &long] {
+        let built = build(&[disk(bad, DiskWrites::Refused)]);
+        assert!(matches!(built, Err(ConfigError::Serial { .. })), "{bad}");
+    }
+    let gone = DiskDevice { path: dir.path().join("gone"), ..one };
+    assert!(matches!(build(&[gone]), Err(ConfigError::File { what: "disk", .. })));
+}
+
+#[test]
+fn firmware_needs_a_pc_and_its_files() {
+    let dir = dir();
+    let build = |firmware, machine| {
+        let boot = FirmwareBoot { firmware, oem_strings: Vec::new() };
+        VmConfigBuilder::new(boot).machine(machine).build()
+    };
+    assert!(build(Firmware::Bios, Machine::Q35).is_ok());
+    let microvm = build(Firmware::Bios, Machine::Microvm);
+    assert!(matches!(microvm, Err(ConfigError::Machine { .. })));
+    let uefi = |vars: &str| Firmware::Uefi {
+        code: dir.path().join("kernel"),
+        vars: dir.path().join(vars),
+        format: ImageFormat::Raw,
+        smm: false,
+    };
+    assert!(build(uefi("initrd"), Machine::Q35).is_ok());
+    let error = build(uefi("gone"), Machine::Q35).unwrap_err().to_string();
+    assert!(error.contains("variables") && error.contains("gone"), "{error}");
 }
 
 #[test]

@@ -19,6 +19,9 @@ pub struct GuestUser {
     pub groups: Vec<u32>,
 }
 
+/// The mask that systems have where nobody has chosen another.
+const USUAL_UMASK: u32 = 0o022;
+
 /// What a command inherits: it is given to the VM once and can be changed for each command.
 #[derive(Debug, Clone)]
 pub struct Environment {
@@ -59,7 +62,29 @@ impl Environment {
     }
 }
 
+/// What a system's own programs are found by.
+const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 impl Environment {
+    /// What root has in a system that is not the caller's: nothing is taken from this process but the working
+    /// directory and the kind of its terminal.
+    ///
+    /// # Errors
+    /// When the working directory is gone.
+    pub fn of_system() -> io::Result<Self> {
+        Ok(Self::of_system_in(std::env::current_dir()?))
+    }
+
+    /// The same in some working directory.
+    pub(crate) fn of_system_in(cwd: PathBuf) -> Self {
+        let own = [("PATH", SYSTEM_PATH), ("HOME", "/root"), ("USER", "root"), ("LOGNAME", "root")];
+        let mut vars: Vec<(OsString, OsString)> =
+            own.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        vars.extend(std::env::var_os("TERM").map(|term| ("TERM".into(), term)));
+        let user = GuestUser::default();
+        Self { vars, cwd, user, umask: USUAL_UMASK, rlimits: Vec::new() }
+    }
+
     /// Sets a variable, in the place of what it was.
     pub fn set(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) {
         let name = name.as_ref();
@@ -109,10 +134,9 @@ fn is_of_the_session(key: &[u8]) -> bool {
 
 /// Read from procfs: the system call can only change it, and would change it for all threads.
 fn caller_umask() -> u32 {
-    const USUAL: u32 = 0o022;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
-    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(USUAL)
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(USUAL_UMASK)
 }
 
 fn caller_rlimits() -> Vec<(u32, u64, u64)> {
@@ -183,7 +207,8 @@ impl GuestUser {
         })
     }
 
-    fn find(name: &str, passwd: &str, group: &str) -> Option<Self> {
+    /// The same, in what these files have.
+    pub(crate) fn find(name: &str, passwd: &str, group: &str) -> Option<Self> {
         let user = passwd.lines().find_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
             let [login, _, uid, gid, ..] = fields[..] else { return None };

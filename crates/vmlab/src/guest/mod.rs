@@ -3,6 +3,7 @@
 mod command;
 mod connection;
 mod environment;
+pub(crate) mod qga;
 mod streams;
 
 pub use command::{Child, ChildControl, Command, ExitStatus, Output, Stdio};

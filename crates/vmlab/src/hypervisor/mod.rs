@@ -86,6 +86,12 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
     /// The host's end of the channel to the agent. It can be taken once; the second call gives `None`.
     fn take_agent_channel(&self) -> Option<UnixStream>;
 
+    /// The host's end of the channel to qemu-guest-agent, where a VM starts an image's own system. It can be
+    /// taken once.
+    fn take_guest_agent_channel(&self) -> Option<UnixStream> {
+        None
+    }
+
     /// What the guest writes to its first serial port.
     fn serial(&self) -> &SerialConsole;
 
@@ -299,6 +305,12 @@ pub enum HypervisorError {
     /// It ended or refused before the VM ran.
     #[error("the VM was not started: {said}")]
     Refused {
+        /// What it said.
+        said: String,
+    },
+    /// It cannot use a disk, such as one that another VM writes to.
+    #[error("a disk cannot be used: {said}")]
+    Disk {
         /// What it said.
         said: String,
     },

@@ -25,7 +25,9 @@ use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{System, Target, TargetCommand};
 use crate::timings::millis;
-use crate::{DebugInfo, Error, ExitStatus, GuestUser, RunDir, Stdio, Vm, VmBuilder};
+use crate::{
+    DebugInfo, Environment, Error, ExitStatus, GuestUser, Image, RunDir, Stdio, Vm, VmBuilder,
+};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -181,7 +183,10 @@ impl Attempt<'_> {
         record.accel = Some(prepared.config().accel.name().to_owned());
         let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
         let dirs = [runner.options.environment.cwd.clone()].into_iter().chain(shares);
-        self.debug_info.get_or_init(|| DebugInfo::of(prepared.kernel(), dirs));
+        // Nothing is known of a kernel that is an image's own.
+        if let Some(kernel) = prepared.kernel() {
+            self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
+        }
         let permit = runner.budget.acquire(Need::of(prepared.config()));
         let _permit = permit.ok_or(Error::Cancelled)?;
         let prepared = prepared.one_of(runner.workers()).logs_in(logs.clone());
@@ -307,12 +312,15 @@ impl Attempt<'_> {
         if run.command == TargetCommand::Shell {
             return Err(Error::NotYet { what: "targets with a shell on the terminal" });
         }
-        let System::Kernel { spec: kernel, rootfs, root_mode } = system else {
-            return Err(Error::NotYet { what: "targets with disk images" });
+        let (kernel, vm) = match system {
+            System::Kernel { spec, rootfs, root_mode } => {
+                (spec, Vm::builder().rootfs(rootfs).root_mode(*root_mode))
+            }
+            System::Image(image) => {
+                (&image.kernel, Vm::builder().image(Image::of(image)).user_of_guest(&run.user))
+            }
         };
-        let mut vm = Vm::builder()
-            .rootfs(rootfs)
-            .root_mode(*root_mode)
+        let mut vm = vm
             .accel(spec.accel)
             .fast(spec.fast)
             .network(spec.network)
@@ -348,6 +356,9 @@ impl Attempt<'_> {
         for share in &spec.shares {
             vm = vm.share(share.clone());
         }
+        for disk in &spec.disks {
+            vm = vm.disk(disk.clone());
+        }
         for words in &spec.append {
             vm = vm.append(words);
         }
@@ -357,8 +368,13 @@ impl Attempt<'_> {
         for argument in &spec.qemu_args {
             vm = vm.qemu_arg(argument);
         }
-        let mut environment = options.environment.clone();
-        environment.user = user(&run.user, rootfs)?;
+        let of_caller = options.environment.clone();
+        let mut environment = match system {
+            System::Kernel { rootfs, .. } => {
+                Environment { user: user(&run.user, rootfs)?, ..of_caller }
+            }
+            System::Image(_) => Environment::of_system_in(of_caller.cwd),
+        };
         if let Some(cwd) = &run.cwd {
             environment.cwd = cwd.clone();
         }

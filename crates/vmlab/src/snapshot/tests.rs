@@ -9,7 +9,7 @@ use vmlab_wire::message::Ready;
 
 use super::*;
 use crate::config::{
-    Accel, AgentChannel, Boot, Caching, Machine, ShareDevice, ShareTransport, Topology,
+    Accel, AgentChannel, Caching, KernelBoot, Machine, ShareDevice, ShareTransport, Topology,
     VmConfigBuilder,
 };
 use crate::hypervisor::{Capabilities, HypervisorError, ProbeReport, StartOptions, VmHandle};
@@ -373,7 +373,7 @@ impl World {
     }
 
     fn config(&self, change: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> VmConfig {
-        let boot = Boot {
+        let boot = KernelBoot {
             image: self.dir.path().join("kernel"),
             arch: Arch::HOST,
             initramfs: self.dir.path().join("initramfs"),
@@ -402,11 +402,11 @@ fn what_shapes_a_vm_is_in_the_key() {
     let usual = world.config(|config| config);
     let topology = |nodes, cores| Topology { nodes, llcs: 1, cores, threads: 1 };
     let mut other_line = usual.clone();
-    other_line.boot.command_line = "quiet debug".to_owned();
+    other_line.boot.kernel_mut().unwrap().command_line = "quiet debug".to_owned();
     let mut other_kernel = usual.clone();
-    other_kernel.boot.image = world.dir.path().join("other");
+    other_kernel.boot.kernel_mut().unwrap().image = world.dir.path().join("other");
     let mut other_initramfs = usual.clone();
-    other_initramfs.boot.initramfs = world.dir.path().join("other");
+    other_initramfs.boot.kernel_mut().unwrap().initramfs = world.dir.path().join("other");
     let mut keys = vec![
         world.key(&usual),
         world.key(&world.config(|config| config.memory(Bytes(513 * MIB)))),
@@ -461,7 +461,7 @@ fn what_a_run_brings_is_not_in_the_key() {
     let moved = world.dir.path().join("moved");
     std::fs::copy(world.dir.path().join("kernel"), &moved).unwrap();
     let mut config = world.config(served);
-    config.boot.image = moved;
+    config.boot.kernel_mut().unwrap().image = moved;
     assert_eq!(world.key(&config), usual);
 }
 

@@ -8,9 +8,10 @@ use super::lower::{self, Context};
 use super::matrix::{self, Expanded, MAX_TARGETS};
 use super::problem::{Problems, TargetFileError};
 use super::spelling::{check_vmtest, unify, unknown};
-use super::table::{ShareTable, TargetTable};
+use super::table::{DiskTable, ShareTable, TargetTable};
 use super::value::{FromNode, expected};
 use super::{FileKind, Target};
+use crate::Disk;
 use crate::share::Share;
 
 /// The keys at the top of vmlab.toml.
@@ -42,11 +43,13 @@ struct File<'a> {
     dir: &'a Path,
     defaults: Table,
     shares: BTreeMap<String, Share>,
+    disks: BTreeMap<String, Disk>,
 }
 
 impl<'a> File<'a> {
     fn new(kind: FileKind, dir: &'a Path) -> Self {
-        Self { kind, dir, defaults: Table::default(), shares: BTreeMap::new() }
+        let (defaults, shares, disks) = Default::default();
+        Self { kind, dir, defaults, shares, disks }
     }
 
     fn read(mut self, top: Table, problems: &mut Problems<'_>) -> Vec<Target> {
@@ -61,9 +64,7 @@ impl<'a> File<'a> {
                 }
                 ("defaults", FileKind::Vmlab) => self.read_defaults(node, problems),
                 ("shares", FileKind::Vmlab) => self.read_shares(&node, problems),
-                ("disks", FileKind::Vmlab) => {
-                    problems.add(&key.span, "there are no disks yet: `disks` is reserved for them");
-                }
+                ("disks", FileKind::Vmlab) => self.read_disks(&node, problems),
                 (name, FileKind::Vmtest) if KEYS.contains(&name) => {
                     let message = format!("`{name}` is a key that only vmlab.toml has");
                     problems.add(&key.span, message);
@@ -101,7 +102,8 @@ impl<'a> File<'a> {
     }
 
     fn targets(&self, nodes: Vec<Expanded>, problems: &mut Problems<'_>) -> Vec<Target> {
-        let context = Context { dir: self.dir, kind: self.kind, shares: &self.shares };
+        let context =
+            Context { dir: self.dir, kind: self.kind, shares: &self.shares, disks: &self.disks };
         let mut targets: Vec<Target> = Vec::new();
         // Where the target of a name is.
         let mut names: BTreeMap<String, usize> = BTreeMap::new();
@@ -165,6 +167,20 @@ impl<'a> File<'a> {
                 && let Some(share) = lower::named_share(table, &key.span, self.dir, problems)
             {
                 self.shares.insert(key.value.clone(), share);
+            }
+        }
+    }
+
+    fn read_disks(&mut self, node: &Node, problems: &mut Problems<'_>) {
+        let Value::Table(table) = &node.value else {
+            expected::<()>("a table of disks", node, problems);
+            return;
+        };
+        for Entry { key, node } in &table.entries {
+            if let Some(table) = DiskTable::from_node(node, problems)
+                && let Some(disk) = lower::named_disk(table, key, self.dir, problems)
+            {
+                self.disks.insert(key.value.clone(), disk);
             }
         }
     }

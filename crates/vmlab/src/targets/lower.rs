@@ -3,20 +3,21 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
+use vmlab_artifacts::image_build::ImageRecipe;
 use vmlab_artifacts::{Arch, KernelSpec, nearest};
 
 use super::document::{At, Node, Span, Value};
 use super::problem::Problems;
-use super::table::{Field, ShareItem, ShareTable, TargetTable};
+use super::table::{DiskTable, Field, ShareItem, ShareTable, TargetTable};
 use super::value::{CommandText, FromNode, Strings};
 use super::{
     FileKind, Firmware, ImageSpec, RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec,
 };
-use crate::config::Topology;
+use crate::config::{ConfigError, DiskWrites, Topology, is_serial};
 use crate::events::default_kinds;
 use crate::share::{KERNELS_OWN, Share};
 use crate::units::{Bytes, MIB};
-use crate::{AccelChoice, RootMode, ShareVia};
+use crate::{AccelChoice, Disk, RootMode, ShareVia};
 
 /// Where vmtest's guests have the directory of the file.
 const VMTEST_DIR: &str = "/mnt/vmtest";
@@ -36,14 +37,19 @@ pub(super) struct Context<'a> {
     pub(super) dir: &'a Path,
     pub(super) kind: FileKind,
     pub(super) shares: &'a BTreeMap<String, Share>,
+    pub(super) disks: &'a BTreeMap<String, Disk>,
 }
 
 impl Context<'_> {
     /// A path as it is written in the file.
     fn path(&self, text: &str) -> PathBuf {
-        // Without the dots that `./x` would leave in the middle.
-        self.dir.join(text).components().collect()
+        path_in(self.dir, text)
     }
+}
+
+fn path_in(dir: &Path, text: &str) -> PathBuf {
+    // Without the dots that `./x` would leave in the middle.
+    dir.join(text).components().collect()
 }
 
 /// Makes a target of a table; `None` where something is wrong with it, which is in the problems then.
@@ -59,18 +65,20 @@ pub(super) fn target(
     let cwd = lower.cwd();
     let system = lower.system();
     let shares = lower.shares();
+    let disks = lower.disks();
     let command = lower.command();
     let topology = lower.topology();
     let arch = lower.arch();
     let (name, system, mut shares, command) = (name?, system?, shares?, command?);
     let (cwd, cwd_share) = cwd?;
     arch?;
+    let disks = disks?;
     if let Some(share) = cwd_share
         && !shares.iter().any(|other| other.guest == share.guest)
     {
         shares.push(share);
     }
-    let vm = lower.vm(topology, shares);
+    let vm = lower.vm(topology, shares, disks);
     let run = lower.run(command, cwd, &vm.append);
     Some(Target {
         name,
@@ -90,10 +98,35 @@ pub(super) fn named_share(
     dir: &Path,
     problems: &mut Problems<'_>,
 ) -> Option<Share> {
-    let context = Context { dir, kind: FileKind::Vmlab, shares: &BTreeMap::new() };
+    let (shares, disks) = (&BTreeMap::new(), &BTreeMap::new());
+    let context = Context { dir, kind: FileKind::Vmlab, shares, disks };
     let table_of_target = TargetTable::default();
     Lower { node: None, table: table_of_target, context: &context, problems, at: at.clone() }
         .share(At { value: table, span: at.clone() })
+}
+
+/// Makes a disk of a table in `[disks]`.
+pub(super) fn named_disk(
+    table: DiskTable,
+    name: &At<String>,
+    dir: &Path,
+    problems: &mut Problems<'_>,
+) -> Option<Disk> {
+    if !is_serial(&name.value) {
+        let error = ConfigError::Serial { serial: name.value.clone() };
+        problems.add(&name.span, error.to_string());
+        return None;
+    }
+    let Some(path) = table.path else {
+        problems.add(&name.span, "this disk has no `path`");
+        return None;
+    };
+    if path.value.is_empty() {
+        problems.add(&path.span, "the path of a disk cannot be empty");
+        return None;
+    }
+    let writes = table.mode.map_or(DiskWrites::Discarded, |mode| mode.value.0);
+    Some(Disk::new(&name.value, path_in(dir, &path.value)).writes(writes))
 }
 
 struct Lower<'a, 'c, 't> {
@@ -191,7 +224,10 @@ impl Lower<'_, '_, '_> {
         found?;
         Some(match image {
             Some(image) => System::Image(ImageSpec {
-                path: self.context.path(&image.value),
+                path: match ImageRecipe::is_meant(&image.value) {
+                    true => PathBuf::from(&image.value),
+                    false => self.context.path(&image.value),
+                },
                 firmware: match value(self.table.uefi.take()) {
                     Some(true) => Firmware::Uefi {
                         secure_boot: value(self.table.secure_boot.take()).unwrap_or_default(),
@@ -343,6 +379,28 @@ impl Lower<'_, '_, '_> {
         self.wrong(&name.span, format!("[shares] has no `{}`{hint}", name.value))
     }
 
+    fn disks(&mut self) -> Option<Vec<Disk>> {
+        let names = value(self.table.disks.take()).map(|names| names.0).unwrap_or_default();
+        let mut disks: Vec<Disk> = Vec::new();
+        let mut all = Some(());
+        for name in names {
+            match self.context.disks.get(&name.value) {
+                Some(disk) if disks.contains(disk) => {
+                    all = self.wrong(&name.span, format!("`{}` is there twice", name.value));
+                }
+                Some(disk) => disks.push(disk.clone()),
+                None => {
+                    let known: Vec<&str> = self.context.disks.keys().map(String::as_str).collect();
+                    let near = nearest(&name.value, &known);
+                    let hint = near.map(|near| format!(": did you mean `{near}`?"));
+                    let hint = hint.unwrap_or_default();
+                    all = self.wrong(&name.span, format!("[disks] has no `{}`{hint}", name.value));
+                }
+            }
+        }
+        all.map(|()| disks)
+    }
+
     fn share(&mut self, table: At<ShareTable>) -> Option<Share> {
         let ShareTable { host, guest, writable } = table.value;
         let Some(host) = host else {
@@ -439,7 +497,7 @@ impl Lower<'_, '_, '_> {
         (Some(place), share)
     }
 
-    fn vm(&mut self, topology: Option<Topology>, shares: Vec<Share>) -> VmSpec {
+    fn vm(&mut self, topology: Option<Topology>, shares: Vec<Share>, disks: Vec<Disk>) -> VmSpec {
         let table = &mut self.table;
         let vmtest = self.context.kind == FileKind::Vmtest;
         VmSpec {
@@ -454,6 +512,7 @@ impl Lower<'_, '_, '_> {
             append: words(table.append.take()),
             modules: strings(table.modules.take()),
             shares,
+            disks,
             share_via: value(table.share_via.take()).map_or(ShareVia::Auto, |word| word.0),
             qemu_args: strings(table.qemu_args.take()),
             qemu: value(table.qemu_command.take()).map(|text| match text.contains('/') {

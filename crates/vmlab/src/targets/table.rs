@@ -1,7 +1,7 @@
 //! The tables of a file: which keys there are, and what each can be. The reader, the JSON schema and the
 //! lists of keys in messages are all made from these types.
 
-use crate::config::{Machine, NetworkMode, Topology};
+use crate::config::{DiskWrites, Machine, NetworkMode, Topology};
 use crate::events::EventKind;
 use crate::units::Bytes;
 use crate::{AccelChoice, RootMode, ShareVia};
@@ -93,6 +93,16 @@ table! {
 }
 
 table! {
+    /// A disk of the guest, whose name is that of the table.
+    DiskTable is "key of a disk" {
+        /// File with an image; a relative path is from the file's directory.
+        path: String,
+        /// What becomes of writes: `discard` (the default), `rw` keeps them in the file, `ro` refuses them.
+        mode: Word<DiskWrites>,
+    }
+}
+
+table! {
     /// vmtest's form of a share, whose key is the guest's path.
     MountTable is "key of a mount" {
         /// Directory on the host; a relative path is from the file's directory.
@@ -167,6 +177,8 @@ table! {
         hostname: String,
         /// Host directories in the guest: names from `[shares]`, or tables.
         shares: Shares,
+        /// Disks of the guest beside its root: names from `[disks]`.
+        disks: Strings,
         /// What carries shares: `auto` (the default), `virtiofs` or `9p`.
         share_via: Word<ShareVia>,
         /// Arguments for QEMU's command line.

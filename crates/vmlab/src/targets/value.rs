@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::config::{MAX_CPUS, Machine, NetworkMode, ShareTransport, Topology};
+use crate::config::{DiskWrites, MAX_CPUS, Machine, NetworkMode, ShareTransport, Topology};
+use crate::disk::MODES;
 use crate::events::{EventKind, EventKinds};
 use crate::units::{self, Bytes};
 use crate::{AccelChoice, RootMode, ShareVia};
@@ -167,6 +168,10 @@ impl Named for NetworkMode {
 impl Named for RootMode {
     const NAMES: &'static [(&'static str, Self)] =
         &[("ro", RootMode::ReadOnly), ("overlay", RootMode::Overlay), ("rw", RootMode::ReadWrite)];
+}
+
+impl Named for DiskWrites {
+    const NAMES: &'static [(&'static str, Self)] = &MODES;
 }
 
 impl Named for ShareVia {

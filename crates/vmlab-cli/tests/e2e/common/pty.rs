@@ -29,7 +29,17 @@ pub(crate) struct Terminal {
 
 impl Terminal {
     /// Runs a command in a new terminal of this size.
-    pub(crate) fn start(mut command: Command, rows: u16, columns: u16) -> Self {
+    pub(crate) fn start(command: Command, rows: u16, columns: u16) -> Self {
+        Self::start_patient(command, rows, columns, PATIENCE)
+    }
+
+    /// The same for one that may take longer than usual.
+    pub(crate) fn start_patient(
+        mut command: Command,
+        rows: u16,
+        columns: u16,
+        patience: Duration,
+    ) -> Self {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = rustix::pty::openpt(flags).unwrap();
         rustix::pty::unlockpt(&master).unwrap();
@@ -50,7 +60,7 @@ impl Terminal {
         drop(command);
         let master = File::from(master);
         let screen = Capture::of(master.try_clone().unwrap());
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         Self { master, slave, child, process, screen, before, deadline }
     }
 

@@ -78,7 +78,7 @@ impl Site {
     fn initramfs(&self) -> PathBuf {
         let wanted = ["overlay".to_owned()];
         let tree = self.tree();
-        initramfs(&self.cache(), Some((&tree, &wanted)), &Leases::default()).unwrap()
+        initramfs(&self.cache(), Some((&tree, &wanted)), false, &Leases::default()).unwrap()
     }
 
     /// How many answers are remembered.

@@ -8,12 +8,16 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::config::{
-    Accel, AgentChannel, Machine, NetworkMode, ShareTransport, Topology, VmConfig,
+    Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
+    ShareTransport, Topology, VmConfig,
 };
 use crate::units::MIB;
 
 /// Name of the virtio port that the agent looks for.
 const AGENT_PORT: &str = "vmlab";
+
+/// The same of the port that qemu-guest-agent looks for.
+const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
 /// Where devices are plugged into VMs that go on from a snapshot. QEMU does not load the state of a VM that
 /// has a `vhost-user-fs` device, and its boards take none on their root bus later. A conventional bridge has
@@ -29,6 +33,8 @@ pub(super) struct Descriptors {
     pub(super) console: RawFd,
     pub(super) agent: RawFd,
     pub(super) qmp: RawFd,
+    /// The way to qemu-guest-agent, for images.
+    pub(super) guest_agent: Option<RawFd>,
     /// Connections to the file servers, one for each share over virtio-fs, in their order.
     pub(super) shares: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
@@ -69,9 +75,14 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
             // Its devices are plugged in before it runs.
             args.flags(&["-S"]);
         }
-        args.option("-kernel", &config.boot.image);
-        args.option("-initrd", &config.boot.initramfs);
-        args.option("-append", &config.boot.command_line);
+        match &config.boot {
+            Boot::Kernel(kernel) => {
+                args.option("-kernel", &kernel.image);
+                args.option("-initrd", &kernel.initramfs);
+                args.option("-append", &kernel.command_line);
+            }
+            Boot::Firmware(boot) => firmware(&mut args, boot),
+        }
     }
 
     args.option("-chardev", format!("socket,id=console,fd={}", fds.console));
@@ -81,10 +92,14 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
     args.option("-chardev", format!("socket,id=agent,fd={}", fds.agent));
     match config.channel {
         AgentChannel::Virtio => {
-            args.option("-device", "virtio-serial-pci,max_ports=2");
+            args.option("-device", "virtio-serial-pci,max_ports=3");
             args.option("-device", format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
         }
         AgentChannel::Serial => args.option("-serial", "chardev:agent"),
+    }
+    if let Some(socket) = fds.guest_agent {
+        args.option("-chardev", format!("socket,id=qga,fd={socket}"));
+        args.option("-device", format!("virtserialport,chardev=qga,name={GUEST_AGENT_PORT}"));
     }
     if fds.memory.is_some() {
         if config.machine == Machine::Q35 {
@@ -156,9 +171,12 @@ impl<'a> Ram<'a> {
 }
 
 fn machine(config: &VmConfig, memory: &Ram<'_>) -> String {
-    let board = match config.machine {
-        Machine::Microvm => "microvm,pcie=on,acpi=on",
-        Machine::Q35 => "q35,smbus=off,sata=off,vmport=off",
+    let board = match (config.machine, &config.boot) {
+        (Machine::Microvm, _) => "microvm,pcie=on,acpi=on",
+        (_, Boot::Firmware(FirmwareBoot { firmware: Firmware::Uefi { smm: true, .. }, .. })) => {
+            "q35,smbus=off,sata=off,vmport=off,smm=on"
+        }
+        (Machine::Q35, _) => "q35,smbus=off,sata=off,vmport=off",
     };
     // Nodes have memory of their own.
     match memory {
@@ -167,6 +185,40 @@ fn machine(config: &VmConfig, memory: &Ram<'_>) -> String {
         }
         _ => board.to_owned(),
     }
+}
+
+/// What starts the system of a disk, and what it finds beside the disk.
+fn firmware(args: &mut Arguments, boot: &FirmwareBoot) {
+    match &boot.firmware {
+        Firmware::Bios => {}
+        Firmware::File(file) => args.option("-bios", file),
+        Firmware::Uefi { code, vars, format, smm } => {
+            let format = format.name();
+            // What a guest writes into its variables is gone with it.
+            let flash = |unit: u32, file: &Path, how: &str| {
+                format!("if=pflash,unit={unit},format={format},{how},file={}", escaped(file))
+            };
+            args.option("-drive", flash(0, code, "readonly=on"));
+            args.option("-drive", flash(1, vars, "snapshot=on"));
+            if *smm {
+                args.option("-global", "driver=cfi.pflash01,property=secure,value=on");
+                // Waking up again would leave that mode open.
+                args.option("-global", "ICH9-LPC.disable_s3=1");
+            }
+        }
+    }
+    for string in &boot.oem_strings {
+        args.option("-smbios", format!("type=11,value={}", string.replace(',', ",,")));
+    }
+    // Systems wait for random numbers while they boot.
+    args.option("-device", "virtio-rng-pci");
+    // Tells of panics, which an image need not have a console for.
+    args.option("-device", "pvpanic");
+}
+
+/// A path in the options of QEMU. It was checked to be UTF-8 when the configuration was built.
+fn escaped(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
 }
 
 /// Whether servers outside of QEMU read and write the guest's memory, which they then have to share.
@@ -222,8 +274,7 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         match share.transport {
             ShareTransport::NineP => {
                 let read_only = if share.read_only { ",readonly=on" } else { "" };
-                // It was checked to be UTF-8 when the configuration was built.
-                let path = share.path.to_string_lossy().replace(',', ",,");
+                let path = escaped(&share.path);
                 args.option(
                     "-fsdev",
                     format!(
@@ -242,6 +293,18 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
     match config.network {
         NetworkMode::None => {}
         NetworkMode::User => args.option("-netdev", "user,id=net"),
+    }
+    for (index, disk) in config.disks.iter().enumerate() {
+        let how = match disk.writes {
+            // What nobody will read need not be on the host's disks.
+            DiskWrites::Discarded => ",snapshot=on,cache=unsafe",
+            DiskWrites::Kept => "",
+            DiskWrites::Refused => ",readonly=on",
+        };
+        let (path, format) = (escaped(&disk.path), disk.format.name());
+        let drive =
+            format!("if=none,id=disk{index},discard=unmap,format={format}{how},file={path}");
+        args.option("-drive", drive);
     }
 }
 
@@ -308,37 +371,51 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
             properties: vec![("netdev", "net".to_owned()), ("romfile", String::new())],
         }),
     }
+    for (index, disk) in config.disks.iter().enumerate() {
+        let mut properties =
+            vec![("drive", format!("disk{index}")), ("serial", disk.serial.clone())];
+        if index == 0 && config.boot.kernel().is_none() {
+            properties.push(("bootindex", "0".to_owned()));
+        }
+        devices.push(Device { driver: "virtio-blk-pci", properties });
+    }
     devices
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Boot, Caching, ShareDevice, VmConfigBuilder};
+    use vmlab_artifacts::image::ImageFormat;
+
+    use crate::config::{Caching, DiskDevice, KernelBoot, ShareDevice, VmConfigBuilder};
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
 
     fn line(change: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Vec<String> {
         // Any readable file will do: nothing is started.
         let file = std::env::current_exe().unwrap();
-        let boot = Boot {
+        let boot = KernelBoot {
             image: file.clone(),
             arch: Arch::HOST,
             initramfs: file,
             command_line: "console=ttyS0 a=\"b c\"".to_owned(),
         };
-        let config = change(VmConfigBuilder::new(boot)).build().unwrap();
+        words(&change(VmConfigBuilder::new(boot)).build().unwrap(), None)
+    }
+
+    fn words(config: &VmConfig, guest_agent: Option<RawFd>) -> Vec<String> {
         let shares = vec![10, 11];
         let fds = Descriptors {
             console: 7,
             agent: 8,
             qmp: 9,
+            guest_agent,
             shares,
             memory: None,
             incoming: false,
             reset_kernel: None,
         };
-        let words = arguments(&config, &fds, Path::new("/logs/cpu.log"));
+        let words = arguments(config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
@@ -389,6 +466,64 @@ mod tests {
         assert!(!fsdevs[1].contains("readonly"));
         let devices = values(&line, "-device");
         assert!(devices.contains(&"virtio-9p-pci,fsdev=share1,mount_tag=rw"), "{devices:?}");
+    }
+
+    #[test]
+    fn disks_are_written_to_as_is_asked_for_and_commas_survive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a,b");
+        std::fs::write(&path, "").unwrap();
+        let disk = |serial: &str, format, writes| DiskDevice {
+            serial: serial.to_owned(),
+            path: path.clone(),
+            format,
+            writes,
+        };
+        let line = line(|config| {
+            config
+                .disk(disk("one", ImageFormat::Qcow2, DiskWrites::Discarded))
+                .disk(disk("two", ImageFormat::Raw, DiskWrites::Kept))
+                .disk(disk("three", ImageFormat::Raw, DiskWrites::Refused))
+        });
+        let drives = values(&line, "-drive");
+        assert!(drives[0].contains("format=qcow2,snapshot=on,") && drives[0].ends_with("/a,,b"));
+        assert!(!drives[1].contains("snapshot=on") && !drives[1].contains("readonly=on"));
+        assert!(drives[2].contains("format=raw,readonly=on,"), "{drives:?}");
+        let devices = values(&line, "-device");
+        assert!(devices.contains(&"virtio-blk-pci,drive=disk1,serial=two"), "{devices:?}");
+    }
+
+    #[test]
+    fn firmware_starts_the_first_disk_and_keeps_nothing_of_its_variables() {
+        let file = std::env::current_exe().unwrap();
+        let firmware = Firmware::Uefi {
+            code: file.clone(),
+            vars: file.clone(),
+            format: ImageFormat::Raw,
+            smm: true,
+        };
+        let boot = FirmwareBoot { firmware, oem_strings: vec!["a,b".to_owned()] };
+        let disk = DiskDevice {
+            serial: "root".to_owned(),
+            path: file,
+            format: ImageFormat::Raw,
+            writes: DiskWrites::Discarded,
+        };
+        let config = VmConfigBuilder::new(boot).machine(Machine::Q35).disk(disk).build().unwrap();
+        let line = words(&config, Some(12));
+        let drives = values(&line, "-drive");
+        assert!(drives[0].starts_with("if=pflash,unit=0,") && drives[0].contains("readonly=on"));
+        assert!(drives[1].starts_with("if=pflash,unit=1,") && drives[1].contains("snapshot=on"));
+        assert!(values(&line, "-machine")[0].ends_with(",smm=on"), "{line:?}");
+        assert_eq!(values(&line, "-smbios"), ["type=11,value=a,,b"]);
+        let devices = values(&line, "-device");
+        for wanted in [
+            "virtio-blk-pci,drive=disk0,serial=root,bootindex=0",
+            "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
+        ] {
+            assert!(devices.contains(&wanted), "{wanted}: {devices:?}");
+        }
+        assert!(values(&line, "-kernel").is_empty(), "{line:?}");
     }
 
     #[test]

@@ -134,11 +134,13 @@ impl Hypervisor for Qemu {
 
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
-        let shares = (6..).take(config.served_shares().count()).collect();
+        let image = config.boot.kernel().is_none();
+        let shares = (7..).take(config.served_shares().count()).collect();
         let fds = Descriptors {
             console: 3,
             agent: 4,
             qmp: 5,
+            guest_agent: image.then_some(6),
             shares,
             memory: None,
             incoming: false,

@@ -54,6 +54,7 @@ const PANIC_SILENCE: Duration = Duration::from_secs(10);
 pub(super) struct QemuVm {
     shared: Arc<Shared>,
     agent: Mutex<Option<UnixStream>>,
+    guest_agent: Mutex<Option<UnixStream>>,
     supervisor: Mutex<Option<JoinHandle<()>>>,
     /// Whether a guest's sync(2) waits for the host's disks.
     durable: Arc<AtomicBool>,
@@ -132,8 +133,9 @@ impl QemuVm {
         };
         let with_state = shares_of.is_some();
         let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
-        let (mut ours, theirs) =
-            Sockets::pairs(servers.count(), with_state).map_err(resource("sockets"))?;
+        let kernel = config.boot.kernel();
+        let (mut ours, theirs) = Sockets::pairs(servers.count(), with_state, kernel.is_none())
+            .map_err(resource("sockets"))?;
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
         let log_file = |path: &Path| {
@@ -145,10 +147,10 @@ impl QemuVm {
         // QEMU would make it with the user's umask.
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
-        let entry = || BootImage::open_unversioned(&config.boot.image).ok()?.pvh_entry();
-        let kernel = if with_state { entry().map(reset_kernel::file) } else { None };
-        let kernel = kernel.transpose().map_err(resource("memory"))?;
-        let descriptors = theirs.descriptors(ram.as_ref(), kernel.as_ref());
+        let entry = || BootImage::open_unversioned(&kernel?.image).ok()?.pvh_entry();
+        let reset_kernel = if with_state { entry().map(reset_kernel::file) } else { None };
+        let reset_kernel = reset_kernel.transpose().map_err(resource("memory"))?;
+        let descriptors = theirs.descriptors(ram.as_ref(), reset_kernel.as_ref());
         command.args(arguments(config, &descriptors, &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let shares = std::mem::take(&mut ours.shares);
@@ -166,7 +168,7 @@ impl QemuVm {
         }
         let (files, copies) = ram.map_or_else(Default::default, |ram| (ram.files, ram.copies));
         let memory = if for_snapshot { files.clone() } else { Vec::new() };
-        inherit(&mut command, theirs, files.into_iter().chain(kernel).collect());
+        inherit(&mut command, theirs, files.into_iter().chain(reset_kernel).collect());
         let restore = match (options.origin, ours.state.take()) {
             (Origin::Snapshot(snapshot), Some(socket)) => {
                 // The log is whole, though the console began before.
@@ -179,7 +181,7 @@ impl QemuVm {
         };
         // Without a limit the kernel's own word is waited for, for ever if need be.
         ours.console
-            .set_read_timeout(panic_patience(&config.boot.command_line))
+            .set_read_timeout(panic_patience(kernel.map_or("", |kernel| &kernel.command_line)))
             .map_err(resource("sockets"))?;
         let deadline = options.deadline;
 
@@ -252,6 +254,7 @@ impl QemuVm {
         let vm = Self {
             shared,
             agent: Mutex::new(Some(ours.agent)),
+            guest_agent: Mutex::new(ours.guest_agent),
             supervisor: Mutex::new(Some(supervisor)),
             durable,
             memory,
@@ -260,7 +263,11 @@ impl QemuVm {
         if !vm.shared.qmp.wait_ready()
             && let Some(ExitReason::MonitorFailed(said)) = vm.wait(None)
         {
-            return Err(HypervisorError::Refused { said });
+            // It names the option that it refuses.
+            return Err(match said.contains(": -drive ") {
+                true => HypervisorError::Disk { said },
+                false => HypervisorError::Refused { said },
+            });
         }
         match shares_of {
             Some(places) => vm.plug(config, places)?,
@@ -302,8 +309,19 @@ impl QemuVm {
         config: &VmConfig,
         places: impl Iterator<Item = u32>,
     ) -> Result<(), HypervisorError> {
-        for (device, place) in devices(config).iter().zip(places) {
-            self.shared.qmp.run("device_add", device.to_plug(place), None)?;
+        let devices = devices(config);
+        // They are the last ones.
+        let disks = devices.len().saturating_sub(config.disks.len());
+        for ((index, device), place) in devices.iter().enumerate().zip(places) {
+            let plugged = self.shared.qmp.run("device_add", device.to_plug(place), None);
+            let disk = index.checked_sub(disks).and_then(|number| config.disks.get(number));
+            match (plugged, disk) {
+                (Err(HypervisorError::Command { said, .. }), Some(disk)) => {
+                    let said = format!("{}: {said}", disk.path.display());
+                    return Err(HypervisorError::Disk { said });
+                }
+                (plugged, _) => plugged?,
+            };
         }
         Ok(())
     }
@@ -521,6 +539,10 @@ impl VmHandle for QemuVm {
 
     fn take_agent_channel(&self) -> Option<UnixStream> {
         lock(&self.agent).take()
+    }
+
+    fn take_guest_agent_channel(&self) -> Option<UnixStream> {
+        lock(&self.guest_agent).take()
     }
 
     fn serial(&self) -> &SerialConsole {

@@ -19,6 +19,8 @@ pub(super) struct Sockets {
     pub(super) console: UnixStream,
     pub(super) agent: UnixStream,
     pub(super) qmp: UnixStream,
+    /// For VMs that start an image's system.
+    pub(super) guest_agent: Option<UnixStream>,
     /// One for each file server.
     pub(super) shares: Vec<UnixStream>,
     /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
@@ -27,22 +29,26 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// Both ends.
-    pub(super) fn pairs(servers: usize, with_state: bool) -> io::Result<(Self, Self)> {
+    pub(super) fn pairs(
+        servers: usize,
+        with_state: bool,
+        with_guest_agent: bool,
+    ) -> io::Result<(Self, Self)> {
         let (console, their_console) = UnixStream::pair()?;
         let (agent, their_agent) = UnixStream::pair()?;
         let (qmp, their_qmp) = UnixStream::pair()?;
         let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
         let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
-        let (state, their_state) = match with_state.then(UnixStream::pair).transpose()? {
-            Some((ours, theirs)) => (Some(ours), Some(theirs)),
-            None => (None, None),
-        };
+        let (state, their_state) = with_state.then(UnixStream::pair).transpose()?.unzip();
+        let guest_agent = with_guest_agent.then(UnixStream::pair).transpose()?;
+        let (guest_agent, their_guest_agent) = guest_agent.unzip();
         Ok((
-            Self { console, agent, qmp, shares, state },
+            Self { console, agent, qmp, guest_agent, shares, state },
             Self {
                 console: their_console,
                 agent: their_agent,
                 qmp: their_qmp,
+                guest_agent: their_guest_agent,
                 shares: their_shares,
                 state: their_state,
             },
@@ -59,6 +65,7 @@ impl Sockets {
             console: self.console.as_raw_fd(),
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
+            guest_agent: self.guest_agent.as_ref().map(AsRawFd::as_raw_fd),
             shares: self.shares.iter().map(AsRawFd::as_raw_fd).collect(),
         }
     }
@@ -73,7 +80,7 @@ pub(super) fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<Fi
         if rustix::process::getppid() != Some(parent) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let more = sockets.shares.iter().chain(&sockets.state);
+        let more = sockets.shares.iter().chain(&sockets.state).chain(&sockets.guest_agent);
         for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
             fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
         }

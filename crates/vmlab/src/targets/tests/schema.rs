@@ -5,11 +5,13 @@ use std::borrow::Cow;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde_json::{Map, Value, json};
 
-use crate::config::Topology;
+use crate::config::{MAX_SERIAL, Topology};
 use crate::events::{EventKind, GROUPS};
 use crate::targets::file;
 use crate::targets::spelling::{kebab, snake};
-use crate::targets::table::{Field, MountTable, Mounts, ShareTable, Shares, TargetTable};
+use crate::targets::table::{
+    DiskTable, Field, MountTable, Mounts, ShareTable, Shares, TargetTable,
+};
 use crate::targets::value::{CommandText, Cpus, Env, Kinds, Named, Strings, Time, Word};
 use crate::units::Bytes;
 
@@ -201,10 +203,18 @@ fn schema() -> Value {
         "DefaultsTable".to_owned(),
         table("What targets have that do not say otherwise.", &defaults, &[]),
     );
+    let disks = generator.root_schema_for::<DiskTable>().to_value();
+    let about = disks["description"].as_str().unwrap();
+    definitions.insert("DiskTable".to_owned(), table(about, &properties(&disks), &["path"]));
+    let disks = json!({
+        "type": "object",
+        "additionalProperties": named("DiskTable"),
+        "propertyNames": { "pattern": format!("^[A-Za-z0-9_-]{{1,{MAX_SERIAL}}}$") },
+    });
     let top = [
         ("defaults", named("DefaultsTable")),
         ("shares", json!({ "type": "object", "additionalProperties": named("ShareTable") })),
-        ("disks", json!({ "description": "Reserved.", "not": {} })),
+        ("disks", disks),
         ("target", json!({ "type": "array", "items": named("TargetTable") })),
         ("matrix", json!({ "type": "array", "items": named("MatrixTable") })),
     ];

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{DIR, names, vmlab};
-use crate::config::{Machine, NetworkMode, ShareTransport, Topology};
+use crate::config::{DiskWrites, Machine, NetworkMode, ShareTransport, Topology};
 use crate::events::{EventKind, EventKinds};
 use crate::targets::table::TargetTable;
 use crate::targets::{
     DEFAULT_FILE, FileKind, Firmware, ImageSpec, RunSpec, System, Target, TargetCommand,
     TargetFileError, VerdictSpec, VmSpec, event_names, find, load, load_as,
 };
-use crate::{AccelChoice, RootMode, Share, ShareVia};
+use crate::{AccelChoice, Disk, RootMode, Share, ShareVia};
 
 fn one(text: &str) -> Target {
     let mut targets = vmlab(text);
@@ -65,6 +65,18 @@ fn each_key_of_a_target_is_read() {
         guest = "/cache"
         writable = true
 
+        [disks.data]
+        path = "disks/data.qcow2"
+        [disks.log]
+        path = "/srv/log.raw"
+        mode = "rw"
+        [disks.old]
+        path = "../old"
+        mode = "ro"
+        [disks.scratch]
+        path = "./scratch"
+        mode = "discard"
+
         [[target]]
         name = "all"
         tags = ["slow", "net"]
@@ -82,6 +94,7 @@ fn each_key_of_a_target_is_read() {
         net = "user"
         hostname = "guest"
         shares = ["src", "cache", { host = "x", guest = "/x" }]
+        disks = ["log", "data", "old", "scratch"]
         share-via = "9p"
         qemu-args = ["-device", "x"]
         qemu-command = "./qemu"
@@ -129,6 +142,12 @@ fn each_key_of_a_target_is_read() {
                 Share::new("/var/cache/x").at("/cache"),
                 Share::new(here.join("x")).at("/x").read_only(),
                 Share::new(here.join("sub")),
+            ],
+            disks: vec![
+                Disk::new("log", "/srv/log.raw").writes(DiskWrites::Kept),
+                Disk::new("data", here.join("disks/data.qcow2")),
+                Disk::new("old", here.join("../old")).writes(DiskWrites::Refused),
+                Disk::new("scratch", here.join("scratch")),
             ],
             share_via: ShareVia::Only(ShareTransport::NineP),
             qemu_args: ["-device", "x"].map(text).into(),
@@ -293,6 +312,43 @@ fn directories_beside_the_file_have_a_place_without_dots() {
     let target = one("[[target]]\nname = 'a'\ncommand = 'b'\ncwd = '/srv'\n");
     assert_eq!(target.run.cwd.as_deref(), Some(Path::new("/srv")));
     assert!(target.vm.shares.is_empty());
+}
+
+#[test]
+fn disks_are_inherited_and_chosen_by_variables() {
+    let targets = vmlab(
+        "
+        [disks.small]
+        path = 'small.raw'
+        [disks.large]
+        path = 'large.raw'
+        [defaults]
+        disks = 'small'
+        [[target]]
+        name = 'inherits'
+        command = 'c'
+        [[target]]
+        name = 'image'
+        command = 'c'
+        image = 'i'
+        [[target]]
+        name = 'none'
+        command = 'c'
+        disks = []
+        [[matrix]]
+        name = 'each'
+        command = 'c'
+        vars = { disk = ['large', 'small'] }
+        disks = ['{disk}']
+    ",
+    );
+    let disks = targets.iter().map(|target| {
+        let names = target.vm.disks.iter().map(|disk| disk.name.as_deref().unwrap());
+        names.collect::<Vec<_>>().join(" ")
+    });
+    let disks: Vec<_> = disks.collect();
+    assert_eq!(disks, ["small", "small", "", "large", "small"]);
+    assert_eq!(targets[3].vm.disks[0].path, Path::new(DIR).join("large.raw"));
 }
 
 #[test]

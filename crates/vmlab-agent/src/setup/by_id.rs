@@ -1,0 +1,57 @@
+//! Disks by the names that the host gives them, as udev has them for its rules: there is none of it here.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vmlab_wire::message::Failure;
+
+use super::disk::{BLOCK, wait_for};
+use super::{Step, failed_io};
+
+/// Where such names are. That of a disk begins with `virtio-`, and has `-partN` behind it for partitions.
+const BY_ID: &str = "/dev/disk/by-id";
+
+/// Waits for the disks with these serial numbers, and makes a link to each and to each of its partitions.
+pub(super) fn name(serials: &[String]) -> Step {
+    if serials.is_empty() {
+        return Ok(());
+    }
+    let failed = |e: io::Error| failed_io(format!("make links in {BY_ID}"), &e, "");
+    fs::create_dir_all(BY_ID).map_err(failed)?;
+    for serial in serials {
+        let disk = wait_for(serial).ok_or_else(|| Failure {
+            step: format!("find the disk `{serial}`"),
+            detail: "it has not appeared: has the kernel a driver for virtio disks?".to_string(),
+            errno: None,
+        })?;
+        let link = Path::new(BY_ID).join(format!("virtio-{serial}"));
+        point(&link, &disk).map_err(failed)?;
+        for (number, partition) in partitions(&disk).map_err(failed)? {
+            let link = Path::new(BY_ID).join(format!("virtio-{serial}-part{number}"));
+            point(&link, &partition).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// The partitions of a disk: their numbers and the kernel's names of them.
+fn partitions(disk: &str) -> io::Result<Vec<(u32, String)>> {
+    let mut partitions = Vec::new();
+    for entry in fs::read_dir(Path::new(BLOCK).join(disk))? {
+        let entry = entry?;
+        let Ok(number) = fs::read_to_string(entry.path().join("partition")) else { continue };
+        if let Ok(number) = number.trim().parse() {
+            partitions.push((number, entry.file_name().to_string_lossy().into_owned()));
+        }
+    }
+    Ok(partitions)
+}
+
+/// Makes a link to a device, unless udev has made it.
+fn point(link: &Path, device: &str) -> io::Result<()> {
+    match std::os::unix::fs::symlink(PathBuf::from("../..").join(device), link) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
