@@ -3,8 +3,9 @@
 # `vmlab image build`), the same memory, one CPU, TCG, in one go. Puts a table on top of
 # bench/results/images.md.
 #
-# Bare QEMU is what anybody would write by hand: the image under `snapshot=on`, and a socket on which
-# qemu-guest-agent is asked until it answers. vmlab also has its own agent started, which is what answers,
+# Bare QEMU is what one would write by hand: the image under `snapshot=on`, and a socket on which
+# qemu-guest-agent is asked until it answers; it has the processor and the random numbers that vmlab gives its
+# guests, since the difference should be vmlab's own. vmlab also has its own agent started, which is what answers,
 # and then runs a command with the working directory shared.
 set -euo pipefail
 
@@ -34,7 +35,8 @@ cat >"$work/bare.py" <<'PYTHON'
 import json, os, socket, subprocess, sys, time
 image, memory, path = sys.argv[1:]
 command = [
-    "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", memory, "-smp", "1",
+    "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", memory,
+    "-cpu", "max,la57=off,erms=off,fsrm=off", "-device", "virtio-rng-pci", "-smp", "1",
     "-display", "none", "-no-reboot", "-serial", "null",
     "-drive", f"file={image},format=raw,if=virtio,snapshot=on",
     "-device", "virtio-serial", "-chardev", f"socket,path={path},server=on,wait=off,id=agent",

@@ -1,8 +1,9 @@
 //! Disk images: what a file that is said to be one really is, and the disk in it.
 //!
-//! A format is told by magic bytes and given to QEMU by name, so that nothing that a guest writes can
-//! change it. An image may name other files, which QEMU then opens: only such as are beside it are
-//! allowed, since an image from elsewhere must not make QEMU read any other file of this host.
+//! A format is told by magic bytes and given to QEMU by name. An image may name other files, which QEMU
+//! then opens: only such as are beside it are allowed, since an image from elsewhere must not make QEMU
+//! read any other file of this host, and only where its name says its format, since a guest that may write
+//! to a raw disk can make an image of some other format of it.
 
 pub(crate) mod numbers;
 mod probe;
@@ -211,7 +212,7 @@ pub fn open(cache: &Cache, path: &Path, progress: &dyn Progress) -> Result<DiskI
     let (head, len) = read_head(path).map_err(io)?;
     match probe::find(&head, Some(len)) {
         Found::Disk(format) => {
-            check(path, format, Siblings::Allowed)?;
+            check(path, format, Siblings::of(path, format))?;
             Ok(DiskImage { path: path.clone(), format, lease: None })
         }
         Found::Compressed(_) | Found::Tar => unpack::unpacked(cache, path, progress),
@@ -239,7 +240,7 @@ pub fn open_data(path: &Path) -> Result<DiskImage, ImageError> {
         _ => ImageFormat::Raw,
     };
     if format != ImageFormat::Raw {
-        check(path, format, Siblings::Allowed)?;
+        check(path, format, Siblings::of(path, format))?;
     }
     Ok(DiskImage { path: path.clone(), format, lease: None })
 }
@@ -256,6 +257,18 @@ enum Siblings {
     Allowed,
     /// There are none that belong to it.
     None,
+}
+
+impl Siblings {
+    /// A guest that writes to a raw disk can make an image of another format of it. So only a file whose name
+    /// says its format may have others beside it.
+    fn of(path: &Path, format: ImageFormat) -> Self {
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+        match ending.eq_ignore_ascii_case(format.name()) {
+            true => Siblings::Allowed,
+            false => Siblings::None,
+        }
+    }
 }
 
 /// Checks what can be told without reading all of an image: that it is whole, and what it names.

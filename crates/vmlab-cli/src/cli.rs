@@ -179,7 +179,8 @@ pub(crate) struct VmArgs {
     #[arg(long, requires = "image", conflicts_with = "kernel")]
     pub(crate) secure_boot: bool,
     /// Start the image by this BIOS or UEFI firmware
-    #[arg(long, value_name = "FILE", requires = "image", conflicts_with = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "image")]
+    #[arg(conflicts_with_all = ["kernel", "uefi", "secure_boot"])]
     pub(crate) bios: Option<PathBuf>,
     /// Let the guest write to the image itself
     #[arg(long, requires = "image")]

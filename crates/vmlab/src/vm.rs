@@ -115,6 +115,8 @@ impl Vm {
         if let Some(name) = prepared.user
             && let Err(error) = vm.become_user(&name)
         {
+            // Its disks may be kept; that it does not end in time is not what the user has to know.
+            let _ = vm.shutdown();
             let report = vm.report();
             return Err(Box::new(FailedStart { error, report }));
         }
@@ -130,7 +132,9 @@ impl Vm {
                 let Accounts { passwd, group } = self.setup.accounts.take().unwrap_or_default();
                 let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
                 let user = GuestUser::find(name, &text(&passwd), &text(&group));
-                user.ok_or_else(|| Error::NoSuchUser { name: name.to_owned() })?
+                let user = user.ok_or_else(|| Error::NoSuchUser { name: name.to_owned() })?;
+                self.environment.become_login(&user, &text(&passwd));
+                user
             }
         };
         self.environment.user = user;

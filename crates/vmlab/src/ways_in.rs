@@ -10,8 +10,9 @@ use crate::guest::qga;
 use crate::hypervisor::VmHandle;
 use crate::sync::lock;
 
-/// How much longer than for the agent itself is waited for what brings it.
-const MARGIN: Duration = Duration::from_secs(10);
+/// Which part of the time for the agent qemu-guest-agent may not use up, so that it can be told what came of
+/// asking it.
+const REST: u32 = 20;
 
 /// All ways, tried at once until the first one has brought the agent. The seed drive is one of the VM's
 /// disks, and the credentials are in its tables: only qemu-guest-agent has to be spoken to.
@@ -36,7 +37,7 @@ impl WaysIn {
         let guest_agent = Arc::new(Mutex::new(GuestAgent::default()));
         let ways = Self { guest_agent: Arc::clone(&guest_agent), over: Arc::clone(&over) };
         let Some(socket) = handle.take_guest_agent_channel() else { return ways };
-        let deadline = Instant::now() + limit + MARGIN;
+        let deadline = Instant::now() + (limit - limit / REST);
         let ask = move || {
             let over = || over.load(Ordering::Relaxed);
             let outcome = match qga::put_agent(&socket, AGENT, deadline, &over) {

@@ -149,7 +149,13 @@ fn mount_system(
     flags: MountFlags,
 ) -> rustix::io::Result<bool> {
     let _ = rustix::fs::mkdir(INSIDE, 0o755.into());
-    mount(device, INSIDE, kind, flags, None)?;
+    // Only to look: what is not the root stays as it is, its journal too.
+    let options = match kind {
+        "ext4" => Some(c"noload"),
+        "xfs" => Some(c"norecovery"),
+        _ => None,
+    };
+    mount(device, INSIDE, kind, MountFlags::RDONLY, options)?;
     let has_system =
         |dir: &Path| SIGNS.iter().any(|sign| dir.join(sign).symlink_metadata().is_ok());
     let inside = PathBuf::from(INSIDE);

@@ -43,11 +43,12 @@ const WRITABLE_TIME: Duration = Duration::from_secs(30);
 /// How often it is looked at.
 const WRITABLE_LOOK: Duration = Duration::from_millis(20);
 
-/// Waits for the root to become writable, for mount points. One that never does may have them all the same.
-pub(super) fn await_writable_root() {
+/// Waits for the root to become writable, where mount points have to be made.
+pub(super) fn await_writable_root(shares: &[Mount]) {
     let until = Instant::now() + WRITABLE_TIME;
+    let missing = |share: &Mount| path(&share.target).is_ok_and(|target| !target.is_dir());
     let read_only = || rustix::fs::access("/", Access::WRITE_OK) == Err(Errno::ROFS);
-    while read_only() && Instant::now() < until {
+    while shares.iter().any(missing) && read_only() && Instant::now() < until {
         std::thread::sleep(WRITABLE_LOOK);
     }
 }

@@ -172,7 +172,7 @@ pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Resu
     }
     done("entropy and name");
     if !setup.shares.is_empty() {
-        files::await_writable_root();
+        files::await_writable_root(&setup.shares);
         done("writable root");
     }
     for share in &setup.shares {

@@ -80,9 +80,17 @@ impl Checker {
         let Some(backing) = header.backing else { return Ok(()) };
         let beside = self.beside(path, BACKING, &backing)?;
         match header.backing_format.as_deref() {
-            Some("raw" | "file") => Ok(()),
-            // QEMU tells the format by the content then, and so does this.
-            _ => self.found(path, BACKING, &backing, &beside),
+            // QEMU takes it for what the header says, whatever it is.
+            Some("raw") => Ok(()),
+            Some("qcow2") => self.image(&beside, ImageFormat::Qcow2),
+            Some("vmdk") => self.image(&beside, ImageFormat::Vmdk),
+            Some("vdi") => self.image(&beside, ImageFormat::Vdi),
+            Some(other) => {
+                let why = format!("said to be of the format `{other}`, which is not supported");
+                Err(refused(path, BACKING, &backing, why))
+            }
+            // It tells the format by the content then, and so does this.
+            None => self.found(path, BACKING, &backing, &beside),
         }
     }
 
@@ -90,11 +98,16 @@ impl Checker {
         let io = |source| ImageError::io("read the disk image", path, source);
         let unusable = |why: &str| unusable(path, ImageFormat::Vmdk, why.to_owned());
         let head = read_at(file, 0, 512).map_err(io)?;
-        let (descriptor, opens_extents) = match head.starts_with(b"KDMV") {
+        let sparse = head.starts_with(b"KDMV");
+        let (descriptor, opens_extents) = match sparse {
             true => {
                 let header = || Some((le64(&head, 12)?, le64(&head, 28)?, le64(&head, 36)?));
                 let (capacity, at, len) = header().ok_or_else(|| unusable("its header is cut"))?;
                 let len = len.saturating_mul(512).clamp(PARENT_SEARCHED, DESCRIPTOR_MAX);
+                // A parent is looked for there, wherever the header has its descriptor.
+                if at > 1 {
+                    return Err(unusable("its descriptor is not where it belongs"));
+                }
                 let at = at.saturating_mul(512);
                 // Without a descriptor there is the header in its place.
                 let text = read_at(file, at, len as usize).map_err(io)?;
@@ -103,33 +116,29 @@ impl Checker {
             }
             false => (read_at(file, 0, DESCRIPTOR_MAX as usize).map_err(io)?, true),
         };
-        let references = descriptor_references(&descriptor)
-            .map_err(|why| refused(path, why.role, &why.text, "whose name is malformed".into()))?;
+        let malformed =
+            |why: Malformed| refused(path, why.role, &why.text, "whose name is malformed".into());
+        let mut references = parents(&descriptor).map_err(malformed)?;
+        if sparse {
+            let searched = read_at(file, 512, PARENT_SEARCHED as usize).map_err(io)?;
+            references.extend(parents(&searched).map_err(malformed)?);
+        }
+        if opens_extents {
+            references.extend(extents(&descriptor).map_err(malformed)?);
+        }
         for (role, name) in references {
-            if role == PARENT || opens_extents {
-                let beside = self.beside(path, role, &name)?;
-                self.extent(path, role, &name, &beside)?;
-            }
+            let beside = self.beside(path, role, &name)?;
+            self.extent(role, &beside)?;
         }
         Ok(())
     }
 
-    /// An extent that is sparse is an image again; QEMU says which is, and what it begins with does.
-    fn extent(
-        &mut self,
-        path: &Path,
-        role: &'static str,
-        name: &str,
-        beside: &Path,
-    ) -> Result<(), ImageError> {
+    /// An extent that is sparse is an image again; QEMU says which is, and what it begins with does. A parent
+    /// is taken for an image of the same format, whatever it is.
+    fn extent(&mut self, role: &'static str, beside: &Path) -> Result<(), ImageError> {
         let io = |source| ImageError::io("read the disk image", beside, source);
-        match role {
-            EXTENT => match read_head(beside).map_err(io)?.0.starts_with(b"KDMV") {
-                true => self.image(beside, ImageFormat::Vmdk),
-                false => Ok(()),
-            },
-            _ => self.found(path, role, name, beside),
-        }
+        let is_image = role == PARENT || read_head(beside).map_err(io)?.0.starts_with(b"KDMV");
+        if is_image { self.image(beside, ImageFormat::Vmdk) } else { Ok(()) }
     }
 
     /// Another image, of whatever format it is.
@@ -162,7 +171,11 @@ impl Checker {
         }
         let beside = match (self.siblings, path.parent()) {
             (Siblings::Allowed, Some(dir)) => dir.join(name),
-            _ => return Err(refuse("which cannot be there for an image that has to be unpacked")),
+            _ => {
+                return Err(refuse(
+                    "which only an image with a name that ends in its format may have",
+                ));
+            }
         };
         match fs::symlink_metadata(&beside) {
             Ok(meta) if meta.is_file() => Ok(beside),
@@ -264,34 +277,41 @@ struct Malformed {
     text: String,
 }
 
-/// The names in a descriptor. QEMU's parser goes by words and not by lines, so each quoted string counts
-/// that is not the value of some key: no way to write an extent escapes.
-fn descriptor_references(descriptor: &[u8]) -> Result<Vec<(&'static str, String)>, Malformed> {
+/// A name of a file and what it is for.
+type Reference = (&'static str, String);
+
+/// The parents in a descriptor.
+fn parents(descriptor: &[u8]) -> Result<Vec<Reference>, Malformed> {
     const HINT: &str = "parentFileNameHint";
     let text = String::from_utf8_lossy(descriptor);
-    let mut references = Vec::new();
-    for (at, _) in text.match_indices(HINT) {
+    let name = |at: usize| {
         let rest = &text[at + HINT.len()..];
-        let quoted = rest.strip_prefix("=\"").and_then(|rest| rest.split_once('"'));
-        match quoted {
-            Some((name, _)) => references.push((PARENT, name.to_owned())),
-            None => {
-                let text = rest.chars().take(40).collect();
-                return Err(Malformed { role: PARENT, text });
+        match rest.strip_prefix("=\"").and_then(|rest| rest.split_once('"')) {
+            Some((name, _)) => Ok((PARENT, name.to_owned())),
+            None => Err(Malformed { role: PARENT, text: rest.chars().take(40).collect() }),
+        }
+    };
+    text.match_indices(HINT).map(|(at, _)| name(at)).collect()
+}
+
+/// The extents in a descriptor. QEMU's parser goes by words here and by lines there, so each quoted string
+/// counts that is not the value of some key, and none may go on to the next line.
+fn extents(descriptor: &[u8]) -> Result<Vec<Reference>, Malformed> {
+    let text = String::from_utf8_lossy(descriptor);
+    let mut references = Vec::new();
+    for line in text.split(['\n', '\r']) {
+        let mut rest = line;
+        while let Some((before, after)) = rest.split_once('"') {
+            let Some((quoted, next)) = after.split_once('"') else {
+                // QEMU ends a name at a line's end, too.
+                let text = after.chars().take(40).collect();
+                return Err(Malformed { role: EXTENT, text });
+            };
+            if !before.trim_end().ends_with('=') {
+                references.push((EXTENT, quoted.to_owned()));
             }
+            rest = next;
         }
-    }
-    let mut rest = &*text;
-    while let Some((before, after)) = rest.split_once('"') {
-        let Some((quoted, next)) = after.split_once('"') else {
-            // QEMU ends a name at a line's end, too.
-            let text = after.chars().take(40).collect();
-            return Err(Malformed { role: EXTENT, text });
-        };
-        if !before.trim_end().ends_with('=') {
-            references.push((EXTENT, quoted.to_owned()));
-        }
-        rest = next;
     }
     Ok(references)
 }

@@ -86,7 +86,7 @@ fn a_bios_starts_an_image() {
     let script = "
         [ -d /sys/firmware/efi ] && echo efi || echo bios
         . /etc/os-release; echo $ID $VERSION_ID; cat /proc/1/comm
-        id -un; pwd; echo \"$GIVEN $FROM_THE_CALLER.\"; cat
+        id -un; pwd; echo $HOME; echo \"$GIVEN $FROM_THE_CALLER.\"; cat
         echo of the guest > made; mount | grep -c \" on $PWD type virtiofs (rw\"
         echo changed > /etc/motd; echo aside >&2; exit 3";
     let args = ["run", "-q", "--image", text(&image), "-u", "daemon", "-e", "GIVEN=a  b", "--"];
@@ -100,7 +100,10 @@ fn a_bios_starts_an_image() {
     let cwd = site.cwd();
     assert_eq!(
         outcome.stdout_text(),
-        format!("bios\ndebian 12\nsystemd\ndaemon\n{}\na  b .\ntyped\n1\n", cwd.display()),
+        format!(
+            "bios\ndebian 12\nsystemd\ndaemon\n{}\n/usr/sbin\na  b .\ntyped\n1\n",
+            cwd.display()
+        ),
         "{}",
         outcome.stderr_text()
     );
@@ -143,7 +146,7 @@ fn the_agent_comes_in_by_cloud_init_and_by_credentials() {
         let options = ["--image", text(&image), "--persist"];
         site.run_with(CLOUD[0], &options, ["sh", "-c", script]).output().expect_code(0);
     };
-    let who = "systemctl is-active qemu-guest-agent; cat /run/vmlab-came-by 2>/dev/null; \
+    let who = "systemctl is-active qemu-guest-agent; \
                systemctl show -P FragmentPath vmlab-agent; test -d /run/cloud-init && echo cloud; true";
     let run = || {
         let args =
@@ -359,7 +362,12 @@ fn a_system_that_starts_can_be_interrupted() {
     let site = Site::new();
     let tiny = busybox_disk(&site);
     let running = site.vmlab(["run", "-q", "--image", text(&tiny), "--", "true"]).start();
-    std::thread::sleep(Duration::from_secs(2));
+    let is_up = || !running.process.descendants().is_empty();
+    while !is_up() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // It has only begun to be QEMU.
+    std::thread::sleep(Duration::from_secs(1));
     let qemu = running.process.qemu();
     running.process.signal(Signal::TERM);
     running.finish().expect_code(143);

@@ -92,6 +92,25 @@ impl Environment {
         self.vars.push((name.to_owned(), value.as_ref().to_owned()));
     }
 
+    /// Names a user in the variables that named root in [`of_system`](Self::of_system); what the caller has
+    /// set otherwise stays.
+    pub(crate) fn become_login(&mut self, user: &GuestUser, passwd: &str) {
+        let fields = |line: &str| line.split(':').map(str::to_owned).collect::<Vec<_>>();
+        let of_user = |fields: &Vec<String>| fields.get(2) == Some(&user.uid.to_string());
+        let Some(fields) = passwd.lines().map(fields).find(of_user) else { return };
+        let home = fields.get(5).map_or("/", String::as_str);
+        let values = [
+            ("HOME", "/root", home),
+            ("USER", "root", &fields[0]),
+            ("LOGNAME", "root", &fields[0]),
+        ];
+        for (name, of_root, value) in values {
+            if self.vars.iter().any(|(other, set)| other == name && set == of_root) {
+                self.set(name, value);
+            }
+        }
+    }
+
     /// The variables as the guest is given them.
     pub(crate) fn variables(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         let root = self.user.uid == 0;
@@ -245,6 +264,19 @@ mod tests {
         let stranger = GuestUser { uid: 77, gid: 77, groups: vec![] };
         assert_eq!(GuestUser::find("77", PASSWD, GROUP), Some(stranger));
         assert_eq!(GuestUser::find("adam", PASSWD, GROUP), None);
+    }
+
+    #[test]
+    fn a_user_of_the_guest_has_a_home_there() {
+        let mut environment = Environment::of_system_in("/".into());
+        environment.set("USER", "given");
+        let eve = GuestUser::find("eve", PASSWD, GROUP).unwrap();
+        environment.become_login(&eve, PASSWD);
+        let value = |name: &str| {
+            let found = environment.vars.iter().find(|(other, _)| other == name);
+            found.map(|(_, value)| value.to_str().unwrap().to_owned()).unwrap()
+        };
+        assert_eq!([value("HOME"), value("LOGNAME"), value("USER")], ["/home/eve", "eve", "given"]);
     }
 
     #[test]

@@ -280,6 +280,14 @@ impl Lower<'_, '_, '_> {
             wrong.push((truth(&table.secure_boot), why));
             wrong.push((key(&table.bios), why));
         }
+        if image && kernel {
+            let why = "says how an image starts its own kernel; this target has `kernel`";
+            wrong.push((truth(&table.uefi), why));
+            wrong.push((truth(&table.secure_boot), why));
+            wrong.push((key(&table.bios), why));
+        } else if truth(&table.secure_boot).is_some() {
+            wrong.push((key(&table.bios), "is started without secure boot, which this target has"));
+        }
         let mut found = Some(());
         for (key, why) in wrong {
             let Some(key) = key else { continue };

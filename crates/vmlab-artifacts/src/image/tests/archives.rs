@@ -232,7 +232,7 @@ fn what_cannot_be_unpacked_is_told() {
         ),
         (
             gzip(&fs::read(&backed).unwrap()),
-            "the image x has `image.json` as its backing file, which cannot be there",
+            "the image x has `image.json` as its backing file, which only an image with",
         ),
         (layers, "x is compressed or an archive 4 times over, not"),
     ];

@@ -48,21 +48,31 @@ fn a_backing_file_has_to_be_beside_the_image() {
 fn what_is_behind_a_backing_file_counts_as_well() {
     let site = Site::new();
     backed(&site, "middle", "/etc/shadow", Some("raw"));
-    backed(&site, "top", "middle", Some("qcow2"));
-    let refusal = text(&site, "top");
+    backed(&site, "top.qcow2", "middle", Some("qcow2"));
+    let refusal = text(&site, "top.qcow2");
     assert!(refusal.contains("middle has `/etc/shadow`"), "{refusal}");
     // Taken as a raw disk, a backing file names nothing.
-    backed(&site, "top", "middle", Some("raw"));
-    site.open("top").unwrap();
+    backed(&site, "top.qcow2", "middle", Some("raw"));
+    site.open("top.qcow2").unwrap();
     // One that leads to itself.
-    backed(&site, "top", "top", Some("qcow2"));
-    let refusal = text(&site, "top");
+    backed(&site, "top.qcow2", "top.qcow2", Some("qcow2"));
+    let refusal = text(&site, "top.qcow2");
     assert!(refusal.contains("more than 16 images belong together"), "{refusal}");
-    // What QEMU might take for some other format.
+    // QEMU takes it for what the header says, which nothing here can look into.
     site.file("odd", b"QED\0");
-    backed(&site, "top", "odd", Some("qcow2"));
-    let refusal = text(&site, "top");
-    assert!(refusal.contains("`odd` as its backing file, which is a QED image"), "{refusal}");
+    backed(&site, "top.qcow2", "odd", Some("qed"));
+    let refusal = text(&site, "top.qcow2");
+    assert!(
+        refusal.contains("`odd` as its backing file, said to be of the format `qed`"),
+        "{refusal}"
+    );
+    // A descriptor of vmdk that looks like a raw disk.
+    let mut descriptor = b"x\nRW 1 FLAT \"/etc/shadow\" 0\n".to_vec();
+    descriptor.resize(512, b'\n');
+    descriptor[510..].copy_from_slice(b"\x55\xaa");
+    site.file("odd", &descriptor);
+    backed(&site, "top.qcow2", "odd", Some("vmdk"));
+    assert!(text(&site, "top.qcow2").contains("odd has `/etc/shadow` as its extent"));
 }
 
 /// The extension that says a backing file's format is not always there.
@@ -70,14 +80,14 @@ fn what_is_behind_a_backing_file_counts_as_well() {
 fn a_backing_file_without_a_format_is_told_by_its_content() {
     let site = Site::new();
     site.file("base", &raw_disk());
-    backed(&site, "top", "base", Some("raw"));
-    let mut bytes = fs::read(site.path("top")).unwrap();
+    backed(&site, "top.qcow2", "base", Some("raw"));
+    let mut bytes = fs::read(site.path("top.qcow2")).unwrap();
     let at = bytes.windows(4).position(|word| word == 0xe279_2aca_u32.to_be_bytes()).unwrap();
     bytes[at] = 0x12;
-    site.file("top", &bytes);
-    site.open("top").unwrap();
+    site.file("top.qcow2", &bytes);
+    site.open("top.qcow2").unwrap();
     backed(&site, "base", "/etc/shadow", Some("raw"));
-    assert!(text(&site, "top").contains("`/etc/shadow`"));
+    assert!(text(&site, "top.qcow2").contains("`/etc/shadow`"));
 }
 
 #[test]
@@ -125,7 +135,9 @@ fn extents_of_vmdk_have_to_be_beside_it() {
         let refusal = site.refusal("disk.vmdk", descriptor(extent).as_bytes());
         assert!(refusal.contains(&format!("has `{name}` as its ")), "{refusal}");
     }
-    for extent in ["RW 1 FLAT \"/etc/shadow", "parentFileNameHint = \"x\""] {
+    // QEMU ends a name with its line, so that quotes cannot be paired over lines.
+    let over_lines = "x=\"\nRW 2 VMFS \"/etc/shadow\n";
+    for extent in ["RW 1 FLAT \"/etc/shadow", over_lines, "parentFileNameHint = \"x\""] {
         let refusal = site.refusal("disk.vmdk", format!("version=1\n{extent}").as_bytes());
         assert!(refusal.contains("whose name is malformed"), "{refusal}");
     }
@@ -156,6 +168,38 @@ fn a_sparse_vmdk_can_name_files_as_well() {
     child[at..at + hint.len()].copy_from_slice(hint);
     let refusal = site.refusal("disk.vmdk", &child);
     assert!(refusal.contains("has `/etc/y` as its parent"), "{refusal}");
+}
+
+/// QEMU looks for a parent behind the header, wherever that says that the descriptor is.
+#[test]
+fn a_sparse_vmdk_has_its_descriptor_in_its_place() {
+    let site = Site::new();
+    let mut image = fs::read(converted(&site, "disk.vmdk", "vmdk", &[])).unwrap();
+    image[28..36].copy_from_slice(&200_u64.to_le_bytes());
+    let refusal = site.refusal("disk.vmdk", &image);
+    assert!(refusal.contains("its descriptor is not where it belongs"), "{refusal}");
+    // Without a descriptor there is nothing to begin with, but it is looked for all the same.
+    image[28..36].fill(0);
+    let hint = b"parentFileNameHint=\"/etc/y\"\n";
+    image[512..512 + hint.len()].copy_from_slice(hint);
+    let refusal = site.refusal("disk.vmdk", &image);
+    assert!(refusal.contains("has `/etc/y` as its parent"), "{refusal}");
+}
+
+/// A guest may have written it to a raw disk.
+#[test]
+fn only_a_name_that_says_the_format_lets_an_image_have_others_beside_it() {
+    let site = Site::new();
+    site.file("base.raw", &raw_disk());
+    for name in ["disk.raw", "disk.img", "disk", "disk.vmdk"] {
+        backed(&site, name, "base.raw", Some("raw"));
+        let refusal = text(&site, name);
+        assert!(refusal.contains("a name that ends in its format"), "{refusal}");
+        let data = open_data(&site.path(name)).unwrap_err().to_string();
+        assert!(data.contains("a name that ends in its format"), "{data}");
+    }
+    backed(&site, "disk.QCOW2", "base.raw", Some("raw"));
+    site.open("disk.QCOW2").unwrap();
 }
 
 #[test]

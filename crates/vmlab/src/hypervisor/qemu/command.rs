@@ -374,6 +374,9 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
     for (index, disk) in config.disks.iter().enumerate() {
         let mut properties =
             vec![("drive", format!("disk{index}")), ("serial", disk.serial.clone())];
+        // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
+        properties.push(("werror", "report".to_owned()));
+        properties.push(("rerror", "report".to_owned()));
         if index == 0 && config.boot.kernel().is_none() {
             properties.push(("bootindex", "0".to_owned()));
         }
@@ -490,7 +493,10 @@ mod tests {
         assert!(!drives[1].contains("snapshot=on") && !drives[1].contains("readonly=on"));
         assert!(drives[2].contains("format=raw,readonly=on,"), "{drives:?}");
         let devices = values(&line, "-device");
-        assert!(devices.contains(&"virtio-blk-pci,drive=disk1,serial=two"), "{devices:?}");
+        assert!(
+            devices.contains(&"virtio-blk-pci,drive=disk1,serial=two,werror=report,rerror=report"),
+            "{devices:?}"
+        );
     }
 
     #[test]
@@ -518,7 +524,7 @@ mod tests {
         assert_eq!(values(&line, "-smbios"), ["type=11,value=a,,b"]);
         let devices = values(&line, "-device");
         for wanted in [
-            "virtio-blk-pci,drive=disk0,serial=root,bootindex=0",
+            "virtio-blk-pci,drive=disk0,serial=root,werror=report,rerror=report,bootindex=0",
             "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
         ] {
             assert!(devices.contains(&wanted), "{wanted}: {devices:?}");
