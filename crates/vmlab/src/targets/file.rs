@@ -209,8 +209,9 @@ impl<'a> File<'a> {
             let applies = match key {
                 "rootfs" | "root_mode" => !image,
                 "append" | "fast" => kernel || !image,
-                "uefi" | "persist" => image,
-                "secure_boot" | "bios" => image && uefi,
+                "persist" => image,
+                "uefi" => image && !kernel,
+                "secure_boot" | "bios" => image && !kernel && uefi,
                 _ => true,
             };
             applies || own.has(key)

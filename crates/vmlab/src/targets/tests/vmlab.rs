@@ -203,6 +203,27 @@ fn an_image_can_be_started_with_another_kernel() {
 }
 
 #[test]
+fn firmware_that_would_not_be_used_is_a_mistake() {
+    let said = |keys: &str| {
+        let text = format!("[[target]]\nname = 'a'\ncommand = 'b'\nimage = 'i'\n{keys}\n");
+        super::message(&text, FileKind::Vmlab)
+    };
+    let with_kernel = said("kernel = 'debian:6.12'\nuefi = true");
+    assert!(
+        with_kernel.contains("`uefi` says how an image starts its own kernel"),
+        "{with_kernel}"
+    );
+    let with_file = said("uefi = true\nsecure-boot = true\nbios = 'f'");
+    assert!(with_file.contains("`bios` is started without secure boot"), "{with_file}");
+    // What is said for all targets is no mistake of those that it says nothing for.
+    let target =
+        one("[defaults]\nuefi = true\n[[target]]\nname = 'a'\ncommand = 'b'\nimage = 'i'\n\
+         kernel = 'debian:6.12'\n");
+    let System::Image(spec) = target.system else { panic!("no image") };
+    assert_eq!(spec.firmware, Firmware::Bios);
+}
+
+#[test]
 fn kernels_are_specs_or_paths_from_the_file() {
     let kernel = |text: &str| {
         let target = one(&format!("[[target]]\nname = 'a'\ncommand = 'b'\nkernel = '{text}'\n"));
