@@ -81,8 +81,6 @@ pub(crate) struct Session {
     devices: setup::Devices,
     /// What was mounted into a system that is not this one's.
     shares: Vec<Mount>,
-    /// The root is on a disk, and has to be left clean.
-    root_on_disk: bool,
 }
 
 impl Session {
@@ -109,7 +107,6 @@ impl Session {
             begun: Ok(()),
             devices: setup::Devices::default(),
             shares: Vec::new(),
-            root_on_disk: false,
         })
     }
 
@@ -213,7 +210,6 @@ impl Session {
                 self.outbox.message(&match done {
                     Ok(done) => {
                         self.commands.set_own_filesystems(done.own_filesystems);
-                        self.root_on_disk = done.root_on_disk;
                         GuestMessage::SetupDone(done.report)
                     }
                     Err(mut failure) => {
@@ -298,9 +294,6 @@ impl Session {
             setup::make_clean();
             // That is all that the host's files need. Filesystems of the guest's own are as after a sync, too.
             rustix::fs::sync();
-            if self.root_on_disk {
-                setup::end_root();
-            }
         }
         if matches!(over, Over::PowerOff) {
             self.outbox.message(&GuestMessage::PoweringOff);

@@ -12,14 +12,15 @@ pub(crate) fn make_clean() {
     }
 }
 
-/// Where a line of `mountinfo` mounts a disk, by proc(5): the third field is the device, whose major number
-/// is 0 where there is none, the fifth the place, the sixth the options of the mount.
+/// Where a line of `mountinfo` mounts a disk, by proc(5): the fifth field is the place, the sixth has the
+/// options of the mount, and the source is the second one behind the hyphen. The number of the device tells
+/// nothing: that of btrfs is none of a disk.
 fn of_disk(line: &str) -> Option<Vec<u8>> {
     let mut fields = line.split(' ');
-    let device = fields.nth(2)?;
-    let target = fields.nth(1)?;
+    let target = fields.nth(4)?;
     let options = fields.next()?;
-    let is_disk = !device.starts_with("0:");
+    let source = fields.skip_while(|field| *field != "-").nth(2)?;
+    let is_disk = source.starts_with("/dev/");
     let is_writable = options.split(',').any(|option| option == "rw");
     (is_disk && is_writable).then(|| unescaped(target))
 }
@@ -56,6 +57,8 @@ mod tests {
         let disk = "40 21 254:0 / /mnt/a\\040b\\134c rw,relatime - ext4 /dev/vda rw";
         assert_eq!(of_disk(disk).unwrap(), b"/mnt/a b\\c");
         assert_eq!(of_disk("41 21 0:30 / /tmp rw,nosuid shared:5 - tmpfs tmpfs rw"), None);
+        let btrfs = "44 21 0:37 / /mnt/b rw,relatime shared:9 - btrfs /dev/vdb rw,subvol=/";
+        assert_eq!(of_disk(btrfs).unwrap(), b"/mnt/b");
         assert_eq!(of_disk("42 21 254:16 / /mnt/x ro,relatime - ext4 /dev/vdb ro"), None);
         assert_eq!(
             of_disk("43 21 7:0 / /mnt/ü\\9 rw - ext4 /dev/loop0 rw").unwrap(),

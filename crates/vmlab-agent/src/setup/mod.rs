@@ -15,7 +15,6 @@ mod upper;
 use std::fmt::Display;
 
 use rustix::io::Errno;
-use rustix::mount::MountFlags;
 use vmlab_wire::message::{Failure, Mount, RootMode, Setup, SetupReport};
 
 use crate::exec::OwnFilesystems;
@@ -49,8 +48,6 @@ pub(crate) struct Done {
     pub(crate) report: SetupReport,
     /// The filesystems that are the guest's own, with no share among them.
     pub(crate) own_filesystems: OwnFilesystems,
-    /// Its root is on a disk that may be used again, and so has to be left as after an unmount.
-    pub(crate) root_on_disk: bool,
 }
 
 pub(crate) use clean::make_clean;
@@ -153,8 +150,7 @@ pub(crate) fn run(
     }
     report.accounts = setup.accounts.then(files::accounts);
     report.clock_ns = system::wall_clock_ns();
-    let root_on_disk = root.mode == RootMode::ReadWrite && root.filesystem.kind == root::DISK;
-    Ok(Done { report, own_filesystems, root_on_disk })
+    Ok(Done { report, own_filesystems })
 }
 
 /// Makes a system ready that has a PID 1 of its own: it keeps its root and all that is in it.
@@ -189,14 +185,7 @@ pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Resu
     }
     report.accounts = setup.accounts.then(files::accounts);
     report.clock_ns = system::wall_clock_ns();
-    Ok(Done { report, own_filesystems: OwnFilesystems::of([]), root_on_disk: false })
-}
-
-/// Leaves the root as after an unmount, when nobody uses it any more.
-pub(crate) fn end_root() {
-    if let Err(e) = rustix::mount::mount_remount("/", MountFlags::RDONLY, "") {
-        crate::kmsg::error(&format!("the root cannot be made read-only: {e}"));
-    }
+    Ok(Done { report, own_filesystems: OwnFilesystems::of([]) })
 }
 
 /// Takes the shares from such a system, so that all that was written to them is on the host.

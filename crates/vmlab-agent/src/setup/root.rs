@@ -10,7 +10,7 @@ use super::upper::Layers;
 use super::{Step, disk, failed};
 
 /// The kind of a root that is on a disk.
-pub(super) const DISK: &str = "disk";
+const DISK: &str = "disk";
 
 /// Where the root is put together. The initramfs has these directories, or is writable.
 const NEW_ROOT: &str = "/newroot";
