@@ -241,7 +241,7 @@ pub struct FirmwareBoot {
 
 /// What a VM starts.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(untagged)]
 pub enum Boot {
     /// A kernel, without any boot loader.
     Kernel(KernelBoot),
