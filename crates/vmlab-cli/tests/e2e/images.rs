@@ -1,5 +1,6 @@
 //! Disk images: their own systems, by BIOS and UEFI, and kernels that have their root on them.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
@@ -45,6 +46,8 @@ fn text(path: &Path) -> &str {
 fn copy(site: &Site, image: &Path, name: &str) -> PathBuf {
     let to = site.path().join(name);
     host(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(image).arg(&to));
+    // The one in the cache is nobody's to write to.
+    std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o644)).unwrap();
     to
 }
 
