@@ -98,50 +98,26 @@ pub(crate) struct Starter<'a, F> {
 impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
     /// Boots the VM with all that the run needs.
     pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
-        match self.prepared.config.boot.kernel() {
-            Some(_) => self.boot_kernel(timeline),
-            None => self.boot_image(timeline),
-        }
-    }
-
-    /// Lets an image start its own system, and the agent come into it.
-    fn boot_image(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
-        let prepared = self.prepared;
-        prepared.begin(timeline, Phase::Boot);
-        self.boot_twice(|| {
-            let run_dir = prepared.run_dir()?;
-            let begin = (&prepared.config, Origin::Boot, run_dir.path());
-            let machine = self.start(begin, Connection::open, timeline)?;
-            let ways = WaysIn::try_all(&machine.handle, prepared.boot_timeout);
-            let ready = machine.ready().map_err(|error| {
-                machine.failed(match error {
-                    Error::BootTimeout { after, oops: None, console } => {
-                        Error::NoWayIn { after, tried: ways.tried(), console }
-                    }
-                    other => other,
-                })
-            })?;
-            drop(ways);
-            timeline.guest_ready(&ready);
-            timeline.end(Phase::Boot);
-            let came_up = machine.handle.serial().position();
-            let setup = machine.set_up(None, came_up, timeline);
-            let setup = setup.map_err(|error| machine.failed(error))?;
-            let Machine { handle, connection, .. } = machine;
-            Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
-        })
-    }
-
-    /// Boots a kernel with all that the run needs.
-    fn boot_kernel(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
         let prepared = self.prepared;
         prepared.begin(timeline, Phase::Boot);
         let config = prepared.to_boot(prepared.config.clone());
+        let starts_itself = config.boot.kernel().is_none();
         self.boot_twice(|| {
             let run_dir = prepared.run_dir()?;
             let begin = (&config, Origin::Boot, run_dir.path());
             let machine = self.start(begin, Connection::open, timeline)?;
-            let ready = machine.ready().map_err(|error| machine.failed(error))?;
+            // Into a system that an image has started, the agent has yet to come.
+            let ways =
+                starts_itself.then(|| WaysIn::try_all(&machine.handle, prepared.boot_timeout));
+            let ready = machine.ready().map_err(|error| {
+                machine.failed(match (error, &ways) {
+                    (Error::BootTimeout { after, oops: None, console }, Some(ways)) => {
+                        Error::NoWayIn { after, tried: ways.tried(), console }
+                    }
+                    (other, _) => other,
+                })
+            })?;
+            drop(ways);
             timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
             let came_up = machine.handle.serial().position();

@@ -9,6 +9,7 @@ mod grid;
 use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};
+use vmlab_artifacts::base64;
 
 use super::text::{add, counted, duration, escape, escape_line, moment, one_line, sane};
 use super::{AttemptResult, Failure, Outcome, Results, TargetResult};
@@ -66,7 +67,7 @@ fn head(out: &mut String, results: &Results) {
         suite if suite.is_empty() => "vmlab".to_owned(),
         suite => suite,
     };
-    let (counts, hash) = (results.counts(), base64(&Sha256::digest(SCRIPT)));
+    let (counts, hash) = (results.counts(), base64::encode(&Sha256::digest(SCRIPT)));
     add(
         out,
         format_args!(
@@ -245,21 +246,6 @@ fn share(part: f64, total: f64) -> f64 {
     if share.is_finite() { share.min(100.0) } else { 0.0 }
 }
 
-/// RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for chunk in bytes.chunks(3) {
-        let group = chunk.iter().fold(0u32, |group, byte| group << 8 | u32::from(*byte));
-        let group = group << (8 * (3 - chunk.len()));
-        for index in 0..4 {
-            let digit = (group >> (18 - 6 * index)) & 0x3f;
-            out.push(if index > chunk.len() { '=' } else { char::from(ALPHABET[digit as usize]) });
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,9 +261,9 @@ mod tests {
             ("fooba", "Zm9vYmE="),
             ("foobar", "Zm9vYmFy"),
         ] {
-            assert_eq!(base64(bytes.as_bytes()), expected);
+            assert_eq!(base64::encode(bytes.as_bytes()), expected);
         }
-        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
+        assert_eq!(base64::encode(&[0xfb, 0xff, 0xfe]), "+//+");
     }
 
     #[test]
