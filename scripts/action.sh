@@ -73,12 +73,14 @@ open_kvm() {
 # of its own; the host's apt is told to take nothing from it.
 offer_debian() {
     local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-    if grep -Rqs 'deb\.debian\.org' "$1/sources.list" "$1/sources.list.d"; then return; fi
+    local archive=$INPUT_DEBIAN_ARCHIVE
+    [ -n "$archive" ] || fail "Debian's kernels on another distribution need the input debian_archive"
+    if grep -RqsF -- "$archive" "$1/sources.list" "$1/sources.list.d"; then return; fi
     need debian-archive-keyring "$keyring"
     install_needed
     printf '%s\n' 'Package: *' 'Pin: release o=Debian' 'Pin-Priority: -1' |
         as_root tee "$1/preferences.d/vmlab-debian" >/dev/null
-    printf '%s\n' 'Types: deb' 'URIs: https://deb.debian.org/debian' 'Suites: stable' 'Components: main' \
+    printf '%s\n' 'Types: deb' "URIs: $archive" 'Suites: stable' 'Components: main' \
         "Signed-By: $keyring" | as_root tee "$1/sources.list.d/vmlab-debian.sources" >/dev/null
 }
 

@@ -439,6 +439,9 @@ fn kvm_is_opened_where_it_is_closed() {
     assert!(opened(other).ends_with("kvm: processors are emulated, which is slower.\ndone\n"));
 }
 
+/// Of nobody.
+const ARCHIVE: &str = "https://archive.example/debian";
+
 #[test]
 fn debians_kernels_are_offered_on_other_systems() {
     let site = Site::new();
@@ -449,17 +452,18 @@ fn debians_kernels_are_offered_on_other_systems() {
         std::fs::create_dir_all(apt.join(name)).unwrap();
     }
     let path = path_with(&bin);
-    let offer =
-        || sourced(&site, "offer_debian apt", &[("PATH", &path)]).expect_code(0).stdout_text();
+    let env = [("PATH", path.as_str()), ("INPUT_DEBIAN_ARCHIVE", ARCHIVE)];
+    let offer = || sourced(&site, "offer_debian apt", &env).expect_code(0).stdout_text();
     assert_eq!(offer(), "");
     let source = apt.join("sources.list.d/vmlab-debian.sources");
     let text = std::fs::read_to_string(&source).unwrap();
+    assert!(text.contains(&format!("URIs: {ARCHIVE}\n")), "{text}");
     assert!(text.contains("Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg"), "{text}");
     assert!(apt.join("preferences.d/vmlab-debian").exists());
     // Once is enough.
-    std::fs::write(&source, "URIs: https://deb.debian.org/debian\n").unwrap();
+    std::fs::write(&source, format!("URIs: {ARCHIVE}\n")).unwrap();
     offer();
-    assert_eq!(std::fs::read_to_string(&source).unwrap(), "URIs: https://deb.debian.org/debian\n");
+    assert_eq!(std::fs::read_to_string(&source).unwrap(), format!("URIs: {ARCHIVE}\n"));
 
     for (kernel, file, wanted) in [
         ("", "", false),
