@@ -68,19 +68,47 @@ pub(crate) fn adjust_clock(by_ns: i64, warn: &mut dyn FnMut(String)) {
     system::clock(system::wall_clock_ns().saturating_add_signed(by_ns), warn);
 }
 
+/// What was done, each with the time that it took.
+struct Steps {
+    done: Vec<(String, u64)>,
+    since: u64,
+}
+
+impl Steps {
+    fn begin() -> Self {
+        Self { done: Vec::new(), since: monotonic_ns() }
+    }
+
+    fn done(&mut self, name: &str) {
+        let now = monotonic_ns();
+        self.done.push((name.to_string(), (now - self.since) / 1000));
+        self.since = now;
+    }
+
+    /// What the host wants to know when all is done.
+    fn report(self, setup: &Setup) -> SetupReport {
+        let accounts = setup.accounts.then(files::accounts);
+        SetupReport { steps: self.done, clock_ns: system::wall_clock_ns(), accounts }
+    }
+}
+
+/// Loads the modules that the host asks for, the last thing in every system.
+fn load_modules(setup: &Setup, done: &mut impl FnMut(&str)) -> Step {
+    if !setup.modprobe.is_empty() {
+        setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
+        done("modprobe");
+    }
+    Ok(())
+}
+
 /// Makes the guest ready. `warn` tells the host of what does not keep it from running commands.
 pub(crate) fn run(
     setup: &Setup,
     devices: &Devices,
     warn: &mut dyn FnMut(String),
 ) -> Result<Done, Failure> {
-    let mut report = SetupReport::default();
-    let mut since = monotonic_ns();
-    let mut done = |name: &str| {
-        let now = monotonic_ns();
-        report.steps.push((name.to_string(), (now - since) / 1000));
-        since = now;
-    };
+    let mut steps = Steps::begin();
+    let mut done = |name: &str| steps.done(name);
     system::clock(setup.clock_ns, warn);
     system::entropy(&setup.entropy, warn);
     done("clock and entropy");
@@ -144,24 +172,15 @@ pub(crate) fn run(
         network::configure(network, warn)?;
         done("network");
     }
-    if !setup.modprobe.is_empty() {
-        setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
-        done("modprobe");
-    }
-    report.accounts = setup.accounts.then(files::accounts);
-    report.clock_ns = system::wall_clock_ns();
+    load_modules(setup, &mut done)?;
+    let report = steps.report(setup);
     Ok(Done { report, own_filesystems })
 }
 
 /// Makes a system ready that has a PID 1 of its own: it keeps its root and all that is in it.
 pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Result<Done, Failure> {
-    let mut report = SetupReport::default();
-    let mut since = monotonic_ns();
-    let mut done = |name: &str| {
-        let now = monotonic_ns();
-        report.steps.push((name.to_string(), (now - since) / 1000));
-        since = now;
-    };
+    let mut steps = Steps::begin();
+    let mut done = |name: &str| steps.done(name);
     system::entropy(&setup.entropy, warn);
     if !setup.hostname.is_empty() {
         system::hostname(&setup.hostname, warn);
@@ -179,12 +198,8 @@ pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Resu
         by_id::name(&setup.disks)?;
         done("disks");
     }
-    if !setup.modprobe.is_empty() {
-        setup.modprobe.iter().try_for_each(|words| modules::modprobe(words))?;
-        done("modprobe");
-    }
-    report.accounts = setup.accounts.then(files::accounts);
-    report.clock_ns = system::wall_clock_ns();
+    load_modules(setup, &mut done)?;
+    let report = steps.report(setup);
     Ok(Done { report, own_filesystems: OwnFilesystems::of([]) })
 }
 
