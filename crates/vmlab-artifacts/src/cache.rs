@@ -9,14 +9,14 @@
 //! ```
 //!
 //! The locks are `flock` locks, which the operating system drops when their holder dies, however
-//! it dies. So nobody waits for a dead process, and what it left behind is swept by the next one.
+//! it dies. So nobody waits for a dead process, and what it left behind is swept by the next one. They hold
+//! within one machine; what another has in the making (a guest that shares the cache) is left alone for a day.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 mod content_key;
@@ -24,6 +24,7 @@ mod error;
 mod lease;
 mod manifest;
 mod remembered;
+mod staging;
 #[cfg(test)]
 mod tests;
 mod usage;
@@ -34,6 +35,7 @@ pub(crate) use error::advice;
 pub use lease::{Lease, Leases};
 pub use manifest::{Manifest, ManifestError};
 pub use remembered::{ContentStamp, Sources};
+use staging::Staging;
 pub use usage::{EntryUsage, Freed};
 
 /// Overrides the place of the cache.
@@ -189,7 +191,7 @@ impl Cache {
         if let Some(found) = leased()? {
             return Ok(found);
         }
-        self.sweep(kind)?;
+        staging::sweep(&self.kind_dir(kind)?)?;
         let staging = Staging::new(&self.kind_dir(kind)?, key)?;
         build(staging.path())?;
         verify(staging.path()).map_err(|source| CacheError::BuiltBad {
@@ -245,7 +247,7 @@ impl Cache {
         }
         let _lock = self.lock(kind, key, |_| {}, None)?;
         let _excluded = Lease::exclude(&self.entry_path(kind, key)?)?;
-        self.sweep(kind)?;
+        staging::sweep(&self.kind_dir(kind)?)?;
         self.discard(kind, key)
     }
 
@@ -315,34 +317,6 @@ impl Cache {
             .map_err(|e| CacheError::io("throw away the cache entry", &entry, e))?;
         Ok(true)
     }
-
-    /// Deletes what dead processes left in the staging directory.
-    fn sweep(&self, kind: &str) -> Result<(), CacheError> {
-        let dir = self.kind_dir(kind)?.join(".staging");
-        let Ok(listing) = fs::read_dir(&dir) else { return Ok(()) };
-        for item in listing.flatten() {
-            let Some(name) = item.file_name().to_str().map(str::to_owned) else { continue };
-            let (lock_path, tree) = match name.strip_suffix(".lock") {
-                Some(stem) => (item.path(), dir.join(stem)),
-                None => (dir.join(format!("{name}.lock")), item.path()),
-            };
-            // The lock file is made before its tree and deleted after it, so a tree without one
-            // is litter too.
-            let lock = match File::open(&lock_path) {
-                Ok(file) => match file.try_lock() {
-                    Ok(()) => Some(file),
-                    Err(_) => continue,
-                },
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                Err(_) => continue,
-            };
-            remove_tree(&tree)?;
-            if lock.is_some() {
-                let _ = fs::remove_file(&lock_path);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Whether an entry is on disk before anybody sees it.
@@ -350,75 +324,6 @@ impl Cache {
 enum Durability {
     Flushed,
     LeftToTheKernel,
-}
-
-/// A directory in the making; dropping it deletes it.
-struct Staging {
-    dir: PathBuf,
-    lock_path: PathBuf,
-    _lock: File,
-}
-
-impl Staging {
-    fn new(kind_dir: &Path, key: &str) -> Result<Staging, CacheError> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
-        let parent = kind_dir.join(".staging");
-        make_dirs(&parent)?;
-        loop {
-            let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-            let name = format!("{key}.{}.{count}", std::process::id());
-            let dir = parent.join(&name);
-            let lock_path = parent.join(format!("{name}.lock"));
-            let fail = |error| CacheError::io("make a staging directory", &dir, error);
-            let lock = open_lock_file(&lock_path).map_err(fail)?;
-            // Between its making and its locking a sweeper may have taken the file for litter. It
-            // is ours only when it is still the one in the directory. (Another process with this
-            // pid can be there too, in a container that shares the cache.)
-            if lock.try_lock().is_err() || !is_linked(&lock, &lock_path) {
-                continue;
-            }
-            match DirBuilder::new().mode(0o700).create(&dir) {
-                Ok(()) => return Ok(Staging { dir, lock_path, _lock: lock }),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    remove_tree(&dir)?;
-                    let _ = fs::remove_file(&lock_path);
-                }
-                Err(error) => {
-                    let _ = fs::remove_file(&lock_path);
-                    return Err(fail(error));
-                }
-            }
-        }
-    }
-
-    fn path(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Flushes the tree to disk, if it is to be durable, and renames it to its place.
-    fn publish(self, entry: &Path, durability: Durability) -> Result<(), CacheError> {
-        let flushed = durability == Durability::Flushed;
-        if flushed {
-            flush_tree(&self.dir).map_err(|e| CacheError::io("flush to disk", &self.dir, e))?;
-        }
-        fs::rename(&self.dir, entry)
-            .map_err(|e| CacheError::io("move into the cache the entry", entry, e))?;
-        if flushed && let Some(parent) = entry.parent() {
-            File::open(parent)
-                .and_then(|dir| dir.sync_all())
-                .map_err(|e| CacheError::io("flush the cache directory", parent, e))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // What cannot be deleted here is litter for the next sweep.
-        if remove_tree(&self.dir).is_ok() {
-            let _ = fs::remove_file(&self.lock_path);
-        }
-    }
 }
 
 fn default_root(var: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf, CacheError> {

@@ -1,6 +1,6 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 
@@ -214,6 +214,21 @@ fn litter_of_every_shape_is_swept() {
     fs::create_dir_all(staging.join("b.1.0")).unwrap();
     fs::write(staging.join("c.1.0.lock"), "").unwrap();
     cache.get_or_build("k", "key", whole, fill).unwrap();
+    assert!(staged(&cache).is_empty(), "{:?}", staged(&cache));
+}
+
+#[test]
+fn what_another_machine_is_building_is_left_alone_for_a_day() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Cache::at(dir.path());
+    let staging = dir.path().join("k/.staging");
+    // A guest with the same cache: its locks hold there, and not here.
+    fs::create_dir_all(staging.join("a.1.0@00000000")).unwrap();
+    let lock = File::create(staging.join("a.1.0@00000000.lock")).unwrap();
+    cache.get_or_build("k", "key", whole, fill).unwrap();
+    assert_eq!(staged(&cache).len(), 2, "{:?}", staged(&cache));
+    lock.set_modified(std::time::SystemTime::now() - Duration::from_secs(25 * 3600)).unwrap();
+    cache.get_or_build("k", "other", whole, fill).unwrap();
     assert!(staged(&cache).is_empty(), "{:?}", staged(&cache));
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::lease::Lease;
-use super::{Cache, CacheError, check_name, is_linked, open_lock_file};
+use super::{Cache, CacheError, check_name, is_linked, open_lock_file, staging};
 
 /// Bytes in the unit of `st_blocks` (inode(7)).
 const BLOCK: u64 = 512;
@@ -143,7 +143,7 @@ impl Cache {
     /// # Errors
     /// [`CacheError::Io`] when something cannot be deleted.
     pub fn sweep_litter(&self, kind: &str) -> Result<(), CacheError> {
-        self.sweep(kind)?;
+        staging::sweep(&self.kind_dir(kind)?)?;
         let dir = self.root().join(kind);
         let Ok(locks) = fs::read_dir(dir.join(".lock")) else { return Ok(()) };
         for item in locks.flatten() {

@@ -14,14 +14,20 @@ fn a_real_kvm_is_found_and_used() {
     let inspected = site.vmlab(["kernel", "inspect", kernel, "--json"]).output();
     let inspected: serde_json::Value =
         serde_json::from_slice(&inspected.expect_code(0).stdout).expect("JSON");
-    // CACHE/kernels/KEY/boot/vmlinuz-RELEASE
+    // KERNELS/KEY/boot/vmlinuz-RELEASE
     let image = PathBuf::from(inspected["kernel"]["boot_image"].as_str().expect("a path"));
-    let cache = image.ancestors().nth(4).expect("the cache").display();
-    // The program and the cache may be where the guest has directories of its own, or where the
-    // guest's root may not go.
+    let kernels = image.ancestors().nth(3).expect("the kernels").display();
+    // The program and the kernels may be where the guest has directories of its own, or where the
+    // guest's root may not go. All else that is cached is the guest's own: locks hold within one machine.
     let program = vmlab_bin();
     let bin = program.parent().expect("it is in a directory").display();
-    let shares = [format!("{bin}:/mnt/bin:ro"), format!("{cache}:/mnt/cache")];
+    let cache = site.path().join("cache");
+    std::fs::create_dir(&cache).expect("a cache");
+    let shares = [
+        format!("{bin}:/mnt/bin:ro"),
+        format!("{}:/mnt/cache", cache.display()),
+        format!("{kernels}:/mnt/cache/kernels"),
+    ];
     let script = format!(
         "export VMLAB_CACHE_DIR=/mnt/cache
          vmlab() {{ /mnt/bin/vmlab run -m 512 -k {kernel} \"$@\"; }}
@@ -50,8 +56,9 @@ fn a_real_kvm_is_found_and_used() {
     };
     let (run, again) = (&report("report.json"), &report("again.json"));
     // Snapshots are of use with KVM, too.
-    assert_eq!(phases(run)[2..5], ["boot", "snapshot", "restore"]);
-    assert_eq!(phases(again)[2..4], ["restore", "setup"]);
+    let said = outcome.stderr_text();
+    assert_eq!(phases(run)[2..5], ["boot", "snapshot", "restore"], "{said}");
+    assert_eq!(phases(again)[2..4], ["restore", "setup"], "{said}");
     assert_eq!(again["accel"], "kvm", "{again}");
     assert!(site.cwd().join("written").exists());
     assert_eq!(run["accel"], "kvm", "{run}");
