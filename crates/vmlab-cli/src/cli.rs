@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use vmlab::SnapshotMode;
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
@@ -204,13 +205,8 @@ pub(crate) struct VmArgs {
     #[arg(long)]
     pub(crate) no_sandbox: bool,
 
-    /// Boot, and neither use nor take a snapshot
-    #[arg(long)]
-    pub(crate) no_snapshot: bool,
-
-    /// Boot, and take a snapshot anew for the runs that follow
-    #[arg(long, conflicts_with = "no_snapshot")]
-    pub(crate) cold: bool,
+    #[command(flatten)]
+    pub(crate) snapshots: SnapshotArgs,
     /// Do not share the working directory; where the guest's root has none, `/` takes its place
     #[arg(long)]
     pub(crate) no_cwd: bool,
@@ -304,12 +300,8 @@ pub(crate) struct TestArgs {
     /// Whose output is printed
     #[arg(short, long, value_enum, default_value = "failed")]
     pub(crate) output: ShownArg,
-    /// Boot each VM, and neither use nor take a snapshot
-    #[arg(long, conflicts_with = "cold")]
-    pub(crate) no_snapshot: bool,
-    /// Boot each VM, and take a new snapshot of it
-    #[arg(long)]
-    pub(crate) cold: bool,
+    #[command(flatten)]
+    pub(crate) snapshots: SnapshotArgs,
     #[command(flatten)]
     pub(crate) reports: ReportArgs,
     /// Print nothing but failures and the count of targets
@@ -317,8 +309,29 @@ pub(crate) struct TestArgs {
     pub(crate) quiet: bool,
 }
 
-/// What is written of results.
+/// Whether VMs start from snapshots.
 #[derive(Debug, Args)]
+pub(crate) struct SnapshotArgs {
+    /// Boot, and neither use nor take a snapshot
+    #[arg(long)]
+    no_snapshot: bool,
+    /// Boot, and take a snapshot anew for the runs that follow
+    #[arg(long, conflicts_with = "no_snapshot")]
+    cold: bool,
+}
+
+impl SnapshotArgs {
+    pub(crate) fn mode(&self) -> SnapshotMode {
+        match (self.no_snapshot, self.cold) {
+            (true, _) => SnapshotMode::Never,
+            (false, true) => SnapshotMode::Renew,
+            (false, false) => SnapshotMode::Use,
+        }
+    }
+}
+
+/// What is written of results.
+#[derive(Debug, Default, PartialEq, Eq, Args)]
 pub(crate) struct ReportArgs {
     /// Write the results as JSON
     #[arg(long, value_name = "FILE")]

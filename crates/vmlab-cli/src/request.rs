@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use vmlab::config::{Machine, NetworkMode, ShareTransport, Topology};
-use vmlab::targets::Firmware;
+use vmlab::targets::{Firmware, Target};
 use vmlab::units::{Bytes, duration};
 use vmlab::{
     AccelChoice, Disk, Environment, GuestUser, Image, RootMode, Share, ShareVia, SnapshotMode, Vm,
@@ -97,6 +97,26 @@ pub(crate) fn of_shell(args: ShellArgs) -> Result<Request> {
     request(args.vm, vec![shell], terminal, None)
 }
 
+/// A shell in the VM of a target whose command is one.
+pub(crate) fn of_shell_target(target: &Target, snapshots: SnapshotMode) -> Result<Request> {
+    let environment = Environment::of_caller().context("the working directory cannot be found")?;
+    let mut vm = target.vm_builder(&environment, &[])?.snapshots(snapshots);
+    if let Some(timeout) = target.verdict.timeout {
+        vm = vm.timeout(timeout);
+    }
+    Ok(Request {
+        kernels: vec![None],
+        vm,
+        command: target.run.shell_words(),
+        terminal: rustix::termios::isatty(std::io::stdin()),
+        repeat: None,
+        verbosity: Verbosity::Quiet,
+        json: None,
+        timings: None,
+        dry_run: false,
+    })
+}
+
 /// The user's shell where the guest's root has it, else what every root has.
 fn shell_of(root: &Path, wanted: Option<OsString>) -> OsString {
     let candidates = wanted.into_iter().chain(["/bin/bash".into(), "/bin/sh".into()]);
@@ -147,11 +167,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
             ShareViaArg::NineP => ShareVia::Only(ShareTransport::NineP),
         })
         .sandbox(!args.no_sandbox)
-        .snapshots(match (args.no_snapshot, args.cold) {
-            (true, _) => SnapshotMode::Never,
-            (false, true) => SnapshotMode::Renew,
-            (false, false) => SnapshotMode::Use,
-        })
+        .snapshots(args.snapshots.mode())
         .share_cwd(!args.no_cwd)
         .full_console(args.verbose)
         .fast(args.fast);

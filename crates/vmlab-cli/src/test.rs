@@ -7,19 +7,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use vmlab::Environment;
 use vmlab::budget::{Slots, usual_memory};
 use vmlab::results::{Outcome, Results, ShowOutput, TargetResult, terminal};
 use vmlab::runner::{Runner, RunnerOptions};
-use vmlab::targets::{self, FILE_NAMES, Selection, Shard, Target};
+use vmlab::targets::{self, FILE_NAMES, Selection, Shard, Target, TargetCommand};
 use vmlab::units::{Bytes, duration};
-use vmlab::{Environment, SnapshotMode};
 
-use crate::cli::{ShownArg, TestArgs};
+use crate::cli::{ReportArgs, ShownArg, TestArgs};
 use crate::exit::Code;
 use crate::output;
 use crate::repeat::raise_file_limit;
 use crate::signals::SignalThread;
+use crate::{request, run};
 use display::Lines;
 use reports::{Reports, first};
 
@@ -36,6 +37,15 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
         let names: String = chosen.iter().map(|target| format!("{}\n", target.name)).collect();
         output::stdout(names.as_bytes())?;
         return Ok(Code::SUCCESS);
+    }
+    if let [target] = &chosen[..]
+        && target.run.command == TargetCommand::Shell
+    {
+        if args.reports != ReportArgs::default() {
+            bail!("`{}` is a shell, of which there are no reports", target.name);
+        }
+        let request = request::of_shell_target(target, args.snapshots.mode())?;
+        return Ok(run::one(&request)?.0);
     }
     let suite = file.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let reports = Reports::open(&args.reports)?;
@@ -124,11 +134,7 @@ fn options(args: &TestArgs, suite: String) -> Result<RunnerOptions> {
         fail_fast: args.fail_fast,
         timeout: timeout.context("--timeout")?,
         environment: Environment::of_caller().context("the working directory cannot be found")?,
-        snapshots: match (args.no_snapshot, args.cold) {
-            (true, _) => SnapshotMode::Never,
-            (false, true) => SnapshotMode::Renew,
-            (false, false) => SnapshotMode::Use,
-        },
+        snapshots: args.snapshots.mode(),
         cache_dir: None,
     })
 }

@@ -11,12 +11,12 @@ use vmlab::budget::{Slots, usual_memory};
 use vmlab::hypervisor::qemu::Qemu;
 use vmlab::results::{AttemptResult, Failure, Outcome, Results, TargetResult};
 use vmlab::runner::{Observer, Runner, RunnerOptions};
-use vmlab::targets::{self, FileKind, Selection, Target};
+use vmlab::targets::{self, FileKind, Selection, Target, TargetCommand};
 use vmlab::{Environment, Share, SnapshotMode, Vm};
 
 use crate::exit::Code;
 use crate::output;
-use crate::request::{Request, Verbosity};
+use crate::request::{self, Request, Verbosity};
 use crate::run;
 use crate::signals::SignalThread;
 
@@ -127,7 +127,12 @@ fn one(args: VmtestArgs) -> Result<Code> {
         timings: None,
         dry_run: false,
     };
-    let (code, ended) = run::one(&request)?;
+    code_of(&request)
+}
+
+/// Runs it, and tells a VM that could not be run from a command that failed.
+fn code_of(request: &Request) -> Result<Code> {
+    let (code, ended) = run::one(request)?;
     Ok(if ended { code } else { Code::NO_VM })
 }
 
@@ -140,6 +145,11 @@ fn file(args: &VmtestArgs) -> Result<Code> {
         selection = selection.filter(filter)?;
     }
     let targets: Vec<Target> = selection.select(&file.targets)?.into_iter().cloned().collect();
+    if let [target] = &targets[..]
+        && target.run.command == TargetCommand::Shell
+    {
+        return code_of(&request::of_shell_target(target, SnapshotMode::Use)?);
+    }
     let options = RunnerOptions {
         suite: NAME.to_owned(),
         slots: Slots::Count(1),

@@ -89,6 +89,7 @@ pub struct VmBuilder {
     full_console: bool,
     fast: bool,
     qemu_args: Vec<String>,
+    kvm_cpu: Option<String>,
     modules: Vec<Vec<String>>,
     environment: Option<Environment>,
     user: Option<String>,
@@ -128,6 +129,7 @@ impl Default for VmBuilder {
             full_console: false,
             fast: false,
             qemu_args: Vec::new(),
+            kvm_cpu: None,
             modules: Vec::new(),
             environment: None,
             user: None,
@@ -274,6 +276,12 @@ impl VmBuilder {
         self
     }
 
+    /// QEMU's `-cpu` where KVM is used, instead of the host's own processor.
+    pub fn kvm_cpu(mut self, cpu: impl Into<String>) -> Self {
+        self.kvm_cpu = Some(cpu.into());
+        self
+    }
+
     /// Loads a module with `modprobe` before any command runs: its name and its parameters.
     pub fn module(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.modules.push(words.into_iter().map(Into::into).collect());
@@ -358,7 +366,10 @@ impl VmBuilder {
         if let Some(machine) = self.machine {
             config = config.machine(machine);
         }
-        let config = config.build()?;
+        let mut config = config.build()?;
+        if let Some(cpu) = self.kvm_cpu.filter(|_| config.accel == Accel::Kvm) {
+            config.qemu_args.extend(["-cpu".to_owned(), cpu]);
+        }
         self.hypervisor.capabilities().check(self.hypervisor.name(), &config)?;
         timeline.end(Phase::Prepare);
         let usual_time = match system {

@@ -249,11 +249,13 @@ pub enum Error {
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
-    /// What was asked for is not there yet.
-    #[error("{what} cannot be run yet")]
-    NotYet {
-        /// What.
-        what: &'static str,
+    /// A target is a shell, which needs the caller's terminal for itself.
+    #[error(
+        "`{target}` is a shell, which needs the terminal for itself: choose it alone, by --filter"
+    )]
+    ShellAmongOthers {
+        /// Its name.
+        target: String,
     },
     /// The arguments and environment of a command are too large.
     #[error("{}: its arguments and environment are too large", program.display())]
@@ -387,7 +389,7 @@ impl Error {
             | Self::Firmware(_)
             | Self::CachedImage { .. }
             | Self::NotForImages { .. }
-            | Self::NotYet { .. }
+            | Self::ShellAmongOthers { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
         }
     }

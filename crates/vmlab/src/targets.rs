@@ -1,6 +1,7 @@
 //! Targets: named runs that are described in a file, which is `vmlab.toml`, or vmtest's `vmtest.toml`. What
 //! can be in them is in `docs/targets.md`.
 
+mod builder;
 mod document;
 mod event_names;
 mod file;
@@ -21,6 +22,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub(crate) use builder::script_words;
 pub use problem::{Problem, TargetFileError};
 pub use select::{Selection, SelectionError, Shard};
 

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::symlink;
 
+use crate::common::pty::Terminal;
 use crate::common::{DEBIAN_6_12, Site, kernel, vmlab_bin};
 
 /// The directory of Debian's 6.12, as vmtest could be given one: by path.
@@ -82,4 +83,32 @@ fn one_command_under_one_kernel() {
     site.vmlab(["vmtest", "true"]).output().expect_code(125).expect_stderr(&["needs a kernel"]);
     let arch = site.vmlab(["vmtest", "-k", &image, "-a", "aarch64", "true"]).output();
     arch.expect_code(125).expect_stderr(&["aarch64"]);
+}
+
+#[test]
+fn a_target_can_be_a_shell() {
+    let site = Site::new();
+    symlink(image(&site), site.cwd().join("kernel")).unwrap();
+    let file = "[[target]]\nname = \"looks\"\nkernel = \"./kernel\"\ncommand = \"-\"\n\
+                [target.vm]\nmemory = \"512M\"\n\n\
+                [[target]]\nname = \"runs\"\nkernel = \"./kernel\"\ncommand = \"true\"\n";
+    std::fs::write(site.cwd().join("vmtest.toml"), file).unwrap();
+    let mut terminal =
+        Terminal::start(site.vmlab(["vmtest", "-f", "looks"]).into_terminal_command(), 33, 101);
+    terminal.type_in("stty size; ls -d /mnt/vmtest; nproc; exit 7\r");
+    terminal.wait("33 101\r\n");
+    terminal.wait("/mnt/vmtest\r\n2\r\n");
+    assert_eq!(terminal.finish().code(), Some(7), "{}", terminal.text());
+    // It has the terminal for itself.
+    let both = site.vmlab(["vmtest"]).output();
+    let said = both.expect_code(1).stdout_text();
+    assert!(said.contains("`looks` is a shell") && said.contains("PASS\n"), "{said}");
+    // Of a file of ours, with what goes before and after. Without a terminal it reads its input.
+    let file = "[[target]]\nname = \"looks\"\nkernel = \"debian:6.12\"\ncommand = \"-\"\n\
+                setup = [\"echo before >made\"]\nteardown = [\"cat made; echo after\"]\n";
+    std::fs::write(site.cwd().join("vmlab.toml"), file).unwrap();
+    let ours = site.vmlab(["test"]).input("cat made; echo during >>made; exit 3\n").output();
+    assert_eq!(ours.expect_code(3).stdout_text(), "before\nbefore\nduring\nafter\n");
+    let report = site.vmlab(["test", "--tap", "out.tap"]).output();
+    report.expect_code(125).expect_stderr(&["`looks` is a shell", "no reports"]);
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -14,27 +14,20 @@ use super::verdict::{End, judge};
 use super::watch::Watch;
 use super::{Observer, Run, Stop};
 use crate::budget::Need;
-use crate::config::Accel;
 use crate::error::chain;
 use crate::events::decode;
 use crate::hypervisor::ExitReason;
-use crate::hypervisor::qemu::Qemu;
 use crate::kept::{self, Keeper};
 use crate::report::Report;
 use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
-use crate::targets::{System, Target, TargetCommand};
+use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
-use crate::{
-    DebugInfo, Environment, Error, ExitStatus, GuestUser, Image, RunDir, Stdio, Vm, VmBuilder,
-};
+use crate::{DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
 const ATTEMPT: &str = "VMLAB_ATTEMPT";
-
-/// The shell of scripts, as vmtest has it.
-const SHELL: &str = "bash";
 
 /// How long each script after the command may take: it is there to look and to tidy up.
 const TEARDOWN_TIME: Duration = Duration::from_secs(60);
@@ -174,12 +167,7 @@ impl Attempt<'_> {
     fn in_a_vm(&self, logs: &RunDir, record: &mut AttemptResult) -> Result<End, Error> {
         let runner = self.run.runner;
         let vm = self.builder()?;
-        let mut prepared = vm.clone().prepare()?;
-        if let Some(cpu) = &self.target.vm.kvm_cpu
-            && prepared.config().accel == Accel::Kvm
-        {
-            prepared = vm.qemu_arg("-cpu").qemu_arg(cpu).prepare()?;
-        }
+        let prepared = vm.prepare()?;
         record.accel = Some(prepared.config().accel.name().to_owned());
         let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
         let dirs = [runner.options.environment.cwd.clone()].into_iter().chain(shares);
@@ -250,7 +238,7 @@ impl Attempt<'_> {
         let mut end = None;
         for script in &run.setup {
             observer.phase(self.index, "before the command");
-            end = match execute(vm, &words(script), tee, deadline)? {
+            end = match execute(vm, &script_words(script), tee, deadline)? {
                 Some(status) if status.success() => continue,
                 Some(status) => {
                     Some(End::SetupFailed(format!("`{}`: {status}", first_line(script))))
@@ -263,13 +251,8 @@ impl Attempt<'_> {
             Some(end) => end,
             None => {
                 observer.phase(self.index, "command");
-                let command = match &run.command {
-                    TargetCommand::Script(script) => words(script),
-                    TargetCommand::Program(words) => words.clone(),
-                    TargetCommand::Shell => vec![SHELL.into()],
-                };
                 let since = Instant::now();
-                let status = execute(vm, &command, tee, deadline)?;
+                let status = execute(vm, &run.words(), tee, deadline)?;
                 record.command_ms = Some(millis(since.elapsed()));
                 status.map_or(End::TimedOut(limit), End::Exited)
             }
@@ -286,7 +269,7 @@ impl Attempt<'_> {
         for script in &run.teardown {
             observer.phase(self.index, "after the command");
             let deadline = Some(Instant::now() + TEARDOWN_TIME);
-            let how = match execute(vm, &words(script), tee, deadline)? {
+            let how = match execute(vm, &script_words(script), tee, deadline)? {
                 Some(status) if status.success() => continue,
                 Some(status) => status.to_string(),
                 None => format!("took longer than {} s", TEARDOWN_TIME.as_secs()),
@@ -306,86 +289,23 @@ impl Attempt<'_> {
 
     /// The VM that the target describes.
     fn builder(&self) -> Result<VmBuilder, Error> {
-        let Target { system, vm: spec, run, .. } = self.target;
         let options = &self.run.runner.options;
         let observer = Arc::clone(&self.run.runner.observer);
-        if run.command == TargetCommand::Shell {
-            return Err(Error::NotYet { what: "targets with a shell on the terminal" });
+        if self.target.run.command == TargetCommand::Shell {
+            return Err(Error::ShellAmongOthers { target: self.target.name.clone() });
         }
-        let (kernel, vm) = match system {
-            System::Kernel { spec, rootfs, root_mode } => {
-                (spec, Vm::builder().rootfs(rootfs).root_mode(*root_mode))
-            }
-            System::Image(image) => {
-                (&image.kernel, Vm::builder().image(Image::of(image)).user_of_guest(&run.user))
-            }
-        };
-        let mut vm = vm
-            .accel(spec.accel)
-            .fast(spec.fast)
-            .network(spec.network)
-            .share_via(spec.share_via)
+        let number = self.number.to_string();
+        let own = [(NAME, self.target.name.as_str()), (ATTEMPT, &number)];
+        let vm = self.target.vm_builder(&options.environment, &own)?;
+        let vm = vm
             // Events are read from it.
             .full_console(true)
             .snapshots(options.snapshots)
             .progress(Arc::new(Told { observer, index: self.index }));
-        if let Some(dir) = &options.cache_dir {
-            vm = vm.cache_dir(dir);
-        }
-        if let Some(kernel) = kernel {
-            vm = vm.kernel(kernel);
-        }
-        if let Some(memory) = spec.memory {
-            vm = vm.memory(memory);
-        }
-        if let Some(topology) = spec.topology {
-            vm = vm.topology(topology);
-        }
-        if let Some(machine) = spec.machine {
-            vm = vm.machine(machine);
-        }
-        if let Some(hostname) = &spec.hostname {
-            vm = vm.hostname(hostname);
-        }
-        if let Some(limit) = spec.boot_timeout {
-            vm = vm.boot_timeout(limit);
-        }
-        if let Some(qemu) = &spec.qemu {
-            vm = vm.hypervisor(Arc::new(Qemu::with_program(qemu)));
-        }
-        for share in &spec.shares {
-            vm = vm.share(share.clone());
-        }
-        for disk in &spec.disks {
-            vm = vm.disk(disk.clone());
-        }
-        for words in &spec.append {
-            vm = vm.append(words);
-        }
-        for module in &spec.modules {
-            vm = vm.module(module.split_whitespace());
-        }
-        for argument in &spec.qemu_args {
-            vm = vm.qemu_arg(argument);
-        }
-        let of_caller = options.environment.clone();
-        let mut environment = match system {
-            System::Kernel { rootfs, .. } => {
-                Environment { user: user(&run.user, rootfs)?, ..of_caller }
-            }
-            System::Image(_) => Environment::of_system_in(of_caller.cwd),
-        };
-        if let Some(cwd) = &run.cwd {
-            environment.cwd = cwd.clone();
-        }
-        let number = self.number.to_string();
-        let own = [(NAME, &self.target.name), (ATTEMPT, &number)];
-        let own = own.into_iter().map(|(name, value)| (name, value.as_str()));
-        let given = run.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        for (name, value) in own.chain(given) {
-            environment.set(name, value);
-        }
-        Ok(vm.environment(environment))
+        Ok(match &options.cache_dir {
+            Some(dir) => vm.cache_dir(dir),
+            None => vm,
+        })
     }
 }
 
@@ -429,22 +349,8 @@ fn phases(report: &Report) -> Vec<(String, f64)> {
     report.phases.iter().map(|phase| (phase.phase.name().to_owned(), phase.ms)).collect()
 }
 
-/// A script as a command.
-fn words(script: &str) -> Vec<OsString> {
-    vec![SHELL.into(), "-c".into(), script.into()]
-}
-
 fn first_line(script: &str) -> &str {
     script.trim().lines().next().unwrap_or_default()
-}
-
-fn user(name: &str, root: &Path) -> Result<GuestUser, Error> {
-    GuestUser::of(name, root).map_err(|source| Error::Io {
-        what: "find the user",
-        path: PathBuf::from(name),
-        source,
-        hint: "",
-    })
 }
 
 /// As much of a log as a report should have.
