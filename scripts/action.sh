@@ -99,7 +99,7 @@ prepare() {
         need_vmlab
         need curl curl
         [ -n "$INPUT_VMLAB" ] || need gcc cc
-        [ ${#missing_packages[@]} -eq 0 ] || group "Install what vmlab needs" install_needed
+        [ -z "$(missing_packages)" ] || group "Install what vmlab needs" install_needed
         open_kvm /dev/kvm /etc/udev/rules.d
         # shellcheck source=/dev/null
         if wants_debian && [ "$(. /etc/os-release && printf '%s' "${ID:-}")" != debian ]; then

@@ -24,21 +24,38 @@ has() {
     PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$1" >/dev/null
 }
 
-# need PACKAGE PROGRAM: remembers the package unless the program is there.
+# need PACKAGE PROGRAM: remembers that a program is needed, and the package that has it.
 # need PACKAGE /FILE: the same for a file.
-missing_packages=()
-need() {
-    case $2 in
-        /*) [ -e "$2" ] || missing_packages+=("$1") ;;
-        *) has "$2" || missing_packages+=("$1") ;;
-    esac
+needed=()
+need() { needed+=("$1 $2"); }
+
+# The packages of what is needed and not there.
+missing_packages() {
+    local one package file
+    for one in "${needed[@]}"; do
+        read -r package file <<<"$one"
+        case $file in
+            /*) [ -e "$file" ] || echo "$package" ;;
+            *) has "$file" || echo "$package" ;;
+        esac
+    done
 }
 
-# Installs the packages that were remembered; says nothing when there are none.
+# Installs what is missing; says nothing when nothing is. A package can take another's place that was there,
+# of another version for example, so it is looked once more.
 install_needed() {
-    [ ${#missing_packages[@]} -gt 0 ] || return 0
-    local packages=("${missing_packages[@]}") log
-    missing_packages=()
+    local missing
+    for _ in 1 2; do
+        mapfile -t missing < <(missing_packages)
+        [ ${#missing[@]} -gt 0 ] || return 0
+        install_packages "${missing[@]}"
+    done
+    mapfile -t missing < <(missing_packages)
+    [ ${#missing[@]} -eq 0 ] || die "these are installed, but what is needed of them is not there: ${missing[*]}"
+}
+
+install_packages() {
+    local packages=("$@") log
     has apt-get || die "these are missing, and only apt is known here: ${packages[*]}"
     say "Installing: ${packages[*]}"
     log=$(mktemp)

@@ -15,7 +15,7 @@ mod iso9660;
 #[cfg(test)]
 mod tests;
 
-pub use credentials::smbios_credentials;
+pub use credentials::{UNIT_FILE, smbios_credentials};
 
 use crate::cache::Digest;
 use iso9660::{File, SECTOR};

@@ -65,7 +65,7 @@ impl WaysIn {
         vec![
             guest_agent,
             "cloud-init did not start the agent of the seed drive".to_owned(),
-            "systemd did not by its credentials, as versions from 256 on do".to_owned(),
+            "systemd did not by its credentials, as versions from 252 on do".to_owned(),
             "an image with one of them is needed, or a kernel (-k), which needs none".to_owned(),
         ]
     }

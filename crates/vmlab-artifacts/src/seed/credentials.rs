@@ -1,5 +1,5 @@
-//! Credentials that make systemd (256 and later) start the agent from the seed drive.
-//! Checked with the 257 of Debian 13.
+//! Credentials that make systemd start the agent from the seed drive: from 256 on by units in them, from 252 on
+//! by files for systemd-tmpfiles. Checked with the 252 of Debian 12 and the 257 of Debian 13.
 
 use super::{LABEL, loader};
 use crate::base64;
@@ -7,8 +7,17 @@ use crate::base64;
 /// The unit, which the script gives to a unit of its own making, too: it is there once.
 const UNIT: &str = "vmlab-agent.service";
 
+/// Where systemd-tmpfiles puts it, for a systemd that takes no units from credentials.
+pub const UNIT_FILE: &str = "/run/systemd/system/vmlab-agent.service";
+
 /// What is reached in each boot; rescue and emergency mode have other targets.
 const WANTED_BY: &str = "basic.target";
+
+/// Has udev want the unit, since systemd looks for no units that come while it starts others.
+const RULE: &str = concat!(
+    "SUBSYSTEM==\"virtio-ports\", ATTR{name}==\"vmlab\", TAG+=\"systemd\", ",
+    "ENV{SYSTEMD_WANTS}+=\"vmlab-agent.service\"\n"
+);
 
 /// Strings for SMBIOS (OEM strings, type 11), one for each credential.
 ///
@@ -36,13 +45,21 @@ ExecStart=/bin/sh -c '{}'
         loader("here").replace('%', "%%").replace('$', "$$")
     );
     let wants = format!("[Unit]\nWants={UNIT}\n");
+    let encoded = |text: &str| base64::encode(text.as_bytes());
+    // The last line has udev look at the ports once more, for they may be there already: tmpfiles.d(5).
+    let files = format!(
+        "f~ {UNIT_FILE} 0644 - - - {}
+f~ /run/udev/rules.d/99-vmlab.rules 0644 - - - {}
+w /sys/class/virtio-ports/*/uevent - - - - change
+",
+        encoded(&unit),
+        encoded(RULE)
+    );
     [
         (format!("systemd.extra-unit.{UNIT}"), unit),
         (format!("systemd.unit-dropin.{WANTED_BY}~vmlab"), wants),
+        ("tmpfiles.extra".to_owned(), files),
     ]
-    .map(|(name, content)| {
-        let content = base64::encode(content.as_bytes());
-        format!("io.systemd.credential.binary:{name}={content}")
-    })
+    .map(|(name, content)| format!("io.systemd.credential.binary:{name}={}", encoded(&content)))
     .to_vec()
 }

@@ -143,7 +143,11 @@ fn credentials_are_units_that_systemd_takes() {
     let names: Vec<_> = units.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(
         names,
-        ["systemd.extra-unit.vmlab-agent.service", "systemd.unit-dropin.basic.target~vmlab"]
+        [
+            "systemd.extra-unit.vmlab-agent.service",
+            "systemd.unit-dropin.basic.target~vmlab",
+            "tmpfiles.extra"
+        ]
     );
     let start = units[0].1.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
     let command = start.strip_prefix("/bin/sh -c '").unwrap().strip_suffix('\'').unwrap();
@@ -151,4 +155,13 @@ fn credentials_are_units_that_systemd_takes() {
     assert_eq!(command.replace("$$", "$").replace("%%", "%"), loader("here"));
     assert!(!command.replace("$$", "").contains('$'), "{command}");
     assert!(units[1].1.contains("Wants=vmlab-agent.service"));
+    // An older systemd gets the same unit as a file.
+    let files: Vec<Vec<&str>> =
+        units[2].1.lines().map(|line| line.split_whitespace().collect()).collect();
+    let content = |line: &[&str]| String::from_utf8(base64::decode(line[6]).unwrap()).unwrap();
+    assert_eq!(files[0][..2], ["f~", UNIT_FILE]);
+    assert_eq!(content(&files[0]), units[0].1);
+    assert!(content(&files[1]).contains("ENV{SYSTEMD_WANTS}+=\"vmlab-agent.service\""));
+    // Firmware has one table of all strings, in which a length is 16 bits wide.
+    assert!(values.iter().map(String::len).sum::<usize>() < 16 * 1024);
 }

@@ -1,5 +1,6 @@
 //! The file servers of shares over virtio-fs: what they may do, and what happens when one cannot go on.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -73,7 +74,7 @@ fn threads_that_serve_have_no_rights_but_that() {
         let qemu = Status::of(&format!("/proc/{}", run.process.qemu().pid));
         assert!(!qemu.restricted());
         assert!(!qemu.has("SigBlk", file_size) && !qemu.has("SigIgn", file_size));
-        std::io::Write::write_all(run.stdin.as_mut().unwrap(), b"typed\n").unwrap();
+        run.stdin.as_mut().unwrap().write_all(b"typed\n").unwrap();
         run.finish().expect_stdout("from the host\ntyped\n");
         assert_eq!(std::fs::read_to_string(site.cwd().join("after")).unwrap(), "typed\n");
         assert!(!site.cwd().join("before").exists());
@@ -116,11 +117,12 @@ fn connection(run: &Running) -> OwnedFd {
     pidfd_getfd(pidfd, fd, flags).expect("QEMU's descriptor, as its user or as root")
 }
 
-/// Ends like a failure of vmlab's own, soon, with nothing left running.
-fn ends(site: &Site, run: Running, wanted: &[&str]) {
-    let since = Instant::now();
+/// Once it is harmed, it ends like a failure of vmlab's own, soon, with nothing left running.
+fn ends(site: &Site, mut run: Running, harm: impl FnOnce(&mut Running), wanted: &[&str]) {
     let below = run.process.descendants();
     assert!(!below.is_empty());
+    let since = Instant::now();
+    harm(&mut run);
     let outcome = run.finish();
     assert!(since.elapsed() < SECONDS, "{:?}", since.elapsed());
     outcome.expect_code(125).expect_stderr(wanted);
@@ -137,9 +139,11 @@ fn a_server_that_loses_its_connection_ends_the_run() {
         let site = Site::new();
         let run = site.sh(&VIRTIO_FS, command).start();
         run.wait_stdout("ready\n");
-        rustix::net::shutdown(connection(&run), Shutdown::Both).unwrap();
+        let harm = |run: &mut Running| {
+            rustix::net::shutdown(connection(run), Shutdown::Both).unwrap();
+        };
         let share = format!("the file server of {}", site.cwd().display());
-        ends(&site, run, &[&share, "connection"]);
+        ends(&site, run, harm, &[&share, "connection"]);
     }
 }
 
@@ -172,6 +176,7 @@ const BREAK: &str = r#"
         put($window + 4, "C", $bar); put($window + 8, "V", $start + $at);
         put($window + 12, "V", $size); put($window + 16, {1, "C", 2, "v", 4, "V"}->{$size}, $value) }
     $| = 1; print "ready\n";
+    <STDIN>;
     device(1, 0x14, 1, 0);
     device(1, 0x14, 1, 3);
     device(1, 8, 4, 1); device(1, 12, 4, 1); device(1, 8, 4, 0); device(1, 12, 4, 0);
@@ -191,9 +196,10 @@ const BREAK: &str = r#"
 fn a_guest_that_breaks_its_queue_ends_its_run() {
     need("perl", "perl");
     let site = Site::new();
-    let run = site.run(&VIRTIO_FS, ["perl", "-e", BREAK]).start();
+    let run = site.run(&VIRTIO_FS, ["perl", "-e", BREAK]).open_stdin().start();
     run.wait_stdout("ready\n");
-    ends(&site, run, &["the file server of /", "the guest's driver has broken a queue"]);
+    let harm = |run: &mut Running| run.stdin.as_mut().unwrap().write_all(b"go on\n").unwrap();
+    ends(&site, run, harm, &["the file server of /", "the guest's driver has broken a queue"]);
 }
 
 #[test]

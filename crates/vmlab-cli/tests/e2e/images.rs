@@ -141,14 +141,45 @@ fn secure_boot_starts_what_is_signed() {
     assert_eq!(outcome.expect_code(0).stdout_text().trim(), "1");
 }
 
+/// Has systemd-tmpfiles of a system hear of no credentials.
+const NO_FILES_BY_CREDENTIALS: &str = "
+    drop_in=/etc/systemd/system/systemd-tmpfiles-setup.service.d; mkdir -p $drop_in
+    printf '[Service]\\nLoadCredential=\\nImportCredential=\\n' > $drop_in/none.conf";
+
+/// Changes an image, by a script under another kernel.
+fn change(site: &Site, image: &Path, script: &str) {
+    let options = ["--image", text(image), "--persist"];
+    site.run_with(CLOUD[0], &options, ["sh", "-c", script]).output().expect_code(0);
+}
+
+#[test]
+fn the_agent_comes_in_by_guest_agent_and_by_files_of_credentials() {
+    let site = Site::new();
+    let image = copy(&site, &image(DEBIAN_12), "own.raw");
+    let who = "systemctl show -P FragmentPath vmlab-agent";
+    let run = || {
+        let args = ["run", "-q", "--image", text(&image), "--", "sh", "-c", who];
+        site.vmlab(args).patience(BOOT_PATIENCE).output().expect_code(0).stdout_text()
+    };
+    change(&site, &image, NO_FILES_BY_CREDENTIALS);
+    assert_eq!(run(), "/run/systemd/transient/vmlab-agent.service\n");
+    let etc = "/etc/systemd/system";
+    change(
+        &site,
+        &image,
+        &format!(
+            "ln -sf /dev/null {etc}/qemu-guest-agent.service
+             rm -r {etc}/systemd-tmpfiles-setup.service.d"
+        ),
+    );
+    assert_eq!(run(), "/run/systemd/system/vmlab-agent.service\n");
+}
+
 #[test]
 fn the_agent_comes_in_by_cloud_init_and_by_credentials() {
     let site = Site::new();
     let image = copy(&site, &image(DEBIAN_13), "own.raw");
-    let on_image = |script: &str| {
-        let options = ["--image", text(&image), "--persist"];
-        site.run_with(CLOUD[0], &options, ["sh", "-c", script]).output().expect_code(0);
-    };
+    let on_image = |script: &str| change(&site, &image, script);
     let who = "systemctl is-active qemu-guest-agent; \
                systemctl show -P FragmentPath vmlab-agent; test -d /run/cloud-init && echo cloud; true";
     let run = || {
@@ -168,7 +199,8 @@ fn the_agent_comes_in_by_cloud_init_and_by_credentials() {
     on_image(&format!(
         "sed -i 's/console=ttyS0[^ ]*//g' /boot/grub/grub.cfg && ! grep ttyS0 /boot/grub/grub.cfg
          ln -sf /dev/null {etc}/qemu-guest-agent.service
-         mkdir -p {etc}-generators && ln -sf /dev/null {etc}-generators/systemd-debug-generator"
+         mkdir -p {etc}-generators && ln -sf /dev/null {etc}-generators/systemd-debug-generator
+         {NO_FILES_BY_CREDENTIALS}"
     ));
     let by_cloud_init = run();
     assert!(by_cloud_init.contains("/run/systemd/transient/"), "{by_cloud_init}");

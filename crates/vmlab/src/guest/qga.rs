@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 use vmlab_artifacts::base64;
-use vmlab_artifacts::seed::{EXIT_NO_DRIVE, START_AGENT};
+use vmlab_artifacts::seed::{EXIT_NO_DRIVE, START_AGENT, UNIT_FILE};
 
 use channel::Channel;
 
@@ -21,6 +21,12 @@ const POLL_FIRST: Duration = Duration::from_millis(10);
 
 /// The longest such pause.
 const POLL_MAX: Duration = Duration::from_millis(200);
+
+/// How long an agent that systemd has been given may take to come. It is started before qemu-guest-agent in
+/// nearly all boots.
+const COMING_TIME: Duration = Duration::from_secs(3);
+
+const FILE_OPEN: &str = "guest-file-open";
 
 /// As much as an error shows of what a program in the guest wrote.
 const WORDS_MAX: usize = 2000;
@@ -105,11 +111,29 @@ pub(crate) fn put_agent(
 ) -> Result<(), QgaError> {
     let mut channel = Channel::new(socket, deadline, cancelled)?;
     channel.synchronise()?;
+    if is_coming(&mut channel)? {
+        channel.pause(COMING_TIME, FILE_OPEN)?;
+    }
     let ended = run_script(&mut channel, "detached", None)?;
     match ended.exit_code {
         Some(0) => Ok(()),
         Some(EXIT_NO_DRIVE) => run_script(&mut channel, "stdin", Some(agent))?.success(),
         _ => ended.success(),
+    }
+}
+
+/// Whether systemd was given the agent by credentials, so that it most likely comes by itself. Asking after a
+/// file starts no program, which on an emulated processor takes long.
+fn is_coming(channel: &mut Channel<'_>) -> Result<bool, QgaError> {
+    match channel.execute::<i64>(FILE_OPEN, &json!({ "path": UNIT_FILE, "mode": "r" })) {
+        Ok(handle) => {
+            let closed: Result<Value, _> =
+                channel.execute("guest-file-close", &json!({ "handle": handle }));
+            closed.map(|_| true)
+        }
+        // There is none, or the image's configuration lets nobody ask.
+        Err(QgaError::Refused { .. } | QgaError::Disabled { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

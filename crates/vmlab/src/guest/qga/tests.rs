@@ -48,6 +48,17 @@ impl Fake {
         self.answer_call(&call);
     }
 
+    /// Answers, and is of a system whose systemd has not been given the agent.
+    fn begin(&mut self) {
+        self.synchronise();
+        self.has_no_unit();
+    }
+
+    fn has_no_unit(&mut self) {
+        assert_eq!(self.expect("guest-file-open")["path"], UNIT_FILE);
+        self.refuse("GenericError", "failed to open file: No such file or directory");
+    }
+
     fn answer_call(&mut self, call: &Value) {
         let id = &call["arguments"]["id"];
         self.say(&[b"\xff", json!({"return": id}).to_string().as_bytes(), b"\n"].concat());
@@ -92,7 +103,7 @@ fn put(fake: impl FnOnce(&mut Fake) + Send + 'static) -> Result<(), QgaError> {
 #[test]
 fn the_script_starts_the_agent_of_the_drive() {
     put(|fake| {
-        fake.synchronise();
+        fake.begin();
         let arguments = fake.run_script(&json!({"exited": true, "exitcode": 0}));
         assert_eq!(arguments["path"], "/bin/sh");
         assert_eq!(arguments["arg"], json!(["-c", START_AGENT, "start", "detached"]));
@@ -105,7 +116,7 @@ fn the_script_starts_the_agent_of_the_drive() {
 #[test]
 fn without_a_drive_the_agent_goes_through_the_port() {
     put(|fake| {
-        fake.synchronise();
+        fake.begin();
         fake.run_script(&json!({"exited": true, "exitcode": 4, "err-data": "bm8="}));
         let arguments = fake.run_script(&json!({"exited": true, "exitcode": 0}));
         assert_eq!(arguments["arg"][3], "stdin");
@@ -135,6 +146,7 @@ fn stale_answers_and_noise_are_skipped() {
         for byte in text.bytes().chain([b'\r', b'\n']) {
             fake.say(&[byte]);
         }
+        fake.has_no_unit();
         fake.run_script(&json!({"exited": true, "exitcode": 0}));
     })
     .unwrap();
@@ -149,7 +161,7 @@ fn a_disabled_command_is_told_by_name() {
     ];
     for (class, desc) in answers {
         let error = put(move |fake| {
-            fake.synchronise();
+            fake.begin();
             fake.expect("guest-exec");
             fake.refuse(class, desc);
         });
@@ -160,7 +172,7 @@ fn a_disabled_command_is_told_by_name() {
         assert!(text.contains("guest-exec is disabled") && text.contains(desc), "{text}");
     }
     let error = put(|fake| {
-        fake.synchronise();
+        fake.begin();
         fake.expect("guest-exec");
         fake.refuse("GenericError", "Failed to execute child process");
     });
@@ -179,7 +191,7 @@ fn a_script_that_fails_shows_its_words() {
     ];
     for (status, words) in cases {
         let error = put(move |fake| {
-            fake.synchronise();
+            fake.begin();
             fake.run_script(&status);
         });
         let text = error.unwrap_err().to_string();
@@ -187,7 +199,7 @@ fn a_script_that_fails_shows_its_words() {
     }
     // Also in the second try, whatever its exit code means in the first.
     let error = put(|fake| {
-        fake.synchronise();
+        fake.begin();
         for _ in 0..2 {
             fake.run_script(&json!({"exited": true, "exitcode": 4}));
         }
@@ -206,7 +218,7 @@ fn answers_without_end_are_not_kept() {
         fake.writer.write_all(b"\n").ok();
     };
     let error = put(move |fake| {
-        fake.synchronise();
+        fake.begin();
         fake.expect("guest-exec");
         flood(fake);
     });
@@ -215,7 +227,7 @@ fn answers_without_end_are_not_kept() {
     // Before the guest agent has answered they are noise.
     put(move |fake| {
         flood(fake);
-        fake.synchronise();
+        fake.begin();
         fake.run_script(&json!({"exited": true, "exitcode": 0}));
     })
     .unwrap();
@@ -226,7 +238,7 @@ fn answers_that_make_no_sense_are_errors() {
     for answer in [&b"{\"return\": {}}\n"[..], b"[]\n", b"\n", b"{\"return\": {\"pid\": \"x\"}}\n"]
     {
         let error = put(move |fake| {
-            fake.synchronise();
+            fake.begin();
             fake.expect("guest-exec");
             fake.say(answer);
         });
@@ -247,7 +259,7 @@ fn who_does_not_answer_is_called_until_the_deadline() {
     let text = error.unwrap_err().to_string();
     assert!(text.starts_with("qemu-guest-agent did not answer within "), "{text}");
     let error = put_within(Duration::from_millis(300), |fake| {
-        fake.synchronise();
+        fake.begin();
         fake.expect("guest-exec");
     });
     let text = error.unwrap_err().to_string();
@@ -266,4 +278,35 @@ fn nobody_waits_for_a_vm_that_has_ended_or_a_run_that_is_cancelled() {
     let cancelled = || started.elapsed() > Duration::from_millis(200);
     let error = put_agent(&ours, b"agent", started + AGES, &cancelled);
     assert!(matches!(error, Err(QgaError::Cancelled)), "{error:?}");
+}
+
+#[test]
+fn an_agent_that_comes_by_itself_is_waited_for_but_not_for_long() {
+    let comes = |fake: &mut Fake| {
+        fake.synchronise();
+        fake.expect("guest-file-open");
+        fake.answer(&json!(1000));
+        assert_eq!(fake.expect("guest-file-close")["handle"], 1000);
+        fake.answer(&json!({}));
+    };
+    let asked = Instant::now();
+    put(move |fake| {
+        comes(fake);
+        fake.run_script(&json!({"exited": true, "exitcode": 0}));
+        assert!(asked.elapsed() > COMING_TIME);
+    })
+    .unwrap();
+    // Nothing is run once it is there.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let fake = thread::spawn(move || {
+        let reader = BufReader::new(theirs.try_clone().unwrap());
+        let mut end = Fake { reader, writer: theirs };
+        comes(&mut end);
+        assert!(end.read().is_none());
+    });
+    let cancelled = || asked.elapsed() > COMING_TIME + Duration::from_secs(1);
+    let error = put_agent(&ours, b"agent", asked + AGES, &cancelled);
+    assert!(matches!(error, Err(QgaError::Cancelled)), "{error:?}");
+    drop(ours);
+    fake.join().unwrap();
 }
