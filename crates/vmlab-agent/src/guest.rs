@@ -38,13 +38,8 @@ pub(crate) fn run(started_ns: u64) -> ExitCode {
 
 /// Opens the port; `None` where another agent has it.
 fn open_port() -> Result<Option<OwnedFd>, String> {
-    // Where udev has loaded it already, this does nothing.
-    let mut driver = Command::new("modprobe");
-    driver.arg("virtio_console").stdin(Stdio::null()).stderr(Stdio::null());
-    // Built in, or unknown: then the port is there, or its absence is told.
-    let _ = driver.status();
     let mut missing = String::new();
-    for _ in 0..PORT_TRIES {
+    for tried in 0..PORT_TRIES {
         match boot::find_port() {
             Ok(Some(path)) => {
                 return match boot::open_device(&path) {
@@ -56,6 +51,13 @@ fn open_port() -> Result<Option<OwnedFd>, String> {
             Ok(None) => missing = "the port `vmlab` is not there".to_string(),
             Err(why) => missing = why,
         }
+        if tried == 0 {
+            let mut driver = Command::new("modprobe");
+            driver.arg("virtio_console").stdin(Stdio::null()).stderr(Stdio::null());
+            // Where udev has loaded it already, this does nothing. Where there is none, that is told.
+            let _ = driver.status();
+            continue;
+        }
         sleep(LOOK);
     }
     Err(missing)
@@ -66,6 +68,9 @@ fn serve(port: OwnedFd, started_ns: u64) -> io::Result<Over> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     kernel_log::copy_to_console();
+    // Until here, its unit has put it before all other services that start at this time. Commands are no
+    // better than others.
+    let _ = rustix::process::setpriority_process(None, 0);
     let mut session = Session::new(Role::Guest, port)?;
     let ready_ns = sys::monotonic_ns();
     let release = boot::release();

@@ -37,6 +37,7 @@ After={WANTED_BY} dev-disk-by\\x2dlabel-{LABEL}.device dev-virtio\\x2dports-vmla
 [Service]
 OOMPolicy=continue
 TasksMax=infinity
+Nice=-20
 Restart=on-failure
 RestartSec=2
 ExecStart=/bin/sh -c '{}'

@@ -89,7 +89,7 @@ fn a_bios_starts_an_image() {
     let script = "
         [ -d /sys/firmware/efi ] && echo efi || echo bios
         . /etc/os-release; echo $ID $VERSION_ID; cat /proc/1/comm
-        id -un; pwd; echo $HOME; echo \"$GIVEN $FROM_THE_CALLER.\"; cat
+        nice; id -un; pwd; echo $HOME; echo \"$GIVEN $FROM_THE_CALLER.\"; cat
         echo of the guest > made; mount | grep -c \" on $PWD type virtiofs (rw\"
         echo changed > /etc/motd; echo aside >&2; exit 3";
     let args = ["run", "-q", "--image", text(&image), "-u", "daemon", "-e", "GIVEN=a  b", "--"];
@@ -104,7 +104,7 @@ fn a_bios_starts_an_image() {
     assert_eq!(
         outcome.stdout_text(),
         format!(
-            "bios\ndebian 12\nsystemd\ndaemon\n{}\n/usr/sbin\na  b .\ntyped\n1\n",
+            "bios\ndebian 12\nsystemd\n0\ndaemon\n{}\n/usr/sbin\na  b .\ntyped\n1\n",
             cwd.display()
         ),
         "{}",
