@@ -23,6 +23,9 @@ need libelf1 /usr/lib/x86_64-linux-gnu/libelf.so.1
 need iproute2 ip
 need busybox-static busybox
 need e2fsprogs /usr/sbin/mke2fs
+need btrfs-progs mkfs.btrfs
+need xfsprogs mkfs.xfs
+need f2fs-tools mkfs.f2fs
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck

@@ -48,6 +48,17 @@ pub(crate) fn drain_signals(fd: &OwnedFd) {
     while matches!(rustix::io::read(fd, &mut buffer), Ok(n) if n > 0) {}
 }
 
+/// Has the kernel swap to a device: swapon(2).
+pub(crate) fn swap_on(device: &str) -> rustix::io::Result<()> {
+    let path = std::ffi::CString::new(device).map_err(|_| rustix::io::Errno::INVAL)?;
+    // SAFETY: `path` is a string with a NUL at its end, which lives for the call.
+    match unsafe { libc::swapon(path.as_ptr(), 0) } {
+        0 => Ok(()),
+        _ => Err(rustix::io::Errno::from_io_error(&io::Error::last_os_error())
+            .unwrap_or(rustix::io::Errno::IO)),
+    }
+}
+
 /// A child that has ended.
 pub(crate) struct Reaped {
     /// Its process id.

@@ -52,7 +52,7 @@ fn list(cache: &Cache, json: bool) -> Result<()> {
     output::stdout(text.as_bytes())
 }
 
-fn verify(found: &Verification, json: bool) -> Result<Code> {
+pub(crate) fn verify(found: &Verification, json: bool) -> Result<Code> {
     if json {
         print_json(found)?;
     } else {
@@ -100,7 +100,7 @@ fn entries(count: usize) -> String {
 }
 
 /// A key as people see it: of a hash, the first digits tell it from others.
-fn shown(key: &str) -> &str {
+pub(crate) fn shown(key: &str) -> &str {
     let is_hash = key.len() == 64 && key.bytes().all(|b| b.is_ascii_hexdigit());
     if is_hash { &key[..SHOWN_DIGITS] } else { key }
 }

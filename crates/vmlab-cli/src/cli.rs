@@ -8,7 +8,7 @@ use vmlab::SnapshotMode;
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
-use crate::{cache, doctor, generate, image, kernel, output, request, run, test};
+use crate::{cache, disk, doctor, generate, image, kernel, output, request, run, test};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -51,6 +51,9 @@ enum Command {
     /// Make bootable disk images
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// List, remove and verify the disks that runs get copies of
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
     /// List, verify and empty the cache of kernels and of what is made from them
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -193,11 +196,21 @@ pub(crate) struct VmArgs {
     /// Share a host directory; it is at the same path in the guest, and writable, unless said otherwise
     #[arg(long, value_name = "HOST[:GUEST][:ro|rw]")]
     pub(crate) share: Vec<String>,
-    /// Give the guest a disk: a file with an image, which is at /dev/disk/by-id/virtio-NAME; NAME is disk0,
-    /// disk1 and so on unless given. Writes are discarded, unless `rw` keeps them in the file or `ro` has
-    /// them refused
-    #[arg(long, value_name = "FILE[:NAME][:ro|rw|discard]")]
+    /// Give the guest a disk, at /dev/disk/by-id/virtio-NAME: a file with an image, as
+    /// FILE[:NAME][:ro|rw|discard|clone], or a new one, as size=256M,fs=ext4,name=data
+    ///
+    /// NAME is disk0, disk1 and so on unless given. What is written to a file is discarded, unless `rw` keeps it
+    /// there, `ro` has it refused, or `clone` has it written to a copy of the VM's own, as new disks are. A new
+    /// disk's filesystem is made once, kept in the cache, and mounted at /mnt/NAME.
+    ///
+    /// Keys: size, path, name, fs (ext4, xfs, btrfs, f2fs, vfat, swap and others), label, uuid, mkfs-option,
+    /// content (a directory or a tar archive), mount (a path or none), mount-option, mode, read-only, clone (auto,
+    /// reflink, copy, overlay), keep (a file). mkfs-option and mount-option can be given several times.
+    #[arg(long, value_name = "DISK")]
     pub(crate) disk: Vec<String>,
+    /// Keep the VM's own copies of disks in a directory, as NAME.raw
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep: Option<PathBuf>,
     /// How the root and all shares reach the guest; auto takes virtiofs where the kernel has it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) share_via: ShareViaArg,
@@ -456,6 +469,7 @@ pub(crate) fn dispatch() -> Code {
         Command::Report(ReportCommand::Merge(args)) => done(test::merge(&args)),
         Command::Kernel(command) => done(kernel::run(command)),
         Command::Image(command) => done(image::run(command)),
+        Command::Disk(command) => disk::run(command),
         Command::Cache(command) => cache::run(command),
         Command::Doctor { json } => doctor::run(json),
         Command::Completions { shell } => done(generate::completions(&mut Cli::command(), shell)),

@@ -3,6 +3,7 @@
 mod cache;
 mod cli;
 mod command;
+mod disk;
 mod doctor;
 mod exit;
 mod generate;

@@ -207,6 +207,9 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
     for disk in &args.disk {
         vm = vm.disk(disk.parse::<Disk>().context("--disk")?);
     }
+    if let Some(dir) = args.keep {
+        vm = vm.keep_disks(std::path::absolute(dir).context("--keep")?);
+    }
     for arguments in args.append {
         vm = vm.append(arguments);
     }

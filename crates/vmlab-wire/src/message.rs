@@ -110,9 +110,8 @@ pub struct Setup {
     pub modules: Option<Filesystem>,
     /// Further mounts, in order.
     pub shares: Vec<Mount>,
-    /// The serial numbers of virtio disks that have to be there before commands run. The guest has them at
-    /// `/dev/disk/by-id/virtio-SERIAL`.
-    pub disks: Vec<String>,
+    /// Disks beside the root's, which have to be there before commands run, in order.
+    pub disks: Vec<Disk>,
     /// Files that replace those of the root, such as `/etc/resolv.conf`. The root below is not changed,
     /// nor is any share: where one is mounted over a file, the share is seen.
     pub files: Vec<File>,
@@ -173,6 +172,39 @@ pub struct Mount {
     pub otherwise: Option<Filesystem>,
     /// Absolute path in the guest.
     pub target: Vec<u8>,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+}
+
+/// A virtio disk of the guest, at `/dev/disk/by-id/virtio-SERIAL`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Its serial number.
+    pub serial: String,
+    /// What it is used for.
+    pub used: DiskUse,
+}
+
+/// What a disk is used for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskUse {
+    /// Whatever commands make of it.
+    Device,
+    /// Mounted.
+    Mounted(DiskMount),
+    /// Swap space.
+    Swap,
+}
+
+/// How a disk is mounted. The mount point is made where it is missing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMount {
+    /// Type of its filesystem, as `mount -t` takes it; `None` to look what is on it.
+    pub kind: Option<String>,
+    /// Absolute path in the guest.
+    pub target: Vec<u8>,
+    /// Options as of `mount -o`.
+    pub options: String,
     /// Whether the guest may not write.
     pub read_only: bool,
 }

@@ -4,7 +4,7 @@ mod parts;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmlab_artifacts::cache::Leases;
 use vmlab_artifacts::{Cache, Progress, Silent};
@@ -81,6 +81,7 @@ pub struct VmBuilder {
     share_cwd: bool,
     shares: Vec<Share>,
     disks: Vec<Disk>,
+    keep_disks: Option<PathBuf>,
     share_via: ShareVia,
     sandbox: bool,
     network: NetworkMode,
@@ -121,6 +122,7 @@ impl Default for VmBuilder {
             share_cwd: true,
             shares: Vec::new(),
             disks: Vec::new(),
+            keep_disks: None,
             share_via: ShareVia::Auto,
             sandbox: true,
             network: NetworkMode::None,
@@ -221,6 +223,12 @@ impl VmBuilder {
     /// Adds a disk beside the root. The guest has it at `/dev/disk/by-id/virtio-NAME`.
     pub fn disk(mut self, disk: Disk) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// Keeps the VM's own copies of disks in a directory, as `NAME.raw`.
+    pub fn keep_disks(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.keep_disks = Some(dir.into());
         self
     }
 
@@ -347,7 +355,14 @@ impl VmBuilder {
         // Before anything is fetched for a VM that could not be started.
         self.hypervisor.find()?;
         let leases = Leases::default();
-        let disks = disk::devices(&self.disks)?;
+        let since = Instant::now();
+        let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;
+        if let Some(dir) = &self.keep_disks {
+            disk::keep_in(dir, &mut disks);
+        }
+        if !disks.is_empty() {
+            timeline.note("disks", since);
+        }
         let parts = match &self.image {
             Some(image) if self.kernel.is_none() => {
                 self.image_parts(image, &environment, (&cache, &leases), &mut timeline)?

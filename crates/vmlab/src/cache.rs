@@ -8,7 +8,7 @@ use vmlab_artifacts::cache::{Flaw, Freed};
 use vmlab_artifacts::{Bound, Cache, CacheError, KINDS, Kind};
 
 use crate::error::chain;
-use crate::{Error, boot, image, snapshot};
+use crate::{Error, boot, disk, image, snapshot};
 
 /// The name under which what is remembered of files and of the host can be cleared. It is no kind of
 /// entries.
@@ -16,7 +16,11 @@ pub const REMEMBERED: &str = "remembered";
 
 /// All kinds that this program makes.
 fn kinds() -> impl Iterator<Item = Kind> {
-    KINDS.into_iter().chain(boot::KINDS).chain([image::CACHE_KIND, snapshot::CACHE_KIND])
+    KINDS.into_iter().chain(boot::KINDS).chain([
+        image::CACHE_KIND,
+        disk::CACHE_KIND,
+        snapshot::CACHE_KIND,
+    ])
 }
 
 /// What is in the cache.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
 use vmlab_artifacts::image::ImageFormat;
 
+use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
 
 pub use error::ConfigError;
@@ -194,6 +195,8 @@ pub enum DiskWrites {
     Kept,
     /// The disk is read-only.
     Refused,
+    /// They are in a copy of the file, which the VM has for itself.
+    Cloned(CloneMode),
 }
 
 /// A disk of the guest.
@@ -207,6 +210,9 @@ pub struct DiskDevice {
     pub format: ImageFormat,
     /// What becomes of writes.
     pub writes: DiskWrites,
+    /// The file that the VM's own copy is to be, and that stays; without one it has no name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<PathBuf>,
 }
 
 /// What a PC starts before any boot loader.

@@ -1,31 +1,149 @@
-//! Disks of the guest beside its root.
+//! Disks of the guest beside its root: files with images, and new ones, empty or with a filesystem.
 
-use std::path::PathBuf;
-use std::str::FromStr;
+mod clone;
+mod content;
+mod filesystem;
+mod template;
+mod text;
 
-use vmlab_artifacts::image::{DiskImage, open_data};
+#[cfg(test)]
+mod tests;
 
-use crate::Error;
+use std::path::{Path, PathBuf};
+
+use vmlab_artifacts::Cache;
+use vmlab_artifacts::cache::Leases;
+use vmlab_artifacts::image::{DiskImage, ImageFormat, open_data};
+use vmlab_wire::message::{self, DiskMount, DiskUse};
+
 use crate::config::{ConfigError, DiskDevice, DiskWrites, is_serial};
+use crate::rootfs::guest_bytes;
+use crate::share::KERNELS_OWN;
+use crate::units::{Bytes, MIB};
+use crate::{Error, VmBuilder};
 
-/// A disk that the guest has at `/dev/disk/by-id/virtio-NAME`: a file with an image, or a block device of
-/// the host.
+pub use clone::CloneMode;
+pub(crate) use clone::{OwnDisks, give_each_its_own};
+pub(crate) use template::CACHE_KIND;
+pub use template::{KIND, Template, remove, templates};
+pub(crate) use text::{Given, MODES};
+
+/// The smallest new disk.
+const MIN_SIZE: Bytes = Bytes(MIB);
+
+/// The largest: what ext4 can have of a file. It is sparse.
+const MAX_SIZE: Bytes = Bytes(16 << 40);
+
+/// Where disks with a filesystem are mounted: `/mnt/NAME`.
+const MOUNTS: &str = "/mnt";
+
+/// The swap space's name among filesystems.
+const SWAP: &str = "swap";
+
+/// A disk that the guest has at `/dev/disk/by-id/virtio-NAME`.
 ///
-/// The file is never written to, unless its [`writes`](Self::writes) are to be kept.
+/// ```
+/// use vmlab::Disk;
+/// use vmlab::units::{Bytes, MIB};
+///
+/// let data = Disk::blank(Bytes(256 * MIB)).named("data").filesystem("btrfs"); // at /mnt/data
+/// let image = Disk::new("old", "old.qcow2");
+/// # let _ = (data, image);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Disk {
     /// What the guest knows it by. Without one, it is `disk` and its number among all disks, from 0 on.
     pub name: Option<String>,
-    /// The file on the host.
-    pub path: PathBuf,
+    /// What it is at first.
+    pub source: DiskSource,
     /// What becomes of writes.
     pub writes: DiskWrites,
+    /// Where it is mounted.
+    pub mount: MountPoint,
+    /// Options of the mount, as mount(8) has them.
+    pub mount_options: Vec<String>,
+    /// The file that a VM's own copy is, and that stays; without one it is gone with the VM.
+    pub keep: Option<PathBuf>,
+}
+
+/// What a disk is at first.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum DiskSource {
+    /// A file with an image, or a block device of the host.
+    File(PathBuf),
+    /// A new disk of this size, zeroes unless it has a filesystem.
+    Blank(Bytes, Option<Mkfs>),
+}
+
+/// How a filesystem is made.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Mkfs {
+    /// Its name: `mkfs.NAME` makes it, or mkswap if it is `swap`.
+    pub name: String,
+    /// Its label.
+    pub label: Option<String>,
+    /// Its UUID; a random one, which all disks of this kind share over all runs, unless given.
+    pub uuid: Option<String>,
+    /// Further arguments for the program.
+    pub options: Vec<String>,
+    /// What is in it: a directory of the host, or a tar archive.
+    pub content: Option<PathBuf>,
+}
+
+/// Where a disk is mounted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub enum MountPoint {
+    /// At `/mnt/NAME`, if it is a new one with a filesystem; swap space is used. Others are not mounted.
+    #[default]
+    Usual,
+    /// At this path of the guest.
+    At(PathBuf),
+    /// Nowhere.
+    Nowhere,
+}
+
+impl Mkfs {
+    /// An empty filesystem, made with the program's own defaults.
+    pub fn new(name: impl Into<String>) -> Self {
+        let (label, uuid, options, content) = Default::default();
+        Self { name: name.into(), label, uuid, options, content }
+    }
 }
 
 impl Disk {
-    /// A disk whose writes are discarded: the guest sees them, and they are gone with the VM.
+    fn of(source: DiskSource, writes: DiskWrites) -> Self {
+        let (name, mount, mount_options, keep) = Default::default();
+        Self { name, source, writes, mount, mount_options, keep }
+    }
+
+    /// A file with an image. Writes are discarded: the guest sees them, and they are gone with the VM.
     pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
-        Self { name: Some(name.into()), path: path.into(), writes: DiskWrites::Discarded }
+        Self::of(DiskSource::File(path.into()), DiskWrites::Discarded).named(name)
+    }
+
+    /// A new disk, which each VM has for itself.
+    pub fn blank(size: Bytes) -> Self {
+        Self::of(DiskSource::Blank(size, None), DiskWrites::Cloned(CloneMode::Auto))
+    }
+
+    /// Gives it a name.
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Gives a new disk a filesystem: any for which there is a `mkfs.NAME`, or `swap`. It changes nothing of a
+    /// file with an image.
+    pub fn filesystem(self, name: impl Into<String>) -> Self {
+        self.formatted(Mkfs::new(name))
+    }
+
+    /// The same, with all that can be said of it.
+    pub fn formatted(mut self, mkfs: Mkfs) -> Self {
+        if let DiskSource::Blank(_, filesystem) = &mut self.source {
+            *filesystem = Some(mkfs);
+        }
+        self
     }
 
     /// Says what becomes of writes.
@@ -34,113 +152,168 @@ impl Disk {
         self
     }
 
+    /// Says where it is mounted.
+    pub fn mounted(mut self, mount: MountPoint) -> Self {
+        self.mount = mount;
+        self
+    }
+
+    /// Adds an option of the mount, as mount(8) has it.
+    pub fn mount_option(mut self, option: impl Into<String>) -> Self {
+        self.mount_options.push(option.into());
+        self
+    }
+
+    /// Keeps what the VM made of it in a file.
+    pub fn keep(mut self, file: impl Into<PathBuf>) -> Self {
+        self.keep = Some(file.into());
+        self
+    }
+
     /// Its name where it is the disk of this number.
     fn serial(&self, index: usize) -> String {
         self.name.clone().unwrap_or_else(|| format!("disk{index}"))
     }
 
-    fn device(&self, index: usize) -> Result<DiskDevice, Error> {
-        // What is opened so names no file elsewhere, whatever a guest may have written to it.
-        let DiskImage { path, format, .. } = open_data(&self.path)?;
-        Ok(DiskDevice { serial: self.serial(index), path, format, writes: self.writes })
-    }
-}
-
-impl FromStr for Disk {
-    type Err = Error;
-
-    /// Reads `FILE[:NAME][:ro|rw|discard]`. A relative path is taken from the working directory. Writes are
-    /// discarded unless `rw` keeps them in the file or `ro` has them refused.
-    fn from_str(text: &str) -> Result<Self, Error> {
-        let bad = |why: &str| Error::Disk { text: text.to_owned(), why: why.to_owned() };
-        let mut parts: Vec<&str> = text.split(':').collect();
-        let mode = parts.last().and_then(|last| writes_named(last)).filter(|_| parts.len() > 1);
-        if mode.is_some() {
-            parts.pop();
+    fn mkfs(&self) -> Option<&Mkfs> {
+        match &self.source {
+            DiskSource::Blank(_, mkfs) => mkfs.as_ref(),
+            DiskSource::File(_) => None,
         }
-        let (path, name) = match parts[..] {
-            [path] => (path, None),
-            [path, name] => (path, Some(name)),
-            _ => return Err(bad("it has too many parts")),
+    }
+
+    fn wrong(&self, why: impl Into<String>) -> Error {
+        let what = match (&self.name, &self.source) {
+            (Some(name), _) => name.clone(),
+            (None, DiskSource::File(path)) => path.display().to_string(),
+            (None, DiskSource::Blank(size, _)) => format!("size={size}"),
         };
-        if path.is_empty() {
-            return Err(bad("the file is empty"));
-        }
-        if let Some(serial) = name.filter(|name| !is_serial(name)) {
-            return Err(bad(&ConfigError::Serial { serial: serial.to_owned() }.to_string()));
-        }
-        let (name, path) = (name.map(str::to_owned), PathBuf::from(path));
-        Ok(Self { name, path, writes: mode.unwrap_or(DiskWrites::Discarded) })
-    }
-}
-
-/// What users call what becomes of writes.
-pub(crate) const MODES: [(&str, DiskWrites); 3] =
-    [("discard", DiskWrites::Discarded), ("rw", DiskWrites::Kept), ("ro", DiskWrites::Refused)];
-
-fn writes_named(name: &str) -> Option<DiskWrites> {
-    MODES.iter().find(|(known, _)| *known == name).map(|(_, writes)| *writes)
-}
-
-/// The devices of all disks, in their order.
-pub(crate) fn devices(disks: &[Disk]) -> Result<Vec<DiskDevice>, Error> {
-    disks.iter().enumerate().map(|(index, disk)| disk.device(index)).collect()
-}
-
-/// The names of all disks, in their order.
-pub(crate) fn serials(disks: &[Disk]) -> Vec<String> {
-    disks.iter().enumerate().map(|(index, disk)| disk.serial(index)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn disks_are_read() {
-        let read = |text: &str| text.parse::<Disk>().unwrap();
-        let unnamed = |writes| Disk { name: None, ..Disk::new("", "a.raw").writes(writes) };
-        assert_eq!(read("a.raw"), unnamed(DiskWrites::Discarded));
-        assert_eq!(read("a.raw:ro"), unnamed(DiskWrites::Refused));
-        assert_eq!(read("a.raw:rw"), unnamed(DiskWrites::Kept));
-        assert_eq!(read("a.raw:discard"), unnamed(DiskWrites::Discarded));
-        assert_eq!(read("/a:data"), Disk::new("data", "/a"));
-        assert_eq!(read("/a:data:rw"), Disk::new("data", "/a").writes(DiskWrites::Kept));
-        // A file or a disk of such a name needs the last part.
-        assert_eq!(read("rw"), Disk { name: None, ..Disk::new("", "rw") });
-        assert_eq!(read("a:ro:discard"), Disk::new("ro", "a"));
-        let long = format!("a:{}", "x".repeat(21));
-        for bad in ["", ":data", "a:", "a:b/c", "a:b c", "a:b:c", "a:b:ro:rw", "a::ro", &long] {
-            let error = bad.parse::<Disk>().unwrap_err().to_string();
-            assert!(error.contains(&format!("`{bad}`")), "{error}");
-            assert!(error.contains("FILE[:NAME][:ro|rw|discard]"), "{error}");
-        }
+        Error::Disk { text: what, why: why.into() }
     }
 
-    #[test]
-    fn files_are_numbered_and_known_by_their_content() {
-        use vmlab_artifacts::image::ImageFormat;
-        let dir = tempfile::tempdir().unwrap();
-        let file = |name: &str, content: &[u8]| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, content).unwrap();
-            path.to_str().unwrap().parse::<Disk>().unwrap()
+    /// Refuses what cannot be, before anything is made for it.
+    fn check(&self) -> Result<(), Error> {
+        if let Some(serial) = self.name.as_ref().filter(|name| !is_serial(name)) {
+            return Err(self.wrong(ConfigError::Serial { serial: serial.clone() }.to_string()));
+        }
+        if let DiskSource::Blank(size, _) = self.source {
+            if size < MIN_SIZE || size > MAX_SIZE {
+                return Err(self.wrong(format!("its size has to be {MIN_SIZE} to {MAX_SIZE}")));
+            }
+            if !size.0.is_multiple_of(512) {
+                return Err(self.wrong("its size is no multiple of 512 bytes"));
+            }
+            if self.writes == DiskWrites::Kept {
+                return Err(self.wrong("a new disk is the VM's own; `keep` names a file for it"));
+            }
+        }
+        let cloned = matches!(self.writes, DiskWrites::Cloned(how) if how != CloneMode::Overlay);
+        if self.keep.is_some() && !cloned {
+            return Err(self.wrong("only a copy of the VM's own can be kept, and no overlay"));
+        }
+        let mkfs = self.mkfs();
+        if let Some(mkfs) = mkfs {
+            filesystem::check(mkfs).map_err(|why| self.wrong(why))?;
+        }
+        let is_swap = mkfs.is_some_and(|mkfs| mkfs.name == SWAP);
+        let is_raw = matches!(self.source, DiskSource::Blank(_, None));
+        if let MountPoint::At(path) = &self.mount {
+            if is_swap || is_raw {
+                return Err(self.wrong("there is no filesystem on it to be mounted"));
+            }
+            if !path.is_absolute() || path.components().any(|part| part.as_os_str() == "..") {
+                return Err(
+                    self.wrong("`mount` has to be an absolute path without `..`, or `none`")
+                );
+            }
+            if path == Path::new("/") || KERNELS_OWN.iter().any(|own| path.starts_with(own)) {
+                return Err(self.wrong(format!("{} is the guest's own", path.display())));
+            }
+        }
+        if is_swap && self.writes == DiskWrites::Refused {
+            return Err(self.wrong("swap space has to be writable"));
+        }
+        if !self.mount_options.is_empty() && self.place(0).is_none() {
+            return Err(self.wrong("it has options for a mount, and is not mounted"));
+        }
+        Ok(())
+    }
+
+    /// Where it is mounted if it is the disk of this number.
+    fn place(&self, index: usize) -> Option<PathBuf> {
+        match (&self.mount, self.mkfs()) {
+            (MountPoint::At(path), _) => Some(path.clone()),
+            (MountPoint::Usual, Some(mkfs)) if mkfs.name != SWAP => {
+                Some(Path::new(MOUNTS).join(self.serial(index)))
+            }
+            (MountPoint::Usual | MountPoint::Nowhere, _) => None,
+        }
+    }
+
+    /// What the guest is to do with it.
+    fn for_guest(&self, index: usize) -> message::Disk {
+        let used = match (self.place(index), self.mkfs(), &self.mount) {
+            (Some(place), mkfs, _) => DiskUse::Mounted(DiskMount {
+                kind: mkfs.map(|mkfs| mkfs.name.clone()),
+                target: guest_bytes(&place),
+                options: self.mount_options.join(","),
+                read_only: self.writes == DiskWrites::Refused,
+            }),
+            (None, Some(mkfs), MountPoint::Usual) if mkfs.name == SWAP => DiskUse::Swap,
+            (None, ..) => DiskUse::Device,
         };
-        let blank = file("blank", &[0; 512]);
-        let found = blank.device(3).unwrap();
-        assert_eq!((found.serial.as_str(), found.format), ("disk3", ImageFormat::Raw));
-        // A disk may have anything on it.
-        assert_eq!(file("gz", b"\x1f\x8b\x08\0data").device(0).unwrap().format, ImageFormat::Raw);
-        let own = Disk { name: Some("own".to_owned()), ..blank.clone() };
-        assert_eq!(own.device(3).unwrap().serial, "own");
-        assert_eq!(serials(&[blank.clone(), own, blank]), ["disk0", "own", "disk2"]);
-        // What calls itself an image of some format has to be one.
-        let cut = file("qcow2", b"QFI\xfb\0\0\0\x03").device(0).unwrap_err();
-        assert!(cut.to_string().contains("qcow2"), "{cut}");
-        for (path, why) in [("gone", "No such file"), ("", "directory")] {
-            let disk = Disk::new("data", dir.path().join(path));
-            let error = crate::error::chain(&disk.device(0).unwrap_err());
-            assert!(error.contains(dir.path().to_str().unwrap()) && error.contains(why), "{error}");
+        message::Disk { serial: self.serial(index), used }
+    }
+}
+
+/// The devices of all disks, in their order. Those with filesystems are made, or found in the cache.
+pub(crate) fn devices(
+    builder: &VmBuilder,
+    disks: &[Disk],
+    (cache, leases): (&Cache, &Leases),
+) -> Result<Vec<DiskDevice>, Error> {
+    // All of them before any is made.
+    disks.iter().try_for_each(Disk::check)?;
+    let device = |(index, disk): (usize, &Disk)| {
+        let (path, format) = match &disk.source {
+            DiskSource::File(file) => {
+                // What is opened so names no file elsewhere, whatever a guest may have written to it.
+                let DiskImage { path, format, .. } = open_data(file)?;
+                (path, format)
+            }
+            DiskSource::Blank(size, mkfs) => {
+                // Two filesystems with one UUID do not get on with each other in one guest.
+                let alike = |other: &&Disk| other.source == disk.source;
+                let copy = disks.iter().take(index).filter(alike).count();
+                let wanted = template::Wanted { size: *size, mkfs: mkfs.as_ref(), copy };
+                (wanted.get(builder, (cache, leases))?, ImageFormat::Raw)
+            }
+        };
+        let (serial, writes, keep) = (disk.serial(index), disk.writes, disk.keep.clone());
+        if matches!(writes, DiskWrites::Cloned(_)) && format != ImageFormat::Raw {
+            return Err(disk.wrong(format!(
+                "a {} image cannot be copied for each VM; mode=discard does without",
+                format.name()
+            )));
+        }
+        Ok(DiskDevice { serial, path, format, writes, keep })
+    };
+    disks.iter().enumerate().map(device).collect()
+}
+
+/// Has all copies that VMs have for themselves stay in a directory, those that have no file of their own.
+pub(crate) fn keep_in(dir: &Path, disks: &mut [DiskDevice]) {
+    for disk in disks {
+        if let DiskWrites::Cloned(how) = disk.writes
+            && how != CloneMode::Overlay
+        {
+            let file = dir.join(format!("{}.raw", disk.serial));
+            disk.keep.get_or_insert(file);
         }
     }
+}
+
+/// What the guest is to do with all disks, in their order.
+pub(crate) fn for_guest(disks: &[Disk]) -> Vec<message::Disk> {
+    disks.iter().enumerate().map(|(index, disk)| disk.for_guest(index)).collect()
 }

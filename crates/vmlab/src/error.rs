@@ -86,12 +86,32 @@ pub enum Error {
         why: String,
     },
     /// A disk was given in a wrong way.
-    #[error("`{text}` is not a disk: {why}; give FILE[:NAME][:ro|rw|discard]")]
+    #[error(
+        "`{text}` is not a disk: {why}; give FILE[:NAME][:ro|rw|discard|clone], or size=SIZE,fs=FS,name=NAME"
+    )]
     Disk {
         /// What was given.
         text: String,
         /// What is wrong with it.
         why: String,
+    },
+    /// A filesystem cannot be made.
+    #[error("a disk cannot be made: `{command}` in a VM: {how}{}{said}", if said.is_empty() { "" } else { ": " })]
+    Template {
+        /// What ran.
+        command: String,
+        /// How it ended.
+        how: String,
+        /// What it said.
+        said: String,
+    },
+    /// There is no program that makes a filesystem.
+    #[error("{program}, which the disk needs, is not in {}: install the filesystem's programs there", root.display())]
+    NoMkfs {
+        /// The program.
+        program: String,
+        /// The root that was looked into.
+        root: PathBuf,
     },
     /// The hypervisor cannot do what it should.
     #[error(transparent)]
@@ -373,6 +393,8 @@ impl Error {
             | Self::Config(_)
             | Self::Share { .. }
             | Self::Disk { .. }
+            | Self::Template { .. }
+            | Self::NoMkfs { .. }
             | Self::Hypervisor(_)
             | Self::Kvm(_)
             | Self::Io { .. }

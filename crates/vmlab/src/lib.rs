@@ -22,7 +22,7 @@ mod builder;
 pub mod cache;
 pub mod config;
 mod debug_info;
-mod disk;
+pub mod disk;
 pub mod doctor;
 mod error;
 pub mod events;

@@ -12,6 +12,7 @@ use vmlab_wire::message::{Accounts, Ready, SetupReport};
 use crate::Error;
 use crate::builder::VmBuilder;
 use crate::config::{DiskWrites, VmConfig};
+use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
@@ -70,6 +71,7 @@ pub struct Vm {
     timeline: Mutex<Timeline>,
     _leases: Leases,
     _run_dir: RunDir,
+    _own_disks: OwnDisks,
 }
 
 impl Vm {
@@ -79,11 +81,13 @@ impl Vm {
     }
 
     pub(crate) fn start(
-        prepared: PreparedVm,
+        mut prepared: PreparedVm,
         started: impl Fn(&Arc<dyn VmHandle>),
     ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
+        let own_disks = disk::give_each_its_own(&mut prepared.config)
+            .map_err(|error| Box::new(FailedStart { error, report: prospect.clone() }))?;
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let starter = Starter { prepared: &prepared, started: &started, deadline };
@@ -111,6 +115,7 @@ impl Vm {
             timeline: Mutex::new(timeline),
             _leases: prepared.leases,
             _run_dir: run_dir,
+            _own_disks: own_disks,
         };
         if let Some(name) = prepared.user
             && let Err(error) = vm.become_user(&name)
@@ -243,7 +248,11 @@ impl Vm {
 
     /// Whether what it writes to its disks is there after it.
     fn keeps_writes(&self) -> bool {
-        self.config.disks.iter().any(|disk| disk.writes == DiskWrites::Kept)
+        self.config.disks.iter().any(|disk| match disk.writes {
+            DiskWrites::Kept => true,
+            DiskWrites::Cloned(_) => disk.keep.is_some(),
+            DiskWrites::Discarded | DiskWrites::Refused => false,
+        })
     }
 
     /// Has the guest's own system end everything and unmount its disks.

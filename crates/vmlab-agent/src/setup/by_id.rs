@@ -4,33 +4,21 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use vmlab_wire::message::Failure;
-
-use super::disk::{BLOCK, wait_for};
+use super::disk::BLOCK;
 use super::{Step, failed_io};
 
 /// Where such names are. That of a disk begins with `virtio-`, and has `-partN` behind it for partitions.
 const BY_ID: &str = "/dev/disk/by-id";
 
-/// Waits for the disks with these serial numbers, and makes a link to each and to each of its partitions.
-pub(super) fn name(serials: &[String]) -> Step {
-    if serials.is_empty() {
-        return Ok(());
-    }
+/// Makes a link to a disk with this serial number, and to each of its partitions.
+pub(super) fn name(serial: &str, disk: &str) -> Step {
     let failed = |e: io::Error| failed_io(format!("make links in {BY_ID}"), &e, "");
     fs::create_dir_all(BY_ID).map_err(failed)?;
-    for serial in serials {
-        let disk = wait_for(serial).ok_or_else(|| Failure {
-            step: format!("find the disk `{serial}`"),
-            detail: "it has not appeared: has the kernel a driver for virtio disks?".to_string(),
-            errno: None,
-        })?;
-        let link = Path::new(BY_ID).join(format!("virtio-{serial}"));
-        point(&link, &disk).map_err(failed)?;
-        for (number, partition) in partitions(&disk).map_err(failed)? {
-            let link = Path::new(BY_ID).join(format!("virtio-{serial}-part{number}"));
-            point(&link, &partition).map_err(failed)?;
-        }
+    let link = Path::new(BY_ID).join(format!("virtio-{serial}"));
+    point(&link, disk).map_err(failed)?;
+    for (number, partition) in partitions(disk).map_err(failed)? {
+        let link = Path::new(BY_ID).join(format!("virtio-{serial}-part{number}"));
+        point(&link, &partition).map_err(failed)?;
     }
     Ok(())
 }

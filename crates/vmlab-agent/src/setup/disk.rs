@@ -126,7 +126,7 @@ fn parts(disk: &str) -> io::Result<Vec<String>> {
 }
 
 /// What a device has on it, by its first bytes.
-fn kind(device: &str) -> io::Result<Option<&'static str>> {
+pub(super) fn kind(device: &str) -> io::Result<Option<&'static str>> {
     let device = File::open(device)?;
     for (name, at, magic) in MAGIC {
         let mut bytes = vec![0; magic.len()];

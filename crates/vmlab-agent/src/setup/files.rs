@@ -19,7 +19,7 @@ use super::{Step, failed, failed_io};
 /// Where files are while they are put in their places.
 const ASIDE: &str = "/run/vmlab-files";
 
-fn path(bytes: &[u8]) -> Result<&Path, Failure> {
+pub(super) fn path(bytes: &[u8]) -> Result<&Path, Failure> {
     let path = Path::new(OsStr::from_bytes(bytes));
     if path.is_absolute() {
         return Ok(path);
@@ -31,7 +31,7 @@ fn path(bytes: &[u8]) -> Result<&Path, Failure> {
 const READ_ONLY_HINT: &str =
     "where the root cannot be written to, the mount point must be there already";
 
-fn make_dir(path: &Path) -> Step {
+pub(super) fn make_dir(path: &Path) -> Step {
     fs::create_dir_all(path).map_err(|e| {
         failed_io(format!("make the directory {}", path.display()), &e, READ_ONLY_HINT)
     })

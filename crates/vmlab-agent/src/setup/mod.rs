@@ -3,6 +3,7 @@
 mod by_id;
 mod clean;
 mod disk;
+mod disks;
 mod files;
 mod modules;
 mod network;
@@ -163,7 +164,7 @@ pub(crate) fn run(
         done("shares");
     }
     if !setup.disks.is_empty() {
-        by_id::name(&setup.disks)?;
+        disks::set_up(&setup.disks)?;
         done("disks");
     }
     system::hostname(&setup.hostname, warn);
@@ -195,7 +196,7 @@ pub(crate) fn run_in_system(setup: &Setup, warn: &mut dyn FnMut(String)) -> Resu
     }
     done("shares");
     if !setup.disks.is_empty() {
-        by_id::name(&setup.disks)?;
+        disks::set_up(&setup.disks)?;
         done("disks");
     }
     load_modules(setup, &mut done)?;

@@ -21,6 +21,7 @@ mod kept_apart;
 mod kernels;
 mod machine;
 mod nested;
+mod new_disks;
 mod repeat;
 mod report;
 mod signals;

@@ -1,10 +1,11 @@
 //! The parts of a VM, worked out from what a user wants.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use vmlab_artifacts::cache::Leases;
-use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore};
+use vmlab_artifacts::{Cache, Kernel, KernelSpec, KernelStore, Progress};
 use vmlab_wire::message::{Filesystem, Mount, Network, Root, RootMode as WireRootMode, Setup};
 
 use super::{RootMode, VmBuilder};
@@ -23,6 +24,7 @@ use crate::prepared::{ImageSystem, System};
 use crate::report::Phase;
 use crate::rootfs::{Identity, guest_bytes};
 use crate::share::{self, KERNELS_OWN, Share, ShareVia};
+use crate::snapshot::SnapshotMode;
 use crate::timings::Timeline;
 
 /// The guest's address in QEMU's user-mode network.
@@ -188,6 +190,41 @@ impl VmBuilder {
         }
     }
 
+    /// A VM with the same kernel and hypervisor, and nothing else of this one, on a root without the caller's
+    /// directory.
+    pub(crate) fn sibling_on(&self, root: &Path) -> VmBuilder {
+        VmBuilder {
+            kernel: self.kernel.clone(),
+            cache_dir: self.cache_dir.clone(),
+            accel: self.accel,
+            share_via: self.share_via,
+            sandbox: self.sandbox,
+            // One is used, and taken for what comes after, also where a run is to have a new one of its own.
+            snapshots: match self.snapshots {
+                SnapshotMode::Never => SnapshotMode::Never,
+                SnapshotMode::Use | SnapshotMode::Renew => SnapshotMode::Use,
+            },
+            hypervisor: Arc::clone(&self.hypervisor),
+            progress: Arc::clone(&self.progress),
+            root: root.to_owned(),
+            share_cwd: false,
+            ..VmBuilder::default()
+        }
+    }
+
+    /// The root whose programs make disks: the guest's, where that is a directory.
+    pub(crate) fn root_of_programs(&self) -> &Path {
+        match self.image {
+            Some(_) => Path::new("/"),
+            None => &self.root,
+        }
+    }
+
+    /// Who is told of what takes time.
+    pub(crate) fn told(&self) -> &dyn Progress {
+        &*self.progress
+    }
+
     fn needs(&self, kernel: &Kernel) -> Needs {
         Needs {
             overlay: self.chosen_root_mode() == RootMode::Overlay,
@@ -256,7 +293,7 @@ impl VmBuilder {
             root: None,
             modules: None,
             shares: Vec::new(),
-            disks: disk::serials(&self.disks),
+            disks: disk::for_guest(&self.disks),
             files: Vec::new(),
             network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
             modprobe: self.modules.clone(),

@@ -30,6 +30,7 @@ fn every_kind_has_a_name_of_its_own() {
             "apt",
             "boot-images",
             "configs",
+            "disks",
             "images",
             "initramfs",
             "kernels",

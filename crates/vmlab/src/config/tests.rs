@@ -102,6 +102,7 @@ fn disks_are_checked() {
         path: path.clone(),
         format: ImageFormat::Raw,
         writes,
+        keep: None,
     };
     let build = |disks: &[DiskDevice]| {
         disks.iter().fold(builder(dir.path()), |b, d| b.disk(d.clone())).build()

@@ -8,12 +8,14 @@ use vmlab_artifacts::{Arch, KernelSpec, nearest};
 
 use super::document::{At, Node, Span, Value};
 use super::problem::Problems;
-use super::table::{DiskTable, Field, ShareItem, ShareTable, TargetTable};
+use super::spelling;
+use super::table::{DiskItem, DiskTable, Field, ShareItem, ShareTable, TargetTable};
 use super::value::{CommandText, FromNode, Strings};
 use super::{
     FileKind, Firmware, ImageSpec, RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec,
 };
-use crate::config::{ConfigError, DiskWrites, Topology, is_serial};
+use crate::config::{ConfigError, Topology, is_serial};
+use crate::disk::Given;
 use crate::events::default_kinds;
 use crate::share::{KERNELS_OWN, Share};
 use crate::units::{Bytes, MIB};
@@ -117,16 +119,43 @@ pub(super) fn named_disk(
         problems.add(&name.span, error.to_string());
         return None;
     }
-    let Some(path) = table.path else {
-        problems.add(&name.span, "this disk has no `path`");
-        return None;
-    };
-    if path.value.is_empty() {
-        problems.add(&path.span, "the path of a disk cannot be empty");
+    if let Some(own) = &table.name {
+        problems.add(&own.key, "the name of its table is the disk's own");
         return None;
     }
-    let writes = table.mode.map_or(DiskWrites::Discarded, |mode| mode.value.0);
-    Some(Disk::new(&name.value, path_in(dir, &path.value)).writes(writes))
+    let name_of = |disk: Disk| disk.named(&name.value);
+    disk(table, &name.span, dir, problems).map(name_of)
+}
+
+/// Makes a disk of a table. What is wrong is where it says something, else at `at`.
+fn disk(table: DiskTable, at: &Span, dir: &Path, problems: &mut Problems<'_>) -> Option<Disk> {
+    if let (Some(path), Some(image)) = (&table.path, &table.image) {
+        spelling::twice(&path.key, &image.key, problems);
+        return None;
+    }
+    let paths = [&table.path, &table.image, &table.content, &table.keep];
+    if let Some(empty) = paths.into_iter().flatten().find(|path| path.value.is_empty()) {
+        problems.add(&empty.span, "the path of a disk cannot be empty");
+        return None;
+    }
+    let path_of = |field| value(field).map(|text: String| path_in(dir, &text));
+    let given = Given {
+        size: value(table.size),
+        fs: value(table.fs),
+        name: value(table.name),
+        label: value(table.label),
+        uuid: value(table.uuid),
+        mount: value(table.mount),
+        mount_options: strings(table.mount_options),
+        mkfs_options: strings(table.mkfs_options),
+        content: path_of(table.content),
+        image: path_of(table.path.or(table.image)),
+        mode: table.mode.map(|mode| mode.value.0),
+        clone: value(table.clone),
+        keep: path_of(table.keep),
+        read_only: value(table.read_only).unwrap_or_default(),
+    };
+    given.disk().map_err(|why| problems.add(at, format!("this is no disk: {why}"))).ok()
 }
 
 struct Lower<'a, 'c, 't> {
@@ -388,10 +417,20 @@ impl Lower<'_, '_, '_> {
     }
 
     fn disks(&mut self) -> Option<Vec<Disk>> {
-        let names = value(self.table.disks.take()).map(|names| names.0).unwrap_or_default();
+        let items = value(self.table.disks.take()).map(|disks| disks.0).unwrap_or_default();
         let mut disks: Vec<Disk> = Vec::new();
         let mut all = Some(());
-        for name in names {
+        for item in items {
+            let name = match item {
+                DiskItem::Name(name) => name,
+                DiskItem::Table(table) => {
+                    match disk(*table.value, &table.span, self.context.dir, self.problems) {
+                        Some(disk) => disks.push(disk),
+                        None => all = None,
+                    }
+                    continue;
+                }
+            };
             match self.context.disks.get(&name.value) {
                 Some(disk) if disks.contains(disk) => {
                     all = self.wrong(&name.span, format!("`{}` is there twice", name.value));

@@ -99,6 +99,10 @@ pub(super) fn unify(table: Table, problems: &mut Problems<'_>) -> Table {
     for entry in table.entries {
         let name = match snake(&entry.key.value).as_str() {
             "kernel_args" => "append".to_owned(),
+            // As `[[target.disk]]`.
+            "disk" if matches!(entry.node.value, Value::Array(_) | Value::Table(_)) => {
+                "disks".to_owned()
+            }
             name if TargetTable::KEYS.contains(&name) => name.to_owned(),
             _ => entry.key.value.clone(),
         };

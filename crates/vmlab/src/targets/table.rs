@@ -2,6 +2,7 @@
 //! lists of keys in messages are all made from these types.
 
 use crate::config::{DiskWrites, Machine, NetworkMode, Topology};
+use crate::disk::CloneMode;
 use crate::events::EventKind;
 use crate::units::Bytes;
 use crate::{AccelChoice, RootMode, ShareVia};
@@ -93,12 +94,38 @@ table! {
 }
 
 table! {
-    /// A disk of the guest, whose name is that of the table.
+    /// A disk of the guest. In `[disks]`, the name of its table is its own.
     DiskTable is "key of a disk" {
-        /// File with an image; a relative path is from the file's directory.
+        /// What the guest knows it by, at `/dev/disk/by-id/virtio-NAME`; `disk` and its number unless given.
+        name: String,
+        /// File with an image, or a block device; a relative path is from the file's directory.
         path: String,
-        /// What becomes of writes: `discard` (the default), `rw` keeps them in the file, `ro` refuses them.
+        /// Another name of `path`.
+        image: String,
+        /// The size of a new disk, which each VM has for itself.
+        size: Bytes,
+        /// The filesystem of a new disk: any that has a `mkfs.NAME`, or `swap`; none unless given, which is `raw`.
+        fs: String,
+        /// The filesystem's label.
+        label: String,
+        /// The filesystem's UUID.
+        uuid: String,
+        /// Further arguments for the program that makes the filesystem.
+        mkfs_options: Strings,
+        /// What is in the filesystem: a directory, or a tar archive.
+        content: String,
+        /// Where it is mounted: a path, or `none`. A new filesystem is at `/mnt/NAME` unless given; others are not mounted.
+        mount: String,
+        /// Options of the mount.
+        mount_options: Strings,
+        /// What becomes of writes: `discard` (the default of files), `rw` keeps them in the file, `ro` refuses them, `clone` (the default of new disks) has them in a copy of the VM's own.
         mode: Word<DiskWrites>,
+        /// Whether it is read-only, as `mode = "ro"`.
+        read_only: bool,
+        /// How the VM's own copy is made: `auto`, `reflink`, `copy` or `overlay`.
+        clone: CloneMode,
+        /// The file that the VM's own copy is, and that stays.
+        keep: String,
     }
 }
 
@@ -177,8 +204,8 @@ table! {
         hostname: String,
         /// Host directories in the guest: names from `[shares]`, or tables.
         shares: Shares,
-        /// Disks of the guest beside its root: names from `[disks]`.
-        disks: Strings,
+        /// Disks of the guest beside its root: names from `[disks]`, or tables. `[[target.disk]]` is the same.
+        disks: Disks,
         /// What carries shares: `auto` (the default), `virtiofs` or `9p`.
         share_via: Word<ShareVia>,
         /// Arguments for QEMU's command line.
@@ -240,6 +267,39 @@ impl FromNode for Shares {
             Value::String(_) => At::from_node(node, problems).map(ShareItem::Name),
             Value::Table(_) => At::from_node(node, problems).map(ShareItem::Table),
             _ => expected("a share's name or a table", node, problems),
+        });
+        read.collect::<Vec<_>>().into_iter().collect::<Option<_>>().map(Self)
+    }
+}
+
+/// Disks of a target.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Disks(pub(super) Vec<DiskItem>);
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum DiskItem {
+    /// From `[disks]`.
+    Name(At<String>),
+    /// Its own.
+    Table(At<Box<DiskTable>>),
+}
+
+impl FromNode for Disks {
+    fn from_node(node: &Node, problems: &mut Problems<'_>) -> Option<Self> {
+        let one = std::slice::from_ref(node);
+        let nodes = match &node.value {
+            Value::Array(nodes) => nodes.as_slice(),
+            Value::String(_) | Value::Table(_) => one,
+            _ => return expected("an array of names and tables", node, problems),
+        };
+        let read = nodes.iter().map(|node| match node.value {
+            Value::String(_) => At::from_node(node, problems).map(DiskItem::Name),
+            Value::Table(_) => {
+                let table = At::<DiskTable>::from_node(node, problems)?;
+                Some(DiskItem::Table(At { value: Box::new(table.value), span: table.span }))
+            }
+            _ => expected("a disk's name or a table", node, problems),
         });
         read.collect::<Vec<_>>().into_iter().collect::<Option<_>>().map(Self)
     }

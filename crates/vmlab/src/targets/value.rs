@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::config::{DiskWrites, MAX_CPUS, Machine, NetworkMode, ShareTransport, Topology};
-use crate::disk::MODES;
+use crate::disk::{CloneMode, MODES};
 use crate::events::{EventKind, EventKinds};
 use crate::units::{self, Bytes};
 use crate::{AccelChoice, RootMode, ShareVia};
@@ -132,6 +132,17 @@ impl FromNode for Bytes {
 /// A length of time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Time(pub(super) Duration);
+
+impl FromNode for CloneMode {
+    const SCALAR: bool = true;
+
+    fn from_node(node: &Node, problems: &mut Problems<'_>) -> Option<Self> {
+        match &node.value {
+            Value::String(text) => or_say(text.parse(), node, problems),
+            _ => expected("a way to clone such as \"reflink\"", node, problems),
+        }
+    }
+}
 
 impl FromNode for Time {
     const SCALAR: bool = true;

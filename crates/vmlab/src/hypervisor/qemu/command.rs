@@ -298,7 +298,8 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         let how = match disk.writes {
             // What nobody will read need not be on the host's disks.
             DiskWrites::Discarded => ",snapshot=on,cache=unsafe",
-            DiskWrites::Kept => "",
+            DiskWrites::Cloned(_) if disk.keep.is_none() => ",cache=unsafe",
+            DiskWrites::Kept | DiskWrites::Cloned(_) => "",
             DiskWrites::Refused => ",readonly=on",
         };
         let (path, format) = (escaped(&disk.path), disk.format.name());
@@ -481,6 +482,7 @@ mod tests {
             path: path.clone(),
             format,
             writes,
+            keep: None,
         };
         let line = line(|config| {
             config
@@ -514,6 +516,7 @@ mod tests {
             path: file,
             format: ImageFormat::Raw,
             writes: DiskWrites::Discarded,
+            keep: None,
         };
         let config = VmConfigBuilder::new(boot).machine(Machine::Q35).disk(disk).build().unwrap();
         let line = words(&config, Some(12));

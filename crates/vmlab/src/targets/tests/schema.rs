@@ -6,11 +6,12 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde_json::{Map, Value, json};
 
 use crate::config::{MAX_SERIAL, Topology};
+use crate::disk::CloneMode;
 use crate::events::{EventKind, GROUPS};
 use crate::targets::file;
 use crate::targets::spelling::{kebab, snake};
 use crate::targets::table::{
-    DiskTable, Field, MountTable, Mounts, ShareTable, Shares, TargetTable,
+    DiskTable, Disks, Field, MountTable, Mounts, ShareTable, Shares, TargetTable,
 };
 use crate::targets::value::{CommandText, Cpus, Env, Kinds, Named, Strings, Time, Word};
 use crate::units::Bytes;
@@ -62,6 +63,12 @@ looks_like! {
         let items = json!({ "anyOf": [{ "type": "string" }, share] });
         json_schema!({ "type": "array", "items": items })
     };
+    Disks: |generator| {
+        let disk = generator.subschema_for::<DiskTable>();
+        let item = json!({ "anyOf": [{ "type": "string" }, disk] });
+        json_schema!({ "anyOf": [{ "type": "string" }, disk, { "type": "array", "items": item }] })
+    };
+    CloneMode: |_| json_schema!({ "enum": ["auto", "reflink", "copy", "overlay"] });
     Mounts: |generator| {
         let mount = generator.subschema_for::<MountTable>();
         json_schema!({ "type": "object", "additionalProperties": mount })
@@ -152,7 +159,9 @@ fn schema() -> Value {
         let about = definition["description"].as_str().unwrap();
         definitions.insert(name.clone(), table(about, &properties(definition), &[]));
     }
-    let target = properties(&target);
+    let mut target = properties(&target);
+    // What tables in an array are rather called.
+    target.insert("disk".to_owned(), target["disks"].clone());
 
     let mut defaults = target.clone();
     defaults.remove("name");
@@ -203,9 +212,6 @@ fn schema() -> Value {
         "DefaultsTable".to_owned(),
         table("What targets have that do not say otherwise.", &defaults, &[]),
     );
-    let disks = generator.root_schema_for::<DiskTable>().to_value();
-    let about = disks["description"].as_str().unwrap();
-    definitions.insert("DiskTable".to_owned(), table(about, &properties(&disks), &["path"]));
     let disks = json!({
         "type": "object",
         "additionalProperties": named("DiskTable"),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{DIR, names, vmlab};
 use crate::config::{DiskWrites, Machine, NetworkMode, ShareTransport, Topology};
+use crate::disk::DiskSource;
 use crate::events::{EventKind, EventKinds};
 use crate::targets::table::TargetTable;
 use crate::targets::{
@@ -369,7 +370,8 @@ fn disks_are_inherited_and_chosen_by_variables() {
     });
     let disks: Vec<_> = disks.collect();
     assert_eq!(disks, ["small", "small", "", "large", "small"]);
-    assert_eq!(targets[3].vm.disks[0].path, Path::new(DIR).join("large.raw"));
+    let path = Path::new(DIR).join("large.raw");
+    assert_eq!(targets[3].vm.disks[0].source, DiskSource::File(path));
 }
 
 #[test]

@@ -1,0 +1,219 @@
+//! Copies of disks that a VM has for itself.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::str::FromStr;
+
+use rustix::fs::{OFlags, SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::io::Errno;
+use serde::Serialize;
+
+use crate::Error;
+use crate::config::{DiskDevice, DiskWrites, VmConfig};
+
+/// More than this many bytes are not copied unless that is asked for: the copy would take longer than most
+/// runs, and an overlay takes nothing.
+const AUTO_COPY_MAX: u64 = 256 * 1024 * 1024;
+
+/// How a VM gets a disk of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CloneMode {
+    /// The first of the others that works. A copy is made of no more than 256 MiB.
+    #[default]
+    Auto,
+    /// A file that shares its blocks with the first one: `FICLONE`, which Btrfs, XFS and others have.
+    Reflink,
+    /// A copy of the data, without the holes.
+    Copy,
+    /// A layer over the file, of the hypervisor's own.
+    Overlay,
+}
+
+impl CloneMode {
+    const NAMES: [(&str, Self); 4] = [
+        ("auto", Self::Auto),
+        ("reflink", Self::Reflink),
+        ("copy", Self::Copy),
+        ("overlay", Self::Overlay),
+    ];
+}
+
+impl FromStr for CloneMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::NAMES.iter().find(|(name, _)| *name == text);
+        found.map(|(_, mode)| *mode).ok_or_else(|| {
+            format!("`{text}` is no way to clone; there are auto, reflink, copy and overlay")
+        })
+    }
+}
+
+/// Copies that have no names. They are there as long as this is.
+#[derive(Debug, Default)]
+pub(crate) struct OwnDisks {
+    _files: Vec<File>,
+}
+
+/// Makes the copies of all disks that the VM is to have for itself, and names them in its configuration.
+///
+/// # Errors
+/// One cannot be made.
+pub(crate) fn give_each_its_own(config: &mut VmConfig) -> Result<OwnDisks, Error> {
+    let mut files = Vec::new();
+    for disk in &mut config.disks {
+        let DiskWrites::Cloned(mode) = disk.writes else { continue };
+        match cloned(disk, mode)? {
+            Some(file) => {
+                disk.path = match &disk.keep {
+                    Some(path) => path.clone(),
+                    // It has no other name, and the hypervisor is another process.
+                    None => format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(),
+                };
+                files.push(file);
+            }
+            None => disk.writes = DiskWrites::Discarded,
+        }
+    }
+    Ok(OwnDisks { _files: files })
+}
+
+/// A copy of the disk's file; `None` where it is to have a layer over it.
+fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
+    let failed = |what: &'static str, hint: &'static str, source: io::Error| Error::Io {
+        what,
+        path: disk.path.clone(),
+        source,
+        hint,
+    };
+    if mode == CloneMode::Overlay {
+        return Ok(None);
+    }
+    let from = File::open(&disk.path).map_err(|e| failed("open the disk", "", e))?;
+    let file = match &disk.keep {
+        Some(path) => named(path).map_err(|source| Error::Io {
+            what: "make the disk",
+            path: path.clone(),
+            source,
+            hint: "",
+        }),
+        None => unnamed(&disk.path).map_err(|e| failed("make a copy beside", "", e)),
+    }?;
+    let wanted = mode == CloneMode::Copy || disk.keep.is_some();
+    let made = match mode {
+        CloneMode::Copy => copy(&from, &file).map(|()| true),
+        CloneMode::Reflink => ioctl_ficlone(&file, &from).map(|()| true),
+        _ if ioctl_ficlone(&file, &from).is_ok() => Ok(true),
+        _ if !wanted && data(&from).map_err(|e| failed("read", "", e))? > AUTO_COPY_MAX => {
+            Ok(false)
+        }
+        _ => match copy(&from, &file) {
+            // The layer takes what is written only, and may be on another disk.
+            Err(Errno::NOSPC | Errno::DQUOT) if !wanted => Ok(false),
+            copied => copied.map(|()| true),
+        },
+    };
+    match made {
+        Ok(own) => Ok(own.then_some(file)),
+        Err(error) => {
+            if let Some(path) = &disk.keep {
+                // It is not what somebody wanted to keep.
+                let _ = std::fs::remove_file(path);
+            }
+            Err(match mode {
+                CloneMode::Reflink => {
+                    let hint = "; its file system cannot share blocks, or the copy is on another \
+                                one: clone=auto does without";
+                    failed("share the blocks of", hint, error.into())
+                }
+                _ => failed("copy", "; clone=overlay takes no space at first", error.into()),
+            })
+        }
+    }
+}
+
+fn named(path: &Path) -> io::Result<File> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent)?;
+    }
+    // What was kept of an earlier run stays.
+    OpenOptions::new().read(true).write(true).create_new(true).open(path)
+}
+
+/// A file without a name on the filesystem of another.
+fn unnamed(beside: &Path) -> io::Result<File> {
+    // An entry of the cache is not changed, not even for a moment.
+    let dir = beside.ancestors().nth(2).unwrap_or(Path::new("."));
+    let flags = OFlags::TMPFILE.bits() as i32;
+    let open = |dir: &Path| {
+        OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(dir)
+    };
+    open(dir).or_else(|_| open(&std::env::temp_dir())).or_else(|_| open(Path::new("/var/tmp")))
+}
+
+/// The pieces of a file that are no holes: where each begins and ends.
+pub(super) fn pieces(file: &File) -> impl Iterator<Item = rustix::io::Result<(u64, u64)>> {
+    let next = move |from: u64| match seek(file, SeekFrom::Data(from)) {
+        Ok(start) => Some(seek(file, SeekFrom::Hole(start)).map(|end| (start, end))),
+        Err(Errno::NXIO) => None,
+        Err(error) => Some(Err(error)),
+    };
+    let mut at = Some(0);
+    std::iter::from_fn(move || {
+        let piece = next(at?);
+        at = piece.and_then(Result::ok).map(|(_, end)| end);
+        piece
+    })
+}
+
+/// How many bytes of a file are no holes.
+pub(super) fn data(file: &File) -> io::Result<u64> {
+    Ok(pieces(file).map(|piece| piece.map(|(start, end)| end - start)).sum::<Result<_, _>>()?)
+}
+
+/// Copies the data, and never reads a hole.
+pub(super) fn copy(from: &File, to: &File) -> rustix::io::Result<()> {
+    let size = from.metadata().map_err(|_| Errno::IO)?.len();
+    rustix::fs::ftruncate(to, size)?;
+    for piece in pieces(from) {
+        let (start, end) = piece?;
+        let (mut read, mut write) = (start, start);
+        while read < end {
+            let left = usize::try_from(end - read).unwrap_or(usize::MAX);
+            match copy_file_range(from, Some(&mut read), to, Some(&mut write), left) {
+                // It was cut meanwhile.
+                Ok(0) => return Err(Errno::IO),
+                Ok(_) => {}
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                    copy_by_hand(from, to, read, end)?;
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same where the kernel does not do it between these filesystems.
+fn copy_by_hand(from: &File, to: &File, start: u64, end: u64) -> rustix::io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = start;
+    while at < end {
+        let part = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        let count = rustix::io::pread(from, &mut buffer[..part], at)?;
+        if count == 0 {
+            return Err(Errno::IO);
+        }
+        let mut done = 0;
+        while done < count {
+            done += rustix::io::pwrite(to, &buffer[done..count], at + done as u64)?;
+        }
+        at += count as u64;
+    }
+    Ok(())
+}
