@@ -67,11 +67,12 @@ fn serve(port: OwnedFd, started_ns: u64) -> io::Result<Over> {
     // The host would lose the guest. That this is refused is no reason to do without.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
-    kernel_log::copy_to_console();
     // Until here, its unit has put it before all other services that start at this time. Commands are no
     // better than others.
     let _ = rustix::process::setpriority_process(None, 0);
     let mut session = Session::new(Role::Guest, port)?;
+    // Its thread has SIGCHLD blocked only now: else that would be the thread's to take, and to ignore.
+    kernel_log::copy_to_console();
     let ready_ns = sys::monotonic_ns();
     let release = boot::release();
     let (steps, modules) = (Vec::new(), Vec::new());
