@@ -205,7 +205,7 @@ fn disks_that_cannot_be_are_refused() {
     said(&["gone"], &["open the disk gone", "No such file"]);
     said(&["."], &["is a directory, not a disk image"]);
     said(&["a:b/c"], &["`a:b/c` is not a disk", "`b/c` cannot be a disk's name"]);
-    said(&["a:x:y:rw"], &["too many parts", "FILE[:NAME][:ro|rw|discard]"]);
+    said(&["a:x:y:rw"], &["too many parts", "FILE[:NAME][:ro|rw|discard|clone]"]);
     said(&["a:x", "a:x"], &["two disks have the name `x`"]);
 }
 
