@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
 use vmlab_artifacts::image::ImageFormat;
+use vmlab_devices::blk;
 
 use crate::units::{Bytes, MIB};
 
@@ -207,6 +208,9 @@ pub struct DiskDevice {
     pub format: ImageFormat,
     /// What becomes of writes.
     pub writes: DiskWrites,
+    /// How vmlab itself serves it, which it can if the format is raw. Without, the hypervisor does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serve: Option<blk::Options>,
 }
 
 /// What a PC starts before any boot loader.
@@ -324,6 +328,16 @@ impl VmConfig {
     /// The shares whose servers are vmlab's own, and read and write the guest's memory.
     pub(crate) fn served_shares(&self) -> impl Iterator<Item = &ShareDevice> {
         self.shares.iter().filter(|share| share.transport == ShareTransport::VirtioFs)
+    }
+
+    /// The disks that vmlab itself serves, in the same way, and how.
+    pub(crate) fn served_disks(&self) -> impl Iterator<Item = (&DiskDevice, &blk::Options)> {
+        self.disks.iter().filter_map(|disk| Some((disk, disk.serve.as_ref()?)))
+    }
+
+    /// How many servers of vmlab's own read and write the guest's memory.
+    pub(crate) fn servers(&self) -> usize {
+        self.served_shares().count() + self.served_disks().count()
     }
 }
 
@@ -486,7 +500,7 @@ fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
 
 fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
     let mut serials = HashSet::new();
-    for DiskDevice { serial, path, writes, .. } in disks {
+    for DiskDevice { serial, path, writes, format, serve } in disks {
         if !is_serial(serial) {
             return Err(ConfigError::Serial { serial: serial.clone() });
         }
@@ -498,6 +512,10 @@ fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
         opened.map_err(|source| ConfigError::File { what: "disk", path: path.clone(), source })?;
         if path.to_str().is_none() {
             return Err(ConfigError::DiskEncoding { path: path.clone() });
+        }
+        if serve.is_some() && *format != ImageFormat::Raw {
+            let format = format.name();
+            return Err(ConfigError::ServedFormat { path: path.clone(), format });
         }
     }
     Ok(())

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use vmlab_artifacts::image::{DiskImage, open_data};
 
+use vmlab_devices::blk;
+
 use crate::Error;
 use crate::config::{ConfigError, DiskDevice, DiskWrites, is_serial};
 
@@ -20,17 +22,30 @@ pub struct Disk {
     pub path: PathBuf,
     /// What becomes of writes.
     pub writes: DiskWrites,
+    /// How vmlab itself serves it. Without, the hypervisor does.
+    pub serve: Option<blk::Options>,
 }
 
 impl Disk {
     /// A disk whose writes are discarded: the guest sees them, and they are gone with the VM.
     pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
-        Self { name: Some(name.into()), path: path.into(), writes: DiskWrites::Discarded }
+        Self {
+            name: Some(name.into()),
+            path: path.into(),
+            writes: DiskWrites::Discarded,
+            serve: None,
+        }
     }
 
     /// Says what becomes of writes.
     pub fn writes(mut self, writes: DiskWrites) -> Self {
         self.writes = writes;
+        self
+    }
+
+    /// Has vmlab itself serve it, in this way. The file has to be raw.
+    pub fn served(mut self, options: blk::Options) -> Self {
+        self.serve = Some(options);
         self
     }
 
@@ -42,7 +57,13 @@ impl Disk {
     fn device(&self, index: usize) -> Result<DiskDevice, Error> {
         // What is opened so names no file elsewhere, whatever a guest may have written to it.
         let DiskImage { path, format, .. } = open_data(&self.path)?;
-        Ok(DiskDevice { serial: self.serial(index), path, format, writes: self.writes })
+        Ok(DiskDevice {
+            serial: self.serial(index),
+            path,
+            format,
+            writes: self.writes,
+            serve: self.serve.clone(),
+        })
     }
 }
 
@@ -70,7 +91,7 @@ impl FromStr for Disk {
             return Err(bad(&ConfigError::Serial { serial: serial.to_owned() }.to_string()));
         }
         let (name, path) = (name.map(str::to_owned), PathBuf::from(path));
-        Ok(Self { name, path, writes: mode.unwrap_or(DiskWrites::Discarded) })
+        Ok(Self { name, path, writes: mode.unwrap_or(DiskWrites::Discarded), serve: None })
     }
 }
 

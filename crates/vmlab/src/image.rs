@@ -98,7 +98,13 @@ impl Image {
             Some(recipe) if !self.persist => {
                 let built = image_build::build(cache, &recipe.parse()?, progress)?;
                 leases.join(built.leases);
-                Ok(DiskDevice { serial, path: built.path, format: ImageFormat::Raw, writes })
+                Ok(DiskDevice {
+                    serial,
+                    path: built.path,
+                    format: ImageFormat::Raw,
+                    writes,
+                    serve: None,
+                })
             }
             Some(_) => Err(Error::CachedImage { image: self.source.clone() }),
             None => {
@@ -107,7 +113,7 @@ impl Image {
                     return Err(Error::CachedImage { image: self.source.clone() });
                 }
                 lease.into_iter().for_each(|lease| leases.add(lease));
-                Ok(DiskDevice { serial, path, format, writes })
+                Ok(DiskDevice { serial, path, format, writes, serve: None })
             }
         }
     }
@@ -143,5 +149,11 @@ fn seed(cache: &Cache, persist: bool, leases: &Leases) -> Result<DiskDevice, Err
     let verify = |entry: &Path| verify_length(entry, SEED_FILE);
     let entry = cache.get_or_build_bounded((SEEDS, SEEDS_KEPT), &key, leases, verify, build)?;
     let (serial, path) = (SEED_DISK.to_owned(), entry.join(SEED_FILE));
-    Ok(DiskDevice { serial, path, format: ImageFormat::Raw, writes: DiskWrites::Refused })
+    Ok(DiskDevice {
+        serial,
+        path,
+        format: ImageFormat::Raw,
+        writes: DiskWrites::Refused,
+        serve: None,
+    })
 }

@@ -8,10 +8,10 @@ use virtio_bindings::virtio_blk::virtio_blk_config as Layout;
 pub const SECTOR: u64 = 512;
 
 /// The size of every ring, as of other monitors, so that a guest's driver makes requests of [`MAX_SEGMENTS`].
-pub(super) const RING: u16 = 256;
+pub const QUEUE_SIZE: u16 = 256;
 
 /// The most buffers with data of one request: a ring less its header and its status.
-pub(super) const MAX_SEGMENTS: u32 = RING as u32 - 2;
+pub(super) const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 
 /// The most bytes of one such buffer. All together are within [`MAX_GATHERED`](crate::MAX_GATHERED), with the
 /// header and the status.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -11,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::blk::backend::{Backend, Buffers, Overlay, RawFile};
-use crate::blk::config::{Geometry, RING};
+use crate::blk::config::{Geometry, QUEUE_SIZE};
 use crate::blk::options::Options;
 use crate::blk::request::{HEADER, Limits, Refusal, Request, SERIAL, STATUS};
 use crate::chain::Chain;
@@ -67,6 +68,14 @@ pub enum OpenError {
     /// No place for what the guest writes.
     #[error("no file can be made in TMPDIR (or else /var/tmp) for what is written to the disk")]
     Overlay(#[source] io::Error),
+    /// No log of its changes.
+    #[error("the disk cannot be recorded to {}", path.display())]
+    Record {
+        /// The log.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// Options that make no sense.
     #[error("a disk has from 1 to {MAX_QUEUES} queues, not {0}")]
     Queues(u16),
@@ -182,7 +191,7 @@ impl Device for Blk {
     }
 
     fn queues(&self) -> Vec<QueueKind> {
-        vec![QueueKind { max_size: RING, workers: WORKERS }; self.queues.into()]
+        vec![QueueKind { max_size: QUEUE_SIZE, workers: WORKERS }; self.queues.into()]
     }
 
     fn features(&self) -> u64 {

@@ -8,11 +8,12 @@
 
 pub mod backend;
 mod config;
+pub mod crash;
 mod device;
 mod options;
 mod request;
 
-pub use backend::{Backend, Buffers, Sectors};
-pub use config::{BlockSize, SECTOR};
+pub use backend::{Backend, Buffers, FaultRule, Limit, Sectors, Throttle};
+pub use config::{BlockSize, QUEUE_SIZE, SECTOR};
 pub use device::{Blk, MAX_QUEUES, OpenError, Source};
 pub use options::{Options, ParseError};

@@ -1,7 +1,10 @@
 //! What becomes of a disk's sectors.
 
+mod faults;
 mod overlay;
 mod raw;
+mod record;
+mod throttle;
 
 use std::io;
 use std::ops::Range;
@@ -11,8 +14,12 @@ use vm_memory::VolatileSlice;
 use crate::blk::config::SECTOR;
 use crate::chain::Part;
 
+pub(super) use faults::random;
+pub use faults::{FaultKind, FaultRule, Faulty, Operation, When};
 pub use overlay::Overlay;
 pub use raw::RawFile;
+pub use record::Recorded;
+pub use throttle::{Limit, Throttle, Throttled};
 
 /// Sectors of a disk, all of which it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -25,7 +25,7 @@ use super::super::{
     VmState,
 };
 use super::command::{arguments, devices, plug_id};
-use super::files::FileServers;
+use super::files::Servers;
 use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
 use super::reset_kernel;
@@ -126,7 +126,7 @@ impl QemuVm {
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
-        let servers = FileServers::of(config, options.vms, &durable)?;
+        let servers = Servers::of(config, options.vms, &durable)?;
         let for_snapshot = matches!(options.origin, Origin::BootForSnapshot);
         let shares_of = match &options.origin {
             Origin::Snapshot(snapshot) => Some((snapshot.shares, snapshot.kept)),
@@ -154,8 +154,9 @@ impl QemuVm {
         let descriptors = theirs.descriptors(ram.as_ref(), reset_kernel.as_ref());
         command.args(arguments(config, &descriptors, &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let shares = std::mem::take(&mut ours.shares);
-        let servers = servers.serve(shares).map_err(resource("file servers"))?;
+        let connections = std::mem::take(&mut ours.servers);
+        let servers =
+            servers.serve(connections).map_err(resource("servers of shares and disks"))?;
 
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
         let console = SerialConsole::new(log_path, input);
