@@ -282,7 +282,7 @@ mod tests {
         let mebibyte = 1 << 20;
         for size in [4096, mebibyte, 2 * mebibyte] {
             let limit = Limit::new(64 * mebibyte, None).unwrap();
-            let done = done_in(Bucket::new(limit), time, size, |_| Duration::from_micros(300));
+            let done = done_in(Bucket::new(limit), time, size, |_| Duration::from_micros(20));
             let part = done as f64 / (128 * mebibyte) as f64;
             assert!((part - 1.0).abs() < 0.05, "{size}: {part}");
         }
