@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use vmlab::blk::crash::{Cuts, Log, at_flushes, at_random, rebuild};
 use vmlab::blk::{BlockSize, Options};
 use vmlab::config::DiskWrites;
+use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
 use vmlab::{AccelChoice, Disk, SnapshotMode, Vm, VmBuilder};
 
@@ -67,6 +68,8 @@ fn a_guest_uses_disks_of_our_own() {
         Options { faults, ..Options::default() }
     };
     let throttle = Some("bps=2M,bps-burst=64K".parse().unwrap());
+    let mut restored = false;
+    // Wherever the second one comes from, the third one goes on from a snapshot.
     for mode in [SnapshotMode::Never, SnapshotMode::Use, SnapshotMode::Use] {
         let vm = builder(mode)
             .disk(disk("kept", DiskWrites::Kept, Options::default()))
@@ -80,6 +83,8 @@ fn a_guest_uses_disks_of_our_own() {
             ))
             .start()
             .unwrap();
+        let phases = vm.report().phases;
+        restored = phases.iter().any(|timed| timed.phase == Phase::Restore);
         // Under the names that users give them.
         let names = sh(&vm, "cd /dev/disk/by-id && echo virtio-*");
         assert_eq!(names, "virtio-bad virtio-fixed virtio-gone virtio-kept virtio-slow\n");
@@ -137,6 +142,30 @@ fn a_guest_uses_disks_of_our_own() {
             assert!(content == vec![1; 8 << 20], "{name} was written to");
         }
     }
+    assert!(restored);
+}
+
+#[test]
+fn who_writes_to_a_disk_is_alone() {
+    let dir = TempDir::new().unwrap();
+    let path = file(dir.path(), "disk", 1);
+    let served = |writes| Disk::new("data", &path).writes(writes).served(Options::default());
+    let by_qemu = |writes| Disk::new("data", &path).writes(writes);
+    let start = |disk| builder(SnapshotMode::Never).disk(disk).start();
+    let vm = start(served(DiskWrites::Kept)).unwrap();
+    for other in [served(DiskWrites::Kept), served(DiskWrites::Discarded)] {
+        let error = format!("{:#}", start(other).err().unwrap());
+        assert!(error.contains("a disk cannot be used") && error.contains("in use"), "{error}");
+    }
+    let error = start(by_qemu(DiskWrites::Kept)).err().unwrap().to_string();
+    assert!(error.contains("Failed to get \"write\" lock"), "{error}");
+    drop(vm);
+    let vm = start(by_qemu(DiskWrites::Kept)).unwrap();
+    let error = start(served(DiskWrites::Refused)).err().unwrap().to_string();
+    assert!(error.contains("in use"), "{error}");
+    drop(vm);
+    let vms = [served(DiskWrites::Discarded), served(DiskWrites::Refused)].map(start);
+    assert!(vms.iter().all(Result::is_ok));
 }
 
 /// What an ext4 has in a file after a power cut and a check, which has to find nothing wrong but its journal.

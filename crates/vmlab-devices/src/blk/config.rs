@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk::virtio_blk_config as Layout;
 /// Bytes of a sector, in which the device counts whatever its block size is.
 pub const SECTOR: u64 = 512;
 
-/// The size of every ring, as of other monitors, so that a guest's driver makes requests of [`MAX_SEGMENTS`].
+/// The size of every ring, which a monitor has to give the guest as it is: how long requests can be depends on it.
 pub const QUEUE_SIZE: u16 = 256;
 
 /// The most buffers with data of one request: a ring less its header and its status.

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::blk::backend::{Backend, Buffers, Overlay, RawFile};
+use crate::blk::backend::{Backend, Buffers, Overlay, RawFile, lock};
 use crate::blk::config::{Geometry, QUEUE_SIZE};
 use crate::blk::options::Options;
 use crate::blk::request::{HEADER, Limits, Refusal, Request, SERIAL, STATUS};
@@ -55,6 +55,14 @@ pub enum OpenError {
     /// Its file.
     #[error("the length of the disk's file cannot be found out")]
     Length(#[source] io::Error),
+    /// Its file again.
+    #[error("the disk's file cannot be locked")]
+    Lock(#[source] io::Error),
+    /// Somebody else writes to the file, or would see what is written to it.
+    #[error(
+        "the disk is in use: another VM has a lock on its file, and one of the two writes to it"
+    )]
+    InUse,
     /// Its file and its block size.
     #[error(
         "the disk has {bytes} bytes, which are not whole blocks of {block}; use a block size that divides them"
@@ -109,12 +117,16 @@ impl Blk {
         Ok(Self { backend, limits: Limits { capacity, block, read_only }, serial: field, queues })
     }
 
-    /// A disk of a file, with all that `options` ask for in front of it.
+    /// A disk of a file, which is locked as QEMU would, with all that `options` ask for in front of it.
     ///
     /// # Errors
     /// The file is no such disk, or what the options need cannot be made.
     pub fn open(source: Source, serial: &str, options: &Options) -> Result<Self, OpenError> {
         let read_only = matches!(source, Source::ReadOnly(_));
+        let (Source::ReadOnly(file) | Source::Kept(file) | Source::Discarded(file)) = &source;
+        if !lock(file, matches!(source, Source::Kept(_))).map_err(OpenError::Lock)? {
+            return Err(OpenError::InUse);
+        }
         let raw = |file| RawFile::new(file).map_err(OpenError::Length);
         let backend: Box<dyn Backend> = match source {
             Source::ReadOnly(file) | Source::Kept(file) => Box::new(raw(file)?),

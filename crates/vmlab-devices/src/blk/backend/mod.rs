@@ -1,6 +1,7 @@
 //! What becomes of a disk's sectors.
 
 mod faults;
+mod lock;
 mod overlay;
 mod raw;
 mod record;
@@ -16,6 +17,7 @@ use crate::chain::Part;
 
 pub(super) use faults::random;
 pub use faults::{FaultKind, FaultRule, Faulty, Operation, When};
+pub(super) use lock::lock;
 pub use overlay::Overlay;
 pub use raw::RawFile;
 pub use record::Recorded;

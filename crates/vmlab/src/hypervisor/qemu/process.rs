@@ -9,7 +9,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -234,17 +234,20 @@ impl QemuVm {
                     stderr,
                     stderr_log,
                 };
+                let (serving, served) = sync_channel::<()>(0);
                 for server in servers {
-                    let shared = Arc::clone(&shared);
+                    let (shared, serving) = (Arc::clone(&shared), serving.clone());
                     std::thread::spawn(move || {
                         let ended = || shared.ended_by(Some(Instant::now() + END_OF_QEMU));
                         if let Some(said) = server.wait(ended) {
                             shared.end(ExitReason::FileServerFailed(said));
                         }
+                        drop(serving);
                     });
                 }
+                drop(serving);
                 if sender.send(Ok(Arc::clone(&shared))).is_ok() {
-                    shared.supervise(child, outputs, deadline);
+                    shared.supervise(child, outputs, &served, deadline);
                 }
             })
             .map_err(resource("a thread"))?;
@@ -340,8 +343,14 @@ impl QemuVm {
 }
 
 impl Shared {
-    /// Looks after QEMU until it has ended, and finds out why it did.
-    fn supervise(self: &Arc<Self>, mut child: Child, outputs: Outputs, deadline: Option<Instant>) {
+    /// Looks after QEMU until it has ended, and finds out why it did. All servers hold the other end of `served`.
+    fn supervise(
+        self: &Arc<Self>,
+        mut child: Child,
+        outputs: Outputs,
+        served: &Receiver<()>,
+        deadline: Option<Instant>,
+    ) {
         let group = Pid::from_child(&child);
         let said = Arc::clone(&self.stderr);
         let Outputs { qmp, console, console_log, stderr, stderr_log } = outputs;
@@ -384,6 +393,8 @@ impl Shared {
         self.qmp.wait_closed(drained);
         self.console.wait_closed(drained);
         let said = self.stderr.wait_closed(drained);
+        // The files of disks are free for the next VM then, and what was written to them is there.
+        let _ = served.recv_timeout(drained.saturating_duration_since(Instant::now()));
         for socket in ends.into_iter().flatten() {
             let _ = socket.shutdown(Shutdown::Both);
         }
