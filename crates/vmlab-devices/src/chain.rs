@@ -1,7 +1,7 @@
 //! Descriptor chains, checked whole before anything is done with them.
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// The most bytes of one chain. The longest request is a READ or WRITE of 1 MiB with its headers, so twice
 /// that is generous, and what a request in progress can pin down is bounded.
@@ -34,6 +34,8 @@ pub struct Chain<'m> {
     head: u16,
     readable: Part<'m>,
     writable: Part<'m>,
+    /// The last byte that there is room for, also where the chain is too long to be gathered.
+    last: Option<VolatileSlice<'m>>,
 }
 
 /// The buffers of one direction, in order.
@@ -52,7 +54,8 @@ impl<'m> Chain<'m> {
         limit: u16,
     ) -> Result<Self, (ChainError, Option<Self>)> {
         let head = descriptors.head_index();
-        let mut chain = Self { head, readable: Part::default(), writable: Part::default() };
+        let (readable, writable) = Default::default();
+        let mut chain = Self { head, readable, writable, last: None };
         // The iterator just stops where a chain is broken, so the end has to be seen. An indirect table can
         // be longer than the ring; no guest's driver makes use of that.
         let (mut ended, mut writes, mut too_long) = (false, false, false);
@@ -77,6 +80,10 @@ impl<'m> Chain<'m> {
                     part.slices.push(slice.map_err(|_| (ChainError::Outside, None))?);
                 }
                 part.len += len as usize;
+            }
+            if writes {
+                let end = at.checked_add(u64::from(len) - 1);
+                chain.last = end.and_then(|end| memory.get_slice(end, 1).ok());
             }
             ended = !descriptor.has_next();
         }
@@ -110,6 +117,13 @@ impl<'m> Chain<'m> {
     /// Copies bytes to the room at `at`. Returns how many had room.
     pub fn write(&mut self, at: usize, bytes: &[u8]) -> usize {
         self.writable.write(at, bytes)
+    }
+
+    /// Writes the last byte that there is room for. Returns whether there is one.
+    pub(crate) fn write_last(&mut self, byte: u8) -> bool {
+        let Some(last) = &self.last else { return false };
+        last.copy_from(&[byte]);
+        true
     }
 
     pub(crate) fn parts(&mut self) -> (&Part<'m>, &mut Part<'m>) {

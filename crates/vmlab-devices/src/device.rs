@@ -34,6 +34,12 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
+    /// Whether a monitor takes the configuration space from the device. Those that make it themselves, as QEMU
+    /// does for virtio-fs, warn of a device that has one for them.
+    fn provides_config(&self) -> bool {
+        false
+    }
+
     /// Called by each thread before it serves a queue, to give up rights that serving does not need.
     ///
     /// # Errors

@@ -3,17 +3,19 @@
 //! ```text
 //! transport (vhost-user; MMIO of a monitor)   rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
-//! Device (fs, rng)                            requests of a guest
+//! Device (blk, fs, rng)                      requests of a guest
 //! ```
 //!
 //! A transport makes a [`VirtQueue`] of each ring and lets [`Workers`] call the device for it. Everything
 //! that a guest writes is checked on the way: a device sees whole, valid chains only.
 
+pub mod blk;
 mod chain;
 mod device;
 pub mod fs;
 mod queue;
 pub mod rng;
+mod transfer;
 pub mod transport;
 mod workers;
 

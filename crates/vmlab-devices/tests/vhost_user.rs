@@ -41,7 +41,7 @@ fn monitor_of(device: Arc<dyn Device>) -> Monitor {
     let (here, there) = UnixStream::pair().unwrap();
     let served = serve(device, there).unwrap();
     let driver = Driver::new();
-    let mut frontend = Frontend::from_stream(here, 1);
+    let mut frontend = Frontend::from_stream(here, 2);
     frontend.set_owner().unwrap();
     let features = frontend.get_features().unwrap();
     frontend.set_features(features).unwrap();
@@ -261,4 +261,54 @@ fn a_ring_goes_on_where_it_was_stopped() {
     monitor.frontend.set_vring_kick(0, &monitor.kick).unwrap();
     monitor.interrupted();
     assert_eq!(monitor.driver.used(), [(0, 32), (0, 32)]);
+}
+
+#[test]
+fn a_disk_gives_its_configuration_and_serves_each_queue() {
+    use vhost::vhost_user::message::VhostUserConfigFlags;
+    use vm_memory::Bytes;
+    use vmlab_devices::blk::{Blk, Options, Source};
+
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(64 * 512).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 512], 63 * 512).unwrap();
+    let options = Options { queues: 2, ..Options::default() };
+    let disk = Blk::open(Source::Kept(file), "disk", &options).unwrap();
+    let mut monitor = monitor_of(Arc::new(disk));
+    assert_eq!(monitor.frontend.get_queue_num().unwrap(), 2);
+    let flags = VhostUserConfigFlags::WRITABLE;
+    // As QEMU asks: with as much of it as it knows.
+    for size in [36, 60, 96] {
+        let buffer = vec![0; size];
+        let (_, config) = monitor.frontend.get_config(0, size as u32, flags, &buffer).unwrap();
+        assert_eq!(config[..8], 64u64.to_le_bytes());
+        assert_eq!(config[20..24], 512u32.to_le_bytes());
+    }
+    let (_, config) = monitor.frontend.get_config(34, 2, flags, &[0; 2]).unwrap();
+    assert_eq!(config, [2, 0]);
+    monitor.start();
+    let driver = &monitor.driver;
+    let header = [&0u64.to_le_bytes()[..], &63u64.to_le_bytes()].concat();
+    driver.memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();
+    driver.describe(0, (BUFFERS, 16, driver::NEXT, 1));
+    driver.describe(1, (BUFFERS + 512, 513, WRITE, 0));
+    driver.offer(0);
+    monitor.kick.write(1).unwrap();
+    monitor.interrupted();
+    assert_eq!(driver.used(), [(0, 513)]);
+    assert_eq!(driver.bytes(BUFFERS + 512, 512), [7; 512]);
+    drop(monitor.frontend);
+    monitor.served.wait().unwrap();
+}
+
+#[test]
+fn only_what_has_a_configuration_for_the_monitor_offers_it() {
+    let offers = |monitor: &mut Monitor| {
+        let protocol = monitor.frontend.get_protocol_features().unwrap();
+        protocol.contains(VhostUserProtocolFeatures::CONFIG)
+    };
+    assert!(!offers(&mut monitor()));
+    let dir = tempfile::tempdir().unwrap();
+    let share = Passthrough::new(dir.path(), PassthroughConfig::default()).unwrap();
+    assert!(!offers(&mut monitor_of(Arc::new(Fs::new(Server::new(share), "tag", 1)))));
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
 use vmlab_artifacts::image::ImageFormat;
+use vmlab_devices::blk;
 
 use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
@@ -213,6 +214,9 @@ pub struct DiskDevice {
     /// The file that the VM's own copy is to be, and that stays; without one it has no name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<PathBuf>,
+    /// How vmlab itself serves it, which it can if the format is raw. Without, the hypervisor does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serve: Option<blk::Options>,
 }
 
 /// What a PC starts before any boot loader.
@@ -330,6 +334,16 @@ impl VmConfig {
     /// The shares whose servers are vmlab's own, and read and write the guest's memory.
     pub(crate) fn served_shares(&self) -> impl Iterator<Item = &ShareDevice> {
         self.shares.iter().filter(|share| share.transport == ShareTransport::VirtioFs)
+    }
+
+    /// The disks that vmlab itself serves, in the same way, and how.
+    pub(crate) fn served_disks(&self) -> impl Iterator<Item = (&DiskDevice, &blk::Options)> {
+        self.disks.iter().filter_map(|disk| Some((disk, disk.serve.as_ref()?)))
+    }
+
+    /// How many servers of vmlab's own read and write the guest's memory.
+    pub(crate) fn servers(&self) -> usize {
+        self.served_shares().count() + self.served_disks().count()
     }
 }
 
@@ -492,7 +506,7 @@ fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
 
 fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
     let mut serials = HashSet::new();
-    for DiskDevice { serial, path, writes, .. } in disks {
+    for DiskDevice { serial, path, writes, format, serve, keep: _ } in disks {
         if !is_serial(serial) {
             return Err(ConfigError::Serial { serial: serial.clone() });
         }
@@ -504,6 +518,10 @@ fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
         opened.map_err(|source| ConfigError::File { what: "disk", path: path.clone(), source })?;
         if path.to_str().is_none() {
             return Err(ConfigError::DiskEncoding { path: path.clone() });
+        }
+        if serve.is_some() && *format != ImageFormat::Raw {
+            let format = format.name();
+            return Err(ConfigError::ServedFormat { path: path.clone(), format });
         }
     }
     Ok(())

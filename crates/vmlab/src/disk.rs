@@ -3,6 +3,7 @@
 mod clone;
 mod content;
 mod filesystem;
+mod serving;
 mod template;
 mod text;
 
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use vmlab_artifacts::Cache;
 use vmlab_artifacts::cache::Leases;
 use vmlab_artifacts::image::{DiskImage, ImageFormat, open_data};
+use vmlab_devices::blk;
 use vmlab_wire::message::{self, DiskMount, DiskUse};
 
 use crate::config::{ConfigError, DiskDevice, DiskWrites, is_serial};
@@ -24,6 +26,7 @@ use crate::{Error, VmBuilder};
 
 pub use clone::CloneMode;
 pub(crate) use clone::{OwnDisks, give_each_its_own};
+pub(crate) use serving::Serving;
 pub(crate) use template::CACHE_KIND;
 pub use template::{KIND, Template, remove, templates};
 pub(crate) use text::{Given, MODES};
@@ -64,6 +67,8 @@ pub struct Disk {
     pub mount_options: Vec<String>,
     /// The file that a VM's own copy is, and that stays; without one it is gone with the VM.
     pub keep: Option<PathBuf>,
+    /// How vmlab itself serves it: throttled, with faults, recorded. Without, the hypervisor does.
+    pub serve: Option<blk::Options>,
 }
 
 /// What a disk is at first.
@@ -112,8 +117,8 @@ impl Mkfs {
 
 impl Disk {
     fn of(source: DiskSource, writes: DiskWrites) -> Self {
-        let (name, mount, mount_options, keep) = Default::default();
-        Self { name, source, writes, mount, mount_options, keep }
+        let (name, mount, mount_options, keep, serve) = Default::default();
+        Self { name, source, writes, mount, mount_options, keep, serve }
     }
 
     /// A file with an image. Writes are discarded: the guest sees them, and they are gone with the VM.
@@ -167,6 +172,12 @@ impl Disk {
     /// Keeps what the VM made of it in a file.
     pub fn keep(mut self, file: impl Into<PathBuf>) -> Self {
         self.keep = Some(file.into());
+        self
+    }
+
+    /// Has vmlab itself serve it, in this way. A file has to be raw.
+    pub fn served(mut self, options: blk::Options) -> Self {
+        self.serve = Some(options);
         self
     }
 
@@ -296,7 +307,8 @@ pub(crate) fn devices(
                 format.name()
             )));
         }
-        Ok(DiskDevice { serial, path, format, writes, keep })
+        let serve = disk.serve.clone();
+        Ok(DiskDevice { serial, path, format, writes, keep, serve })
     };
     disks.iter().enumerate().map(device).collect()
 }

@@ -104,6 +104,7 @@ impl Image {
                     format: ImageFormat::Raw,
                     writes,
                     keep: None,
+                    serve: None,
                 })
             }
             Some(_) => Err(Error::CachedImage { image: self.source.clone() }),
@@ -113,7 +114,7 @@ impl Image {
                     return Err(Error::CachedImage { image: self.source.clone() });
                 }
                 lease.into_iter().for_each(|lease| leases.add(lease));
-                Ok(DiskDevice { serial, path, format, writes, keep: None })
+                Ok(DiskDevice { serial, path, format, writes, keep: None, serve: None })
             }
         }
     }
@@ -155,5 +156,6 @@ fn seed(cache: &Cache, persist: bool, leases: &Leases) -> Result<DiskDevice, Err
         format: ImageFormat::Raw,
         writes: DiskWrites::Refused,
         keep: None,
+        serve: None,
     })
 }

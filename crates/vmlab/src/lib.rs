@@ -65,3 +65,4 @@ pub use share::{Share, ShareVia};
 pub use snapshot::SnapshotMode;
 pub use vm::Vm;
 pub use vmlab_artifacts as artifacts;
+pub use vmlab_devices::blk;

@@ -122,6 +122,18 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// A disk that vmlab cannot serve itself.
+    #[error(
+        "{} is a {format} image, and vmlab throttles, breaks and records raw ones only; \
+         qemu-img convert -O raw makes one",
+        path.display()
+    )]
+    ServedFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
     /// Kernel arguments too long.
     #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]
     CommandLineLength {

@@ -103,6 +103,7 @@ fn disks_are_checked() {
         format: ImageFormat::Raw,
         writes,
         keep: None,
+        serve: None,
     };
     let build = |disks: &[DiskDevice]| {
         disks.iter().fold(builder(dir.path()), |b, d| b.disk(d.clone())).build()
@@ -116,6 +117,10 @@ fn disks_are_checked() {
         let built = build(&[disk(bad, DiskWrites::Refused)]);
         assert!(matches!(built, Err(ConfigError::Serial { .. })), "{bad}");
     }
+    let served = |format| DiskDevice { format, serve: Some(Default::default()), ..one.clone() };
+    assert!(build(&[served(ImageFormat::Raw)]).is_ok());
+    let error = build(&[served(ImageFormat::Qcow2)]).unwrap_err();
+    assert!(matches!(error, ConfigError::ServedFormat { format: "qcow2", .. }), "{error}");
     let gone = DiskDevice { path: dir.path().join("gone"), ..one };
     assert!(matches!(build(&[gone]), Err(ConfigError::File { what: "disk", .. })));
 }

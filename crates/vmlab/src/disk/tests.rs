@@ -69,6 +69,20 @@ fn new_disks_are_read() {
 }
 
 #[test]
+fn a_disk_of_our_own_is_asked_for_by_any_of_its_keys() {
+    let serve = |text: &str| read(&format!("size=1G,{text}")).serve;
+    assert_eq!(read("size=1G").serve, None);
+    assert_eq!(serve("serve"), Some(blk::Options::default()));
+    let slow = serve("iops=100,bps=10M,bps-burst=1M").unwrap().throttle.unwrap();
+    assert_eq!(Ok(slow), "iops=100,bps=10M,bps-burst=1M".parse());
+    assert_eq!(serve("throttle=iops=100").unwrap().throttle, "iops=100".parse().ok());
+    let faults = serve("fault=fail:write:nth=3,fault=delay=50ms:flush").unwrap().faults;
+    assert_eq!(faults, ["fail:write:nth=3", "delay=50ms:flush"].map(|rule| rule.parse().unwrap()));
+    let rest = serve("record=log,block-size=4096,queues=2").unwrap();
+    assert_eq!((rest.record, rest.block_size.bytes(), rest.queues), (Some("log".into()), 4096, 2));
+}
+
+#[test]
 fn what_cannot_be_is_refused_in_words() {
     for (bad, wanted) in [
         ("size=256M,fz=xfs", "`fz` is no key: did you mean `fs`?"),
@@ -101,6 +115,12 @@ fn what_cannot_be_is_refused_in_words() {
         ("size=1G,clone=overlay,keep=x", "no overlay"),
         ("image=a,keep=x", "only a copy"),
         ("size=1G,name=a b", "a b"),
+        ("size=1G,iops=0", "a number above 0"),
+        ("size=1G,bps-burst=1M", "beside a rate"),
+        ("size=1G,fault=burn:write", "burn"),
+        ("size=1G,block-size=700", "512, 1024, 2048 or 4096"),
+        ("size=1G,queues=0", "queues, not 0"),
+        ("size=1G,queues=many", "no number"),
     ] {
         let error = why(bad);
         assert!(error.contains(wanted), "{bad}: {error}");
@@ -209,7 +229,7 @@ mod clones {
         file.write_all_at(b"second", 32 * MIB).unwrap();
         let writes = DiskWrites::Cloned(CloneMode::Auto);
         let (serial, format) = ("a".to_owned(), ImageFormat::Raw);
-        DiskDevice { serial, path: path.to_owned(), format, writes, keep: None }
+        DiskDevice { serial, path: path.to_owned(), format, writes, keep: None, serve: None }
     }
 
     #[test]

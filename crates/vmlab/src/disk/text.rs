@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use vmlab_artifacts::nearest;
 
+use super::serving::Serving;
 use super::{CloneMode, Disk, DiskSource, Mkfs, MountPoint};
 use crate::Error;
 use crate::config::DiskWrites;
@@ -19,7 +20,7 @@ pub(crate) const MODES: [(&str, DiskWrites); 4] = [
 ];
 
 /// The keys of `KEY=VALUE,...`.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 25] = [
     "size",
     "fs",
     "name",
@@ -35,6 +36,16 @@ const KEYS: [&str; 15] = [
     "clone",
     "keep",
     "read-only",
+    "serve",
+    "throttle",
+    "iops",
+    "iops-burst",
+    "bps",
+    "bps-burst",
+    "fault",
+    "record",
+    "block-size",
+    "queues",
 ];
 
 fn writes_named(name: &str) -> Option<DiskWrites> {
@@ -82,7 +93,8 @@ impl FromStr for Disk {
 impl Disk {
     /// Reads a disk from keys and values: `size`, `fs`, `name`, `label`, `uuid`, `mount` (a path or `none`),
     /// `content`, `path` (or `image`), `mode` (`discard`, `rw`, `ro`, `clone`), `clone` (`auto`, `reflink`, `copy`, `overlay`),
-    /// `keep`, `read-only`, and `mount-option` and `mkfs-option`, which can be there several times.
+    /// `keep`, `read-only`, `serve`, `throttle` (or `iops`, `iops-burst`, `bps` and `bps-burst`), `record`,
+    /// `block-size`, `queues`, and `mount-option`, `mkfs-option` and `fault`, which can be there several times.
     ///
     /// # Errors
     /// What is wrong with them, in words.
@@ -90,14 +102,22 @@ impl Disk {
         pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, String> {
         let mut single: [Option<&str>; KEYS.len()] = [None; KEYS.len()];
-        let (mut mount_options, mut mkfs_options) = (Vec::new(), Vec::new());
+        let (mut mount_options, mut mkfs_options, mut faults) =
+            (Vec::new(), Vec::new(), Vec::new());
+        let mut rates: Vec<String> = Vec::new();
         for (key, value) in pairs {
             let written = key.replace('_', "-");
-            let plural = written.strip_suffix('s').filter(|key| key.ends_with("-option"));
+            let several = |key: &&str| key.ends_with("-option") || *key == "fault";
+            let plural = written.strip_suffix('s').filter(several);
             let known = plural.unwrap_or(&written);
             match (known, KEYS.iter().position(|name| *name == known)) {
                 ("mount-option", _) => mount_options.push(value.to_owned()),
                 ("mkfs-option", _) => mkfs_options.push(value.to_owned()),
+                ("fault", _) => faults.push(value.to_owned()),
+                ("iops" | "iops-burst" | "bps" | "bps-burst", _) => {
+                    rates.push(format!("{known}={value}"));
+                }
+                ("throttle", _) => rates.push(value.to_owned()),
                 (_, Some(at)) if single[at].is_none() => single[at] = Some(value),
                 (_, Some(_)) => return Err(format!("`{key}` is there twice")),
                 (_, None) => {
@@ -123,10 +143,29 @@ impl Disk {
             clone,
             keep,
             read_only,
+            serve,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            record,
+            block_size,
+            queues,
         ] = single;
         if path.is_some() && image.is_some() {
             return Err("`image` says the same as `path`".to_owned());
         }
+        let yes = |key: &str, value| match value {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(other) => Err(format!("`{key}` is true or false, not `{other}`")),
+        };
+        let number = |key: &str, value: Option<&str>| {
+            let read = |text: &str| text.parse().map_err(|_| format!("`{key}={text}`: no number"));
+            value.map(read).transpose()
+        };
         let owned = |value: Option<&str>| value.map(str::to_owned);
         let given = Given {
             size: size.map(|size| size.parse::<Bytes>().map_err(|e| e.to_string())).transpose()?,
@@ -147,10 +186,14 @@ impl Disk {
             },
             clone: clone.map(str::parse).transpose()?,
             keep: keep.map(PathBuf::from),
-            read_only: match read_only {
-                None | Some("false") => false,
-                Some("true") => true,
-                Some(other) => return Err(format!("`read-only` is true or false, not `{other}`")),
+            read_only: yes("read-only", read_only)?,
+            serving: Serving {
+                own: yes("serve", serve)?,
+                throttle: (!rates.is_empty()).then(|| rates.join(",")),
+                faults,
+                record: record.map(PathBuf::from),
+                block_size: number("block-size", block_size)?,
+                queues: number("queues", queues)?,
             },
         };
         given.disk()
@@ -174,6 +217,7 @@ pub(crate) struct Given {
     pub(crate) clone: Option<CloneMode>,
     pub(crate) keep: Option<PathBuf>,
     pub(crate) read_only: bool,
+    pub(crate) serving: Serving,
 }
 
 impl Given {
@@ -227,6 +271,7 @@ impl Given {
         };
         disk.mount_options = self.mount_options;
         disk.keep = self.keep;
+        disk.serve = self.serving.options()?;
         match disk.check() {
             Ok(()) => Ok(disk),
             Err(Error::Disk { why, .. }) => Err(why),

@@ -223,7 +223,7 @@ pub enum ExitReason {
     Timeout,
     /// The hypervisor itself ended or broke, with what it said.
     MonitorFailed(String),
-    /// One of vmlab's own file servers cannot go on, with its share and what happened.
+    /// One of vmlab's own servers cannot go on, with its share or disk and what happened.
     FileServerFailed(String),
 }
 

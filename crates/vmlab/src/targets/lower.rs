@@ -15,7 +15,7 @@ use super::{
     FileKind, Firmware, ImageSpec, RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec,
 };
 use crate::config::{ConfigError, Topology, is_serial};
-use crate::disk::Given;
+use crate::disk::{Given, Serving};
 use crate::events::default_kinds;
 use crate::share::{KERNELS_OWN, Share};
 use crate::units::{Bytes, MIB};
@@ -133,7 +133,7 @@ fn disk(table: DiskTable, at: &Span, dir: &Path, problems: &mut Problems<'_>) ->
         spelling::twice(&path.key, &image.key, problems);
         return None;
     }
-    let paths = [&table.path, &table.image, &table.content, &table.keep];
+    let paths = [&table.path, &table.image, &table.content, &table.keep, &table.record];
     if let Some(empty) = paths.into_iter().flatten().find(|path| path.value.is_empty()) {
         problems.add(&empty.span, "the path of a disk cannot be empty");
         return None;
@@ -154,6 +154,14 @@ fn disk(table: DiskTable, at: &Span, dir: &Path, problems: &mut Problems<'_>) ->
         clone: value(table.clone),
         keep: path_of(table.keep),
         read_only: value(table.read_only).unwrap_or_default(),
+        serving: Serving {
+            own: value(table.serve).unwrap_or_default(),
+            throttle: value(table.throttle),
+            faults: strings(table.fault),
+            record: path_of(table.record),
+            block_size: value(table.block_size),
+            queues: value(table.queues),
+        },
     };
     given.disk().map_err(|why| problems.add(at, format!("this is no disk: {why}"))).ok()
 }

@@ -126,6 +126,18 @@ table! {
         clone: CloneMode,
         /// The file that the VM's own copy is, and that stays.
         keep: String,
+        /// Whether vmlab serves it by a device of its own, and not QEMU by its. The keys that follow need that, too.
+        serve: bool,
+        /// How slow it is: `iops=100,iops-burst=10,bps=10M,bps-burst=1M`, or some of that.
+        throttle: String,
+        /// What fails of it, such as `fail:write:nth=3` or `delay=50ms:flush`.
+        fault: Strings,
+        /// The file that gets a log of all changes, for `vmlab disk crash-states`.
+        record: String,
+        /// The size of its blocks in bytes: 512, 1024, 2048 or 4096.
+        block_size: u32,
+        /// The number of its queues.
+        queues: u32,
     }
 }
 

@@ -263,7 +263,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK)
+        let mut features = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+        features.set(VhostUserProtocolFeatures::CONFIG, self.device.provides_config());
+        Ok(features)
     }
 
     fn set_protocol_features(&mut self, _: u64) -> Result<()> {

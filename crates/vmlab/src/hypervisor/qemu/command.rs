@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use vmlab_devices::blk;
+
 use crate::config::{
     Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
     ShareTransport, Topology, VmConfig,
@@ -35,8 +37,9 @@ pub(super) struct Descriptors {
     pub(super) qmp: RawFd,
     /// The way to qemu-guest-agent, for images.
     pub(super) guest_agent: Option<RawFd>,
-    /// Connections to the file servers, one for each share over virtio-fs, in their order.
-    pub(super) shares: Vec<RawFd>,
+    /// Connections to servers of ours: one for each share over virtio-fs, then one for each disk that is served
+    /// here, in their order.
+    pub(super) servers: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
     pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
     /// The VM goes on from a snapshot, whose state will be named by QMP.
@@ -223,7 +226,7 @@ fn escaped(path: &Path) -> String {
 
 /// Whether servers outside of QEMU read and write the guest's memory, which they then have to share.
 fn has_servers(config: &VmConfig) -> bool {
-    config.served_shares().next().is_some()
+    config.servers() > 0
 }
 
 fn accel(accel: Accel) -> &'static str {
@@ -269,7 +272,7 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
     // Only root can give files to others. For everybody else, what the guest's users own belongs to the
     // caller.
     let model = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
-    let mut servers = fds.shares.iter();
+    let mut servers = fds.servers.iter();
     for (index, share) in config.shares.iter().enumerate() {
         match share.transport {
             ShareTransport::NineP => {
@@ -295,6 +298,12 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         NetworkMode::User => args.option("-netdev", "user,id=net"),
     }
     for (index, disk) in config.disks.iter().enumerate() {
+        if disk.serve.is_some() {
+            if let Some(fd) = servers.next() {
+                args.option("-chardev", format!("socket,id=disk{index},fd={fd}"));
+            }
+            continue;
+        }
         let how = match disk.writes {
             // What nobody will read need not be on the host's disks.
             DiskWrites::Discarded => ",snapshot=on,cache=unsafe",
@@ -373,15 +382,31 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
         }),
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        let mut properties =
-            vec![("drive", format!("disk{index}")), ("serial", disk.serial.clone())];
-        // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
-        properties.push(("werror", "report".to_owned()));
-        properties.push(("rerror", "report".to_owned()));
+        let id = format!("disk{index}");
+        let (driver, mut properties) = match &disk.serve {
+            Some(options) => (
+                "vhost-user-blk-pci",
+                vec![
+                    ("chardev", id),
+                    ("num-queues", options.queues.to_string()),
+                    ("queue-size", blk::QUEUE_SIZE.to_string()),
+                ],
+            ),
+            // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
+            None => (
+                "virtio-blk-pci",
+                vec![
+                    ("drive", id),
+                    ("serial", disk.serial.clone()),
+                    ("werror", "report".to_owned()),
+                    ("rerror", "report".to_owned()),
+                ],
+            ),
+        };
         if index == 0 && config.boot.kernel().is_none() {
             properties.push(("bootindex", "0".to_owned()));
         }
-        devices.push(Device { driver: "virtio-blk-pci", properties });
+        devices.push(Device { driver, properties });
     }
     devices
 }
@@ -408,13 +433,13 @@ mod tests {
     }
 
     fn words(config: &VmConfig, guest_agent: Option<RawFd>) -> Vec<String> {
-        let shares = vec![10, 11];
+        let servers = vec![10, 11];
         let fds = Descriptors {
             console: 7,
             agent: 8,
             qmp: 9,
             guest_agent,
-            shares,
+            servers,
             memory: None,
             incoming: false,
             reset_kernel: None,
@@ -483,6 +508,7 @@ mod tests {
             format,
             writes,
             keep: None,
+            serve: None,
         };
         let line = line(|config| {
             config
@@ -517,6 +543,7 @@ mod tests {
             format: ImageFormat::Raw,
             writes: DiskWrites::Discarded,
             keep: None,
+            serve: None,
         };
         let config = VmConfigBuilder::new(boot).machine(Machine::Q35).disk(disk).build().unwrap();
         let line = words(&config, Some(12));
@@ -568,6 +595,39 @@ mod tests {
         assert!(!values(&nodes, "-machine")[0].contains("memory-backend"));
         let objects = values(&nodes, "-object");
         assert_eq!(objects[1], "memory-backend-memfd,id=node1,size=256M,share=on");
+    }
+
+    #[test]
+    fn disks_of_our_own_are_connections_behind_those_of_shares() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, "").unwrap();
+        let disk = |serial: &str, serve| DiskDevice {
+            serial: serial.to_owned(),
+            path: path.clone(),
+            format: ImageFormat::Raw,
+            writes: DiskWrites::Kept,
+            serve,
+            keep: None,
+        };
+        let share = ShareDevice {
+            tag: "one".to_owned(),
+            path: dir.path().to_owned(),
+            read_only: false,
+            transport: ShareTransport::VirtioFs,
+            caching: Caching::Coherent,
+        };
+        let options = blk::Options { queues: 3, ..Default::default() };
+        let disks = |config: VmConfigBuilder| {
+            config.disk(disk("a", None)).disk(disk("b", Some(options.clone())))
+        };
+        let line = line(|config| disks(config).share(share));
+        assert!(values(&line, "-chardev").contains(&"socket,id=share0,fd=10"), "{line:?}");
+        assert!(values(&line, "-chardev").contains(&"socket,id=disk1,fd=11"), "{line:?}");
+        assert_eq!(values(&line, "-drive").len(), 1, "{line:?}");
+        let device = "vhost-user-blk-pci,chardev=disk1,num-queues=3,queue-size=256";
+        assert!(values(&line, "-device").contains(&device), "{line:?}");
+        assert!(values(&line, "-object")[0].ends_with(",share=on"), "{line:?}");
     }
 
     #[test]

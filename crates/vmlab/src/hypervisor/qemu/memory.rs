@@ -39,7 +39,7 @@ impl Ram {
         };
         let template = snapshot.memory.iter().any(|memory| matches!(memory, Memory::Template(_)));
         let mut ram = Self { files: Vec::new(), usage: MemoryUse::Shared, copies: Vec::new() };
-        if template && config.served_shares().next().is_none() {
+        if template && config.servers() == 0 {
             // Nobody else looks at this VM's memory, so that the template can be mapped as it is.
             ram.usage = MemoryUse::Private;
         }

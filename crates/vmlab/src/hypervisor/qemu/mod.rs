@@ -135,13 +135,13 @@ impl Hypervisor for Qemu {
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let image = config.boot.kernel().is_none();
-        let shares = (7..).take(config.served_shares().count()).collect();
+        let servers = (7..).take(config.servers()).collect();
         let fds = Descriptors {
             console: 3,
             agent: 4,
             qmp: 5,
             guest_agent: image.then_some(6),
-            shares,
+            servers,
             memory: None,
             incoming: false,
             reset_kernel: None,

@@ -9,7 +9,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ use super::super::{
     VmState,
 };
 use super::command::{arguments, devices, plug_id};
-use super::files::FileServers;
+use super::files::Servers;
 use super::memory::{Copy, Ram};
 use super::qmp::{Qmp, ShutdownCause};
 use super::reset_kernel;
@@ -126,7 +126,7 @@ impl QemuVm {
         options: StartOptions,
     ) -> Result<Self, HypervisorError> {
         let durable = Arc::new(AtomicBool::new(true));
-        let servers = FileServers::of(config, options.vms, &durable)?;
+        let servers = Servers::of(config, options.vms, &durable)?;
         let for_snapshot = matches!(options.origin, Origin::BootForSnapshot);
         let shares_of = match &options.origin {
             Origin::Snapshot(snapshot) => Some((snapshot.shares, snapshot.kept)),
@@ -154,8 +154,9 @@ impl QemuVm {
         let descriptors = theirs.descriptors(ram.as_ref(), reset_kernel.as_ref());
         command.args(arguments(config, &descriptors, &cpu_log));
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let shares = std::mem::take(&mut ours.shares);
-        let servers = servers.serve(shares).map_err(resource("file servers"))?;
+        let connections = std::mem::take(&mut ours.servers);
+        let servers =
+            servers.serve(connections).map_err(resource("servers of shares and disks"))?;
 
         let input = ours.console.try_clone().map_err(resource("sockets"))?;
         let console = SerialConsole::new(log_path, input);
@@ -233,17 +234,20 @@ impl QemuVm {
                     stderr,
                     stderr_log,
                 };
+                let (serving, served) = sync_channel::<()>(0);
                 for server in servers {
-                    let shared = Arc::clone(&shared);
+                    let (shared, serving) = (Arc::clone(&shared), serving.clone());
                     std::thread::spawn(move || {
                         let ended = || shared.ended_by(Some(Instant::now() + END_OF_QEMU));
                         if let Some(said) = server.wait(ended) {
                             shared.end(ExitReason::FileServerFailed(said));
                         }
+                        drop(serving);
                     });
                 }
+                drop(serving);
                 if sender.send(Ok(Arc::clone(&shared))).is_ok() {
-                    shared.supervise(child, outputs, deadline);
+                    shared.supervise(child, outputs, &served, deadline);
                 }
             })
             .map_err(resource("a thread"))?;
@@ -339,8 +343,14 @@ impl QemuVm {
 }
 
 impl Shared {
-    /// Looks after QEMU until it has ended, and finds out why it did.
-    fn supervise(self: &Arc<Self>, mut child: Child, outputs: Outputs, deadline: Option<Instant>) {
+    /// Looks after QEMU until it has ended, and finds out why it did. All servers hold the other end of `served`.
+    fn supervise(
+        self: &Arc<Self>,
+        mut child: Child,
+        outputs: Outputs,
+        served: &Receiver<()>,
+        deadline: Option<Instant>,
+    ) {
         let group = Pid::from_child(&child);
         let said = Arc::clone(&self.stderr);
         let Outputs { qmp, console, console_log, stderr, stderr_log } = outputs;
@@ -383,6 +393,8 @@ impl Shared {
         self.qmp.wait_closed(drained);
         self.console.wait_closed(drained);
         let said = self.stderr.wait_closed(drained);
+        // The files of disks are free for the next VM then, and what was written to them is there.
+        let _ = served.recv_timeout(drained.saturating_duration_since(Instant::now()));
         for socket in ends.into_iter().flatten() {
             let _ = socket.shutdown(Shutdown::Both);
         }

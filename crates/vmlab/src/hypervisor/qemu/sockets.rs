@@ -21,8 +21,8 @@ pub(super) struct Sockets {
     pub(super) qmp: UnixStream,
     /// For VMs that start an image's system.
     pub(super) guest_agent: Option<UnixStream>,
-    /// One for each file server.
-    pub(super) shares: Vec<UnixStream>,
+    /// One for each server of ours.
+    pub(super) servers: Vec<UnixStream>,
     /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
     pub(super) state: Option<UnixStream>,
 }
@@ -38,18 +38,18 @@ impl Sockets {
         let (agent, their_agent) = UnixStream::pair()?;
         let (qmp, their_qmp) = UnixStream::pair()?;
         let pairs = std::iter::repeat_with(UnixStream::pair).take(servers);
-        let (shares, their_shares) = pairs.collect::<io::Result<_>>()?;
+        let (ours, theirs) = pairs.collect::<io::Result<_>>()?;
         let (state, their_state) = with_state.then(UnixStream::pair).transpose()?.unzip();
         let guest_agent = with_guest_agent.then(UnixStream::pair).transpose()?;
         let (guest_agent, their_guest_agent) = guest_agent.unzip();
         Ok((
-            Self { console, agent, qmp, guest_agent, shares, state },
+            Self { console, agent, qmp, guest_agent, servers: ours, state },
             Self {
                 console: their_console,
                 agent: their_agent,
                 qmp: their_qmp,
                 guest_agent: their_guest_agent,
-                shares: their_shares,
+                servers: theirs,
                 state: their_state,
             },
         ))
@@ -66,7 +66,7 @@ impl Sockets {
             agent: self.agent.as_raw_fd(),
             qmp: self.qmp.as_raw_fd(),
             guest_agent: self.guest_agent.as_ref().map(AsRawFd::as_raw_fd),
-            shares: self.shares.iter().map(AsRawFd::as_raw_fd).collect(),
+            servers: self.servers.iter().map(AsRawFd::as_raw_fd).collect(),
         }
     }
 }
@@ -80,7 +80,7 @@ pub(super) fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<Fi
         if rustix::process::getppid() != Some(parent) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let more = sockets.shares.iter().chain(&sockets.state).chain(&sockets.guest_agent);
+        let more = sockets.servers.iter().chain(&sockets.state).chain(&sockets.guest_agent);
         for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
             fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
         }

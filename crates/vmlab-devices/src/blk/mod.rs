@@ -1,0 +1,19 @@
+//! virtio-blk: a disk for the guest (virtio 1.2, 5.2).
+//!
+//! The front end ([`Blk`]) knows the device, a [`Backend`] what becomes of its sectors. Back ends stack: a file, in
+//! front of it what records, breaks or slows down what the guest does.
+//!
+//! There are no writes that are durable on their own (FUA) in virtio-blk: a guest that wants one writes and
+//! flushes.
+
+pub mod backend;
+mod config;
+pub mod crash;
+mod device;
+mod options;
+mod request;
+
+pub use backend::{Backend, Buffers, FaultRule, Limit, Sectors, Throttle};
+pub use config::{BlockSize, QUEUE_SIZE, SECTOR};
+pub use device::{Blk, MAX_QUEUES, OpenError, Source};
+pub use options::{Options, ParseError};
