@@ -25,6 +25,7 @@ use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
 use parts::Parts;
+pub(crate) use parts::is_of_the_guest;
 
 /// How long a guest may take to come up. Booting takes one to three seconds under TCG; the rest is for
 /// machines that are busy with other things.

@@ -326,7 +326,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Error> {
 }
 
 /// Whether a path of the root is hidden in the guest by something of its own.
-fn is_of_the_guest(path: &Path) -> bool {
+pub(crate) fn is_of_the_guest(path: &Path) -> bool {
     ["/dev", "/proc", "/run", "/sys", "/tmp", "/var/tmp"].iter().any(|own| path.starts_with(own))
 }
 
