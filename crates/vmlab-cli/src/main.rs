@@ -13,6 +13,7 @@ mod progress;
 mod repeat;
 mod request;
 mod run;
+mod runner;
 mod signals;
 mod stdio;
 mod terminal;

@@ -191,7 +191,7 @@ pub fn in_guest(test: &Test, body: fn(&Ctx) -> Option<String>) {
 #[doc(hidden)]
 pub fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
     match Place::of(test) {
-        Place::Runner => host::skipped(test, STAYS),
+        Place::Runner => host::left_out(test, STAYS),
         _ => host::with_vm(test, body),
     }
 }
@@ -200,12 +200,12 @@ pub fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
 #[doc(hidden)]
 pub fn with_builder(test: &Test, body: fn(VmBuilder) -> Option<String>) {
     match Place::of(test) {
-        Place::Runner => host::skipped(test, STAYS),
+        Place::Runner => host::left_out(test, STAYS),
         _ => host::with_builder(test, body),
     }
 }
 
-const STAYS: &str = "it stays on the host, and the runner has brought its program into a VM";
+const STAYS: &str = "it stays on the host, and the runner has brought it into a VM";
 
 #[cfg(test)]
 mod tests {

@@ -23,6 +23,7 @@ mod machine;
 mod nested;
 mod repeat;
 mod report;
+mod rust_tests;
 mod signals;
 mod snapshots;
 mod snapshots_apart;

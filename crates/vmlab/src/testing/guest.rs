@@ -65,13 +65,12 @@ pub(super) fn in_place(test: &Test, body: fn(&Ctx) -> Option<String>) {
         (!settings.shares.is_empty(), "shares"),
         (settings.image.is_some(), "an image"),
         (settings.rootfs.is_some(), "a root filesystem"),
-        (settings.topology.is_some(), "a topology"),
+        (settings.topology.is_some() || settings.cpus.is_some(), "CPUs of its own"),
+        (settings.named_by_kernel, "a kernel in its name"),
         (settings.expect_event.is_some(), "an event to wait for"),
     ];
     if let Some((_, what)) = own.iter().find(|(has, _)| *has) {
-        let reason =
-            format!("it has {what}, and the runner has brought its program into another VM");
-        return host::skipped(test, &reason);
+        return host::left_out(test, &format!("it has {what}, and the runner's VM is another one"));
     }
     let ctx = Ctx::new(test, None);
     let failure = match panic::catch_unwind(AssertUnwindSafe(|| body(&ctx))) {

@@ -107,6 +107,15 @@ pub(super) fn skipped(test: &Test, reason: &str) {
     conclude(test, None, SystemTime::now(), Instant::now(), Ran::default(), Body::Passed, verdict);
 }
 
+/// Leaves a test out, and says so.
+pub(super) fn left_out(test: &Test, reason: &str) {
+    tell(&format!("SKIPPED {}: {reason}", test.path()));
+    if let Some(expected) = test.settings.should_panic {
+        // The harness takes a test that should panic and does not for failed.
+        panic::resume_unwind(Box::new(expected.to_owned()));
+    }
+}
+
 /// Fails a test, of which nothing has run.
 pub(super) fn fail(test: &Test, message: String) {
     let verdict = Verdict::Failed(Failure::Infrastructure { message });
@@ -476,13 +485,7 @@ fn conclude(
     }
     match verdict {
         Verdict::Passed => {}
-        Verdict::Skipped(reason) => {
-            tell(&format!("SKIPPED {}: {reason}", test.path()));
-            if let Some(expected) = test.settings.should_panic {
-                // The harness takes a test that should panic and does not for failed.
-                panic::resume_unwind(Box::new(expected.to_owned()));
-            }
-        }
+        Verdict::Skipped(reason) => left_out(test, &reason),
         Verdict::Body => match body {
             Body::Failed(failure) => panic::resume_unwind(Box::new(failure)),
             Body::Panicked { message, .. } => panic::resume_unwind(match message {

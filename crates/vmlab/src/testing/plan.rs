@@ -9,7 +9,6 @@ use thiserror::Error;
 
 use super::defaults::Defaults;
 use super::{CHANNEL, INSIDE, Settings, Test};
-use crate::builder::is_of_the_guest;
 use crate::config::{NetworkMode, Topology};
 use crate::events::{EventKind, EventKinds, default_kinds, parse_kinds};
 use crate::units::{Bytes, duration};
@@ -83,12 +82,6 @@ impl Plan {
         let vm = machine(test, &defaults, other_kernel.as_deref())?;
         let mut vm = with_files(vm, test)?;
         let environment = environment(test, channel).map_err(find("the working directory"))?;
-        if channel.is_some()
-            && !is_seen(&program, test, &environment.cwd)
-            && let Some(dir) = program.parent()
-        {
-            vm = vm.share(Share::new(dir).read_only());
-        }
         vm = match (test.settings.image, test.settings.user) {
             (Some(_), user) => vm.environment(environment).user_of_guest(user.unwrap_or("root")),
             (None, user) => {
@@ -98,6 +91,9 @@ impl Plan {
                 vm.environment(Environment { user, ..environment })
             }
         };
+        if channel.is_some() {
+            vm = vm.program(&program);
+        }
         let kinds = fail_on.map(|names| parse_kinds(names.iter().copied())).transpose();
         let kinds = kinds.map_err(value("fail_on"))?;
         let expect = expect_event.map(str::parse::<EventKind>).transpose();
@@ -203,11 +199,4 @@ fn environment(test: &Test, channel: Option<&str>) -> io::Result<Environment> {
         environment.set(CHANNEL, channel);
     }
     Ok(environment)
-}
-
-/// Whether the guest has the program in its place without more ado.
-fn is_seen(program: &Path, test: &Test, cwd: &Path) -> bool {
-    let Settings { rootfs, image, .. } = test.settings;
-    let same_root = image.is_none() && rootfs.is_none_or(|rootfs| rootfs == "/");
-    program.starts_with(cwd) && cwd != Path::new("/") || same_root && !is_of_the_guest(program)
 }
