@@ -5,6 +5,7 @@ mod keep;
 mod verdict;
 mod watch;
 
+pub(crate) use attempt::decode_reports;
 pub(crate) use verdict::of_a_vm;
 pub(crate) use watch::Watch;
 

@@ -9,9 +9,11 @@ mod ctx;
 mod defaults;
 mod guest;
 mod host;
+mod output;
 mod plan;
 mod records;
 mod report;
+mod verdict;
 
 use std::convert::Infallible;
 use std::fmt::Debug;
@@ -22,7 +24,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 
 pub use ctx::Ctx;
-pub use plan::{TestError, disk};
+pub use plan::disk;
 pub use report::{MAX_RESULT_FILE, ReadReportsError, read_reports};
 
 use crate::{Vm, VmBuilder};

@@ -237,6 +237,21 @@ fn the_callers_environment_is_above_the_attribute() {
 }
 
 #[test]
+fn a_program_that_the_runner_has_brought_into_a_vm_needs_no_other() {
+    let inside = |name| Run::new(name).env("VMLAB_INSIDE", "*");
+    let record = inside("failing::by_an_assertion").fails(&["said before", "sums of "]);
+    assert_eq!(record, Value::Null);
+    inside("failing::by_an_error").fails(&["Error: Os { code: 2,"]);
+    for name in ["failing::on_the_host", "failing::by_an_event_that_does_not_come"] {
+        let (output, said, _) = inside(name).env("CI", "true").output();
+        assert!(output.status.success(), "{said}");
+        assert!(said.contains(&format!("vmlab: SKIPPED {name}: it ")), "{said}");
+    }
+    let wanted = "there is no moon";
+    inside("skipped::by_itself").env("CI", "true").fails(&[wanted]);
+}
+
+#[test]
 fn programs_in_a_directory_of_which_guests_have_their_own_are_brought_along() {
     // The guest's /tmp is its own.
     let dir = tempfile::Builder::new().prefix("vmlab-rust-tests-").tempdir_in("/tmp").unwrap();

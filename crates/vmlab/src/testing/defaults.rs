@@ -5,7 +5,7 @@ use std::path::Path;
 
 use toml::de::{DeTable, DeValue};
 
-use super::TestError;
+use super::plan::TestError;
 
 /// The longest file that is read, in bytes: far more than any `Cargo.toml` has.
 const MAX_FILE: u64 = 4 * 1024 * 1024;

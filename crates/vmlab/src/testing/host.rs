@@ -1,70 +1,33 @@
 //! A test's part on the host: the VM, what comes from it, and what that means.
 
-use std::any::Any;
-use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::output::{self, Tail, Told, print_error};
 use super::plan::Plan;
-use super::records::{Ended, Piece, Reader, Record};
-use super::{Test, guest, report};
+use super::records::Ended;
+use super::verdict::{Body, Verdict, judge, outcome};
+use super::{Test, report};
 use crate::error::chain;
-use crate::events::{EventKinds, KernelEvent};
+use crate::events::KernelEvent;
 use crate::hypervisor::ExitReason;
 use crate::report::Report;
-use crate::results::{AttemptResult, Failure, Measurement, Outcome};
-use crate::runner::{Watch, of_a_vm};
+use crate::results::{AttemptResult, Failure, Measurement};
+use crate::runner::{Watch, decode_reports, of_a_vm};
 use crate::sync::lock;
 use crate::timings::millis;
-use crate::{Error, PreparedVm, Stdio, Vm, VmBuilder, random};
+use crate::{DebugInfo, Error, PreparedVm, RunDir, Stdio, Vm, VmBuilder, random};
 
 /// How long what a test has left running may keep its output open. It is ended with the VM.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How much of a test's output is in its results, in bytes. The end has what failed.
-const KEPT_OUTPUT: usize = 64 * 1024;
-
-/// How much is kept of what the program writes before the body begins, to be shown if it never does, in bytes.
-const KEPT_PRELUDE: usize = 4 * 1024;
-
-/// The longest line that is printed in one piece, in bytes.
-const LONGEST_LINE: usize = 64 * 1024;
-
-/// How many measurements and details of one test are taken.
-const MAX_TOLD: usize = 10_000;
-
 /// Hexadecimal digits of the word that tells records from what else a test writes.
 const CHANNEL_DIGITS: usize = 16;
-
-/// How a body ended.
-enum Body {
-    Passed,
-    /// It returned a failure.
-    Failed(String),
-    /// It panicked in the guest.
-    Panicked {
-        message: Option<String>,
-        place: Option<String>,
-    },
-    /// It panicked on the host.
-    Unwound(Box<dyn Any + Send>),
-    /// It cannot run here.
-    Skipped(String),
-    /// It did not come to its end.
-    Lost(Failure),
-}
-
-/// What a test came to.
-enum Verdict {
-    Passed,
-    Skipped(String),
-    /// As the body itself has it.
-    Body,
-    Failed(Failure),
-}
 
 /// What is known of a run, beside how its body ended.
 #[derive(Default)]
@@ -73,7 +36,7 @@ struct Ran {
     events: Vec<KernelEvent>,
     output: Tail,
     measurements: Vec<Measurement>,
-    details: std::collections::BTreeMap<String, serde_json::Value>,
+    details: BTreeMap<String, serde_json::Value>,
     console: String,
     notes: Vec<String>,
 }
@@ -85,14 +48,14 @@ pub(super) fn in_guest(test: &Test) {
         Err(error) => return fail(test, chain(&error)),
     };
     with_plan(test, Some(&word), |plan, prepared, ran| {
-        in_a_vm(prepared, ran, |vm, ran| body_in_guest(test, plan, vm, &word, ran))
+        in_a_vm(test, prepared, ran, |vm, ran| body_in_guest(test, plan, vm, &word, ran))
     });
 }
 
 /// A test whose body is given a VM that has started.
 pub(super) fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
     with_plan(test, None, |_, prepared, ran| {
-        in_a_vm(prepared, ran, |vm, _| Ok(on_host(|| body(vm))))
+        in_a_vm(test, prepared, ran, |vm, _| Ok(on_host(|| body(vm))))
     });
 }
 
@@ -164,18 +127,25 @@ fn is_missing(error: &Error) -> bool {
 
 /// Starts the VM, has the body run and ends the VM.
 fn in_a_vm(
+    test: &Test,
     prepared: PreparedVm,
     ran: &mut Ran,
     run: impl FnOnce(&mut Vm, &mut Ran) -> Result<Body, Error>,
 ) -> Body {
     let watch = Watch::default();
+    // Nothing is known of a kernel that is an image's own.
+    let debug_info = prepared.kernel().map(|kernel| DebugInfo::of(kernel, std::env::current_dir()));
+    let prepared = match logs(test) {
+        Ok(dir) => prepared.logs_in(dir),
+        Err(error) => return lost(&error, ran),
+    };
     // The harness runs as many tests at once.
     let tests = std::thread::available_parallelism().map_or(1, usize::from);
     let started = prepared.one_of(tests).start_watched(|vm| watch.vm(vm));
     let mut vm = match started {
         Ok(vm) => vm,
         Err(failed) => {
-            ran.events = watch.finish();
+            ran.events = decoded(watch, debug_info.as_ref());
             ran.report = Some(failed.report);
             return lost(&failed.error, ran);
         }
@@ -190,13 +160,38 @@ fn in_a_vm(
     ran.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
     ran.report = Some(vm.report());
     drop(vm);
-    ran.events = watch.finish();
+    ran.events = decoded(watch, debug_info.as_ref());
     match (ended, stopped) {
         (Err(error), _) => lost(&error, ran),
         // What it wrote may not have arrived.
         (Ok(Body::Passed), Err(error)) => lost(&error, ran),
         (Ok(body), _) => body,
     }
+}
+
+/// What a kernel said of itself until its end.
+fn decoded(watch: Watch, debug_info: Option<&DebugInfo>) -> Vec<KernelEvent> {
+    let mut events = watch.finish();
+    if let Some(info) = debug_info {
+        decode_reports(info, &mut events);
+    }
+    events
+}
+
+/// Where the logs of a test's VM are kept. All tests of a program share a directory, so that they count as one
+/// run where the oldest are removed.
+fn logs(test: &Test) -> Result<RunDir, Error> {
+    static DIR: Mutex<Option<RunDir>> = Mutex::new(None);
+    static COUNT: AtomicU32 = AtomicU32::new(1);
+    let mut dir = lock(&DIR);
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+    let name: String = test.path().chars().map(plain).collect();
+    let name = format!("{:03}-{name:.80}", COUNT.fetch_add(1, Ordering::Relaxed));
+    let shared = match &*dir {
+        Some(dir) => dir.clone(),
+        None => dir.insert(RunDir::create()?).clone(),
+    };
+    shared.part(&name)
 }
 
 fn lost(error: &Error, ran: &mut Ran) -> Body {
@@ -231,25 +226,21 @@ fn body_in_guest(
     let command = command.args(["--exact", "--include-ignored", "--nocapture", "--test-threads=2"]);
     let mut child = command.stdin(Stdio::Null).spawn()?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let tail = Arc::new(Mutex::new(Tail::default()));
-    let told = Mutex::new(Told::default());
+    let (tail, told) = (Mutex::new(Tail::default()), Mutex::new(Told::default()));
     let status = std::thread::scope(|scope| {
+        let (tail, told) = (&tail, &told);
         let (done, copied) = channel::<()>();
-        if let Some(stdout) = stdout {
-            let (told, tail, done) = (&told, Arc::clone(&tail), done.clone());
-            let out = Printer { print: |text| print(text), line: Vec::new(), tail };
+        if let Some(stream) = stdout {
+            let done = done.clone();
             scope.spawn(move || {
-                read_records(stdout, word, told, out);
+                output::stdout(stream, word, told, tail);
                 drop(done);
             });
         }
-        if let Some(stderr) = stderr {
-            let tail = Arc::clone(&tail);
-            let mut out = Printer { print: |text| print_error(text), line: Vec::new(), tail };
+        if let Some(stream) = stderr {
             let done = done.clone();
             scope.spawn(move || {
-                read_all(stderr, |bytes| out.write(bytes));
-                out.flush();
+                output::stderr(stream, tail);
                 drop(done);
             });
         }
@@ -293,136 +284,6 @@ fn body_in_guest(
             Body::Lost(Failure::Infrastructure { message })
         }
     })
-}
-
-/// What a test has told.
-#[derive(Default)]
-struct Told {
-    began: bool,
-    ended: Option<Ended>,
-    measurements: Vec<Measurement>,
-    details: std::collections::BTreeMap<String, serde_json::Value>,
-    prelude: Vec<u8>,
-}
-
-impl Told {
-    fn record(&mut self, record: Record) {
-        match record {
-            Record::Began => self.began = true,
-            Record::Ended(ended) => self.ended = Some(ended),
-            Record::Measured(measured) if self.measurements.len() < MAX_TOLD => {
-                self.measurements.push(measured);
-            }
-            Record::Detail { key, value } if self.details.len() < MAX_TOLD => {
-                self.details.insert(key, value);
-            }
-            Record::Measured(_) | Record::Detail { .. } => {}
-        }
-    }
-}
-
-fn read_records(
-    stdout: impl Read,
-    word: &str,
-    told: &Mutex<Told>,
-    mut out: Printer<impl Fn(&str)>,
-) {
-    let mut reader = Reader::new(word);
-    read_all(stdout, |bytes| {
-        let mut told = lock(told);
-        reader.feed(bytes, |piece| match piece {
-            Piece::Record(record) => told.record(record),
-            // What the harness writes around the body is of no interest.
-            Piece::Text(_) if told.ended.is_some() => {}
-            Piece::Text(text) if told.began => out.write(text),
-            Piece::Text(text) => {
-                let room = KEPT_PRELUDE.saturating_sub(told.prelude.len()).min(text.len());
-                told.prelude.extend_from_slice(&text[..room]);
-            }
-        });
-    });
-    out.flush();
-}
-
-/// Reads until the end. A stream fails only when the VM has ended, which is found elsewhere.
-fn read_all(mut from: impl Read, mut take: impl FnMut(&[u8])) {
-    let mut buffer = vec![0; 64 * 1024];
-    while let Ok(count @ 1..) = from.read(&mut buffer) {
-        take(&buffer[..count]);
-    }
-}
-
-/// The last of an output.
-#[derive(Default)]
-struct Tail(VecDeque<u8>);
-
-impl Tail {
-    fn add(&mut self, bytes: &[u8]) {
-        self.0.extend(bytes);
-        let excess = self.0.len().saturating_sub(KEPT_OUTPUT);
-        self.0.drain(..excess);
-    }
-
-    fn text(self) -> String {
-        String::from_utf8_lossy(&Vec::from(self.0)).into_owned()
-    }
-}
-
-/// Prints bytes as lines of text.
-struct Printer<P: Fn(&str)> {
-    print: P,
-    line: Vec<u8>,
-    tail: Arc<Mutex<Tail>>,
-}
-
-impl<P: Fn(&str)> Printer<P> {
-    fn write(&mut self, bytes: &[u8]) {
-        lock(&self.tail).add(bytes);
-        self.line.extend_from_slice(bytes);
-        let whole = match self.line.iter().rposition(|byte| *byte == b'\n') {
-            Some(end) => end + 1,
-            None if self.line.len() > LONGEST_LINE => self.line.len(),
-            None => return,
-        };
-        let rest = self.line.split_off(whole);
-        (self.print)(&String::from_utf8_lossy(&self.line));
-        self.line = rest;
-    }
-
-    fn flush(&mut self) {
-        if !self.line.is_empty() {
-            (self.print)(&String::from_utf8_lossy(&self.line));
-            self.line.clear();
-        }
-    }
-}
-
-fn judge(test: &Test, plan: &Plan, body: &Body, events: &[KernelEvent]) -> Verdict {
-    let wanted = plan.expect.and_then(|kind| events.iter().position(|event| event.kind == kind));
-    if let Body::Skipped(reason) = body {
-        return Verdict::Skipped(reason.clone());
-    }
-    if let Body::Lost(failure @ Failure::Infrastructure { .. }) = body {
-        return Verdict::Failed(failure.clone());
-    }
-    // What follows from the expected event is expected as well.
-    if let Some(event) = unexpected(&events[..wanted.unwrap_or(events.len())], &plan.fail_on) {
-        return Verdict::Failed(Failure::Event { title: event.title.clone() });
-    }
-    match (body, plan.expect, test.settings.expect_err) {
-        (_, Some(_), _) if wanted.is_some() => Verdict::Passed,
-        (Body::Lost(failure), _, _) => Verdict::Failed(failure.clone()),
-        (Body::Passed, Some(expected), _) => Verdict::Failed(Failure::MissingEvent { expected }),
-        (Body::Passed, None, true) => Verdict::Failed(Failure::Test {
-            how: "the test passed, and should have failed".to_owned(),
-        }),
-        (Body::Passed, None, false) | (_, None, true) => Verdict::Passed,
-        _ => Verdict::Body,
-    }
-}
-
-fn unexpected<'a>(events: &'a [KernelEvent], fail_on: &EventKinds) -> Option<&'a KernelEvent> {
-    events.iter().find(|event| fail_on.contains(&event.kind))
 }
 
 /// Writes down what a test came to, and passes or fails it.
@@ -501,43 +362,6 @@ fn conclude(
     }
 }
 
-/// What goes into the results.
-fn outcome(test: &Test, body: &Body, verdict: &Verdict) -> (Outcome, Option<Failure>) {
-    let failed = |failure: Failure| {
-        let outcome = if failure.is_error() { Outcome::Error } else { Outcome::Failed };
-        (outcome, Some(failure))
-    };
-    let passed = (Outcome::Passed, None);
-    let expected = test.settings.should_panic;
-    let message = match body {
-        Body::Panicked { message, .. } => message.as_deref(),
-        Body::Unwound(payload) => guest::message(&**payload),
-        _ => None,
-    };
-    match (verdict, expected, body) {
-        (Verdict::Skipped(_), _, _) => (Outcome::Skipped, None),
-        (Verdict::Failed(failure), _, _) => failed(failure.clone()),
-        (Verdict::Passed, Some(_), _) => {
-            failed(Failure::Test { how: "the test should have panicked".to_owned() })
-        }
-        (Verdict::Passed, None, _) => passed,
-        (Verdict::Body, Some(expected), Body::Panicked { .. } | Body::Unwound(_))
-            if message.unwrap_or_default().contains(expected) =>
-        {
-            passed
-        }
-        (Verdict::Body, _, Body::Failed(failure)) => failed(Failure::Test { how: failure.clone() }),
-        (Verdict::Body, _, body) => {
-            let place = match body {
-                Body::Panicked { place: Some(place), .. } => format!(" at {place}"),
-                _ => String::new(),
-            };
-            let message = message.unwrap_or("something that is no text");
-            failed(Failure::Test { how: format!("panicked{place}: {message}") })
-        }
-    }
-}
-
 /// Whether what cannot run has failed.
 fn is_required() -> bool {
     let is = |name: &str, wanted: &str| std::env::var(name).is_ok_and(|value| value == wanted);
@@ -552,16 +376,6 @@ fn show<'a>(lines: impl IntoIterator<Item = impl AsRef<str> + 'a>) {
 fn tell(text: &str) {
     // A stream that is gone cannot be told.
     let _ = writeln!(io::stderr().lock(), "vmlab: {text}");
-}
-
-#[allow(clippy::print_stdout, reason = "the harness captures what is printed, and nothing else")]
-fn print(text: &str) {
-    print!("{text}");
-}
-
-#[allow(clippy::print_stderr, reason = "the harness captures what is printed, and nothing else")]
-fn print_error(text: &str) {
-    eprint!("{text}");
 }
 
 fn say(text: &str) {

@@ -24,8 +24,7 @@ const TEST_TIME: Duration = Duration::from_secs(300);
 
 /// Why a test cannot be run as it is described.
 #[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum TestError {
+pub(super) enum TestError {
     /// The VM is at fault.
     #[error(transparent)]
     Vm(#[from] Error),
@@ -175,9 +174,13 @@ fn with_files(mut vm: VmBuilder, test: &Test) -> Result<VmBuilder, TestError> {
 /// # Errors
 /// When they make no disk.
 pub fn disk(vm: VmBuilder, options: &[(&str, &str)]) -> Result<VmBuilder, Error> {
+    Ok(vm.disk(disk_text(options).parse::<Disk>()?))
+}
+
+fn disk_text(options: &[(&str, &str)]) -> String {
     let words: Vec<String> =
         options.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    Ok(vm.disk(words.join(",").parse::<Disk>()?))
+    words.join(",")
 }
 
 fn environment(test: &Test, channel: Option<&str>) -> io::Result<Environment> {
@@ -199,4 +202,15 @@ fn environment(test: &Test, channel: Option<&str>) -> io::Result<Environment> {
         environment.set(CHANNEL, channel);
     }
     Ok(environment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_written_as_on_the_command_line() {
+        let options = [("name", "data"), ("size", "256M"), ("fs", "btrfs")];
+        assert_eq!(disk_text(&options), "name=data,size=256M,fs=btrfs");
+    }
 }
