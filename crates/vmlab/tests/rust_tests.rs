@@ -61,6 +61,15 @@ mod failing {
         std::process::exit(0);
     }
 
+    #[vmlab::test(kernel = "debian:6.12", memory = "128M")]
+    #[ignore = "it fails"]
+    fn by_taking_too_much() {
+        let mut taken = Vec::new();
+        loop {
+            taken.push(vec![1_u8; 1 << 20]);
+        }
+    }
+
     #[vmlab::test(kernel = "debian:6.12", memory = "512M", expect_event = "oops")]
     #[ignore = "it fails"]
     fn by_an_event_that_does_not_come() {}
@@ -194,6 +203,11 @@ fn tests_that_do_not_end_or_end_too_early_fail() {
     assert_eq!(record["attempts"][0]["failure"]["kind"], "timeout");
     Run::new("failing::by_leaving_early")
         .fails(&["the test's program ended before the test did: exit code 0"]);
+    Run::new("failing::by_taking_too_much").fails(&[
+        "ended before the test did: signal 9",
+        "ran out of memory",
+        "it has 128 MiB",
+    ]);
     Run::new("failing::by_an_event_that_does_not_come")
         .fails(&["the kernel should have said something of itself: oops"]);
 }

@@ -274,7 +274,13 @@ fn body_in_guest(
         (Some(_), Some(Ended::Failed(failure))) => Body::Failed(failure),
         (Some(_), Some(Ended::Panicked { message, place })) => Body::Panicked { message, place },
         (Some(status), _) if told.began => {
-            let how = format!("the test's program ended before the test did: {status}");
+            let (killed, memory) = (status.oom_kills(), vm.config().memory);
+            let mut how = format!("the test's program ended before the test did: {status}");
+            if killed > 0 {
+                how.push_str(&format!(
+                    "; the guest ran out of memory and killed {killed} process(es); it has {memory}"
+                ));
+            }
             Body::Lost(Failure::Test { how })
         }
         (Some(status), _) => {
