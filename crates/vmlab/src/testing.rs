@@ -4,6 +4,25 @@
 //! A test with the attribute is an ordinary one of the standard harness. On the host it starts a VM, and in
 //! that the same program with this test alone, which runs the test's body. What happened comes back in the
 //! program's standard output, between what the body writes.
+//!
+//! ```
+//! use vmlab::prelude::*;
+//!
+//! #[vmlab::test(kernel = ["debian:6.1", "debian:6.12"], memory = "512M")]
+//! fn the_clock_goes(ctx: &Ctx) -> Result {
+//!     let uptime = std::fs::read_to_string("/proc/uptime")?;
+//!     let seconds: f64 = uptime.split(' ').next().unwrap_or_default().parse()?;
+//!     assert!(seconds > 0.0, "under {}", ctx.kernel());
+//!     ctx.measure("uptime", seconds, "s");
+//!     Ok(())
+//! }
+//!
+//! #[vmlab::test(host)]
+//! fn from_the_outside(vm: &mut Vm) -> Result {
+//!     assert!(vm.exec(["true"])?.status.success());
+//!     Ok(())
+//! }
+//! ```
 
 mod ctx;
 mod defaults;

@@ -126,8 +126,14 @@ fn machine(
     let mut vm = Vm::builder();
     // An image has its own kernel, unless the test itself names another.
     let default = defaults.kernel.as_deref().filter(|_| image.is_none());
-    if let Some(kernel) = other_kernel.filter(|_| image.is_none()).or(kernel).or(default) {
+    if let Some(kernel) = other_kernel.filter(|_| image.is_none()) {
         vm = vm.kernel(kernel);
+    } else if let Some(kernel) = kernel.or(default) {
+        // What begins otherwise may be a distribution's, or a release.
+        vm = match kernel.starts_with('.') {
+            true => vm.kernel(from(test, Path::new(kernel)).to_string_lossy()),
+            false => vm.kernel(kernel),
+        };
     }
     let of_caller = std::env::var(MEMORY).ok();
     if let Some(memory) = of_caller.as_deref().or(memory).or(defaults.memory.as_deref()) {

@@ -193,6 +193,30 @@ mod tests {
         }
     }
 
+    /// What frames are made of, and what may come between.
+    const PIECES: [&str; 9] = [
+        "\u{1e}",
+        "\u{1e}word",
+        "\u{1e}word.",
+        "\u{1e}word+",
+        "\n",
+        "\"Began\"",
+        "{\"Ended\":\"Passed\"}",
+        "wor",
+        "text",
+    ];
+
+    proptest::proptest! {
+        #[test]
+        fn where_output_is_cut_makes_no_difference(
+            pieces in proptest::collection::vec(proptest::sample::select(&PIECES), 0..30),
+            size in 1..9_usize,
+        ) {
+            let output = pieces.concat().into_bytes();
+            proptest::prop_assert_eq!(read(&output, size), read(&output, output.len().max(1)));
+        }
+    }
+
     #[test]
     fn what_a_guest_sends_without_end_is_not_kept() {
         let mut reader = Reader::new("word");
