@@ -8,7 +8,7 @@ use vmlab::SnapshotMode;
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
-use crate::{cache, disk, doctor, generate, image, kernel, output, request, run, test};
+use crate::{cache, disk, doctor, generate, image, kernel, output, request, run, runner, test};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -27,6 +27,12 @@ enum Command {
     /// working directory, umask and limits.
     #[command(after_help = exit::HELP)]
     Run(RunArgs),
+    /// Run a program in a fresh VM, for Cargo
+    ///
+    /// CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="vmlab runner -k debian:6.12" has `cargo test` run each
+    /// test program in a VM, as `cargo vmlab test` does. Lists of tests (--list) are made on the host.
+    #[command(after_help = exit::HELP)]
+    Runner(RunnerArgs),
     /// Open an interactive shell in a fresh VM
     ///
     /// Ctrl-] pressed three times within a second ends the VM.
@@ -275,6 +281,16 @@ pub(crate) struct RunArgs {
     pub(crate) command: Vec<OsString>,
 }
 
+/// What Cargo gives to its runner.
+#[derive(Debug, Args)]
+pub(crate) struct RunnerArgs {
+    #[command(flatten)]
+    pub(crate) vm: VmArgs,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
 /// What `test` takes.
 #[derive(Debug, Args)]
 pub(crate) struct TestArgs {
@@ -364,6 +380,8 @@ pub(crate) struct ReportArgs {
 pub(crate) enum ReportCommand {
     /// Put the results of shards together
     Merge(MergeArgs),
+    /// Put together what tests of Rust's have put into $VMLAB_REPORT_DIR
+    Tests(TestResultsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -371,6 +389,14 @@ pub(crate) struct MergeArgs {
     /// What `test --json` has written
     #[arg(required = true)]
     pub(crate) parts: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) reports: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TestResultsArgs {
+    /// That directory
+    pub(crate) dir: PathBuf,
     #[command(flatten)]
     pub(crate) reports: ReportArgs,
 }
@@ -463,10 +489,12 @@ pub(crate) fn dispatch() -> Code {
     let done = |result: anyhow::Result<()>| result.map(|()| Code::SUCCESS);
     let result = match command {
         Command::Run(args) => request::of_run(args).and_then(|request| run::run(&request)),
+        Command::Runner(args) => runner::run(args),
         Command::Shell(args) => request::of_shell(args).and_then(|request| run::run(&request)),
         Command::Test(args) => test::run(&args),
         Command::Vmtest(args) => vmtest::run(args),
         Command::Report(ReportCommand::Merge(args)) => done(test::merge(&args)),
+        Command::Report(ReportCommand::Tests(args)) => done(test::of_tests(&args)),
         Command::Kernel(command) => done(kernel::run(command)),
         Command::Image(command) => done(image::run(command)),
         Command::Disk(command) => disk::run(command),

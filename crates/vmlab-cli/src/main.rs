@@ -14,6 +14,7 @@ mod progress;
 mod repeat;
 mod request;
 mod run;
+mod runner;
 mod signals;
 mod stdio;
 mod terminal;

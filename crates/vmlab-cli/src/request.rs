@@ -73,6 +73,13 @@ pub(crate) fn of_run(args: RunArgs) -> Result<Request> {
     request(args.vm, args.command, terminal, repeat)
 }
 
+/// A program that Cargo has run.
+pub(crate) fn of_program(vm: VmArgs, program: &Path, command: Vec<OsString>) -> Result<Request> {
+    let mut request = request(vm, command, false, None)?;
+    request.vm = request.vm.program(program);
+    Ok(request)
+}
+
 fn repeat(args: &RepeatArgs) -> Result<Option<Repeat>> {
     if args.repeat.is_none() && !args.until_failure {
         return Ok(None);

@@ -24,7 +24,7 @@ use crate::{request, run};
 use display::Lines;
 use reports::{Reports, first};
 
-pub(crate) use reports::merge;
+pub(crate) use reports::{merge, of_tests};
 
 pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     let file = match &args.config {

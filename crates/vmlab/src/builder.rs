@@ -2,7 +2,7 @@
 
 mod parts;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -294,6 +294,16 @@ impl VmBuilder {
     pub fn module(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.modules.push(words.into_iter().map(Into::into).collect());
         self
+    }
+
+    /// Has the guest see a program of the host at its own path: where it would not be there otherwise, such as
+    /// below `/tmp`, the directory that it is in is shared, read-only. To be called last, as what is seen
+    /// depends on all else.
+    pub fn program(self, program: &Path) -> Self {
+        match program.parent() {
+            Some(dir) if !self.sees(program) => self.share(Share::new(dir).read_only()),
+            _ => self,
+        }
     }
 
     /// What commands inherit; the caller's own unless set.

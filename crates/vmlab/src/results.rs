@@ -9,6 +9,7 @@ mod tap;
 mod terminal;
 mod text;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 pub use counts::Counts;
@@ -75,6 +76,8 @@ pub enum Outcome {
     Error,
     /// It was not run, or ended before it was done, because the user or another failure ended all.
     Cancelled,
+    /// It said itself that it cannot run here; why is in its notes.
+    Skipped,
 }
 
 /// One attempt, in a VM of its own.
@@ -113,6 +116,23 @@ pub struct AttemptResult {
     pub kept_files: Vec<PathBuf>,
     /// What a person should know of it besides.
     pub notes: Vec<String>,
+    /// What a test measured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub measurements: Vec<Measurement>,
+    /// What else a test told, by its keys.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub details: BTreeMap<String, serde_json::Value>,
+}
+
+/// A number that a test measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// What was measured.
+    pub name: String,
+    /// How much.
+    pub value: f64,
+    /// In which unit, such as `ms`.
+    pub unit: String,
 }
 
 /// Why an attempt does not count as passed.
@@ -122,6 +142,11 @@ pub enum Failure {
     /// The command ended with another code than 0, or by a signal.
     Command {
         /// Such as `exit code 3`.
+        how: String,
+    },
+    /// A test of Rust's failed.
+    Test {
+        /// Its panic and where that was, or what it returned.
         how: String,
     },
     /// The command should have failed.

@@ -5,6 +5,10 @@ mod keep;
 mod verdict;
 mod watch;
 
+pub(crate) use attempt::decode_reports;
+pub(crate) use verdict::of_a_vm;
+pub(crate) use watch::Watch;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};

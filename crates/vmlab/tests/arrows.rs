@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("vmlab-vmm", &["vmlab-devices"]),
     ("vmlab", &["vmlab-wire", "vmlab-artifacts", "vmlab-devices", "vmlab-vmm", "vmlab-macros"]),
     ("vmlab-cli", &["vmlab"]),
+    ("kernel-tests", &["vmlab"]),
 ];
 
 /// Crates whose types are in each other's interfaces: two versions of one do not fit together.

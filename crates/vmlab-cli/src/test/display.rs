@@ -131,6 +131,7 @@ fn line(result: &TargetResult) -> String {
         Outcome::Failed => "FAILED",
         Outcome::Error => "ERROR",
         Outcome::Cancelled => "cancelled",
+        Outcome::Skipped => "skipped",
     };
     let took: f64 = result.attempts.iter().map(|attempt| attempt.took_ms).sum();
     let mut text = format!("{word:<9} {} ({:.1} s)", result.name, took / 1000.0);

@@ -8,8 +8,9 @@ use anyhow::{Context, Result};
 use vmlab::results::{
     Results, ShowOutput, github_annotations, github_summary, html, junit, tap, terminal,
 };
+use vmlab::testing::read_reports;
 
-use crate::cli::{MergeArgs, ReportArgs};
+use crate::cli::{MergeArgs, ReportArgs, TestResultsArgs};
 use crate::output;
 
 /// The page in the directory that --html names.
@@ -99,9 +100,17 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<()> {
         let text = fs::read_to_string(path).with_context(|| format!("{name} cannot be read"))?;
         parts.push((name.clone(), Results::from_json(&text).context(name)?));
     }
-    let results = Results::merge(parts)?;
-    let written = Reports::open(&args.reports)?.write(&results);
-    let shown = output::stdout(terminal(&results, ShowOutput::Failed).as_bytes());
+    write_and_show(&args.reports, &Results::merge(parts)?)
+}
+
+/// Puts the results of Rust's tests together.
+pub(crate) fn of_tests(args: &TestResultsArgs) -> Result<()> {
+    write_and_show(&args.reports, &read_reports(&args.dir)?)
+}
+
+fn write_and_show(reports: &ReportArgs, results: &Results) -> Result<()> {
+    let written = Reports::open(reports)?.write(results);
+    let shown = output::stdout(terminal(results, ShowOutput::Failed).as_bytes());
     first([written, shown])
 }
 

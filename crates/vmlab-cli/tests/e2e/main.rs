@@ -24,6 +24,7 @@ mod nested;
 mod new_disks;
 mod repeat;
 mod report;
+mod rust_tests;
 mod signals;
 mod snapshots;
 mod snapshots_apart;

@@ -331,6 +331,25 @@ impl VmBuilder {
             || same_root()
     }
 
+    /// Whether the guest has a file of the host at its own path.
+    pub(super) fn sees(&self, file: &Path) -> bool {
+        let cwd = match &self.environment {
+            Some(environment) => Some(environment.cwd.clone()),
+            None => std::env::current_dir().ok(),
+        };
+        let in_cwd = |cwd: PathBuf| {
+            self.share_cwd
+                && self.can_have_cwd(&cwd)
+                && cwd != Path::new("/")
+                && file.starts_with(&cwd)
+        };
+        let in_share = |share: &Share| share.host == share.guest && file.starts_with(&share.host);
+        let same_root = self.image.is_none() && self.root == Path::new("/");
+        cwd.is_some_and(in_cwd)
+            || self.shares.iter().any(in_share)
+            || (same_root && !is_of_the_guest(file))
+    }
+
     /// All shares, the working directory among them unless another is given for its place.
     fn shares_in_order(&self, cwd: Option<&Path>) -> Result<Vec<Share>, Error> {
         let mut shares: Vec<Share> = Vec::new();

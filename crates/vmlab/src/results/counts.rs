@@ -20,15 +20,20 @@ pub struct Counts {
     pub errors: usize,
     /// [`Outcome::Cancelled`].
     pub cancelled: usize,
+    /// [`Outcome::Skipped`].
+    pub skipped: usize,
 }
 
 impl fmt::Display for Counts {
     /// `12 passed, 1 flaky, 2 failed, 1 error`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} passed", self.passed)?;
-        for (count, what) in
-            [(self.flaky, "flaky"), (self.failed, "failed"), (self.cancelled, "cancelled")]
-        {
+        for (count, what) in [
+            (self.flaky, "flaky"),
+            (self.failed, "failed"),
+            (self.cancelled, "cancelled"),
+            (self.skipped, "skipped"),
+        ] {
             if count > 0 {
                 write!(f, ", {count} {what}")?;
             }
@@ -51,6 +56,7 @@ impl Results {
                 Outcome::Failed => &mut counts.failed,
                 Outcome::Error => &mut counts.errors,
                 Outcome::Cancelled => &mut counts.cancelled,
+                Outcome::Skipped => &mut counts.skipped,
             } += 1;
         }
         counts
@@ -71,12 +77,13 @@ impl Outcome {
             Outcome::Failed => "failed",
             Outcome::Error => "error",
             Outcome::Cancelled => "cancelled",
+            Outcome::Skipped => "skipped",
         }
     }
 
-    /// Whether the target is as it should be.
+    /// Whether nothing is wrong with the target.
     pub const fn is_success(self) -> bool {
-        matches!(self, Outcome::Passed | Outcome::Flaky)
+        matches!(self, Outcome::Passed | Outcome::Flaky | Outcome::Skipped)
     }
 }
 
@@ -91,7 +98,11 @@ impl TargetResult {
         match self.attempts.last().and_then(|attempt| attempt.failure.as_ref()) {
             Some(failure) => one_line(&failure.to_string()),
             None if self.attempts.is_empty() => "it was not run".to_owned(),
-            None => self.outcome.name().to_owned(),
+            None => {
+                let note = self.attempts.last().and_then(|attempt| attempt.notes.first());
+                let note = note.filter(|_| self.outcome == Outcome::Skipped);
+                note.map_or_else(|| self.outcome.name().to_owned(), |note| one_line(note))
+            }
         }
     }
 }
@@ -130,6 +141,7 @@ impl Failure {
     pub const fn kind(&self) -> &'static str {
         match self {
             Failure::Command { .. } => "command",
+            Failure::Test { .. } => "test",
             Failure::UnexpectedSuccess => "unexpected-success",
             Failure::Event { .. } => "event",
             Failure::MissingEvent { .. } => "missing-event",
@@ -151,6 +163,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Command { how } => write!(f, "the command ended with {how}"),
+            Failure::Test { how } => f.write_str(how),
             Failure::UnexpectedSuccess => {
                 f.write_str("the command succeeded, but it should have failed")
             }

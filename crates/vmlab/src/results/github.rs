@@ -111,8 +111,14 @@ pub fn github_summary(results: &Results) -> String {
     );
     out.push_str("| | Target | Outcome | Time | Attempts | Kernel |\n|---|---|---|--:|--:|---|\n");
     // What needs attention comes first, and is not what the limit cuts.
-    let order =
-        [Outcome::Error, Outcome::Failed, Outcome::Flaky, Outcome::Cancelled, Outcome::Passed];
+    let order = [
+        Outcome::Error,
+        Outcome::Failed,
+        Outcome::Flaky,
+        Outcome::Cancelled,
+        Outcome::Skipped,
+        Outcome::Passed,
+    ];
     let in_order = || {
         order.iter().flat_map(|o| results.targets.iter().filter(move |target| target.outcome == *o))
     };
@@ -156,6 +162,7 @@ fn row(target: &TargetResult) -> String {
         Outcome::Failed => "❌",
         Outcome::Error => "💥",
         Outcome::Cancelled => "⏹️",
+        Outcome::Skipped => "⏭️",
     };
     let release = target.attempts.last().and_then(|attempt| attempt.release.as_deref());
     format!(

@@ -103,6 +103,7 @@ fn head(out: &mut String, results: &Results) {
         (Outcome::Failed, counts.failed),
         (Outcome::Error, counts.errors),
         (Outcome::Cancelled, counts.cancelled),
+        (Outcome::Skipped, counts.skipped),
     ];
     let numbers: Vec<_> = numbers.into_iter().filter(|(_, count)| *count > 0).collect();
     out.push_str("<div class=\"shares\" aria-hidden=\"true\">");

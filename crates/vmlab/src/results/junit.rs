@@ -7,7 +7,7 @@ use super::{AttemptResult, Failure, Outcome, Results, TargetResult};
 /// Results as JUnit XML.
 ///
 /// A target is a test case of one suite. [`Outcome::Failed`] is a `failure`, [`Outcome::Error`] an `error`, and
-/// [`Outcome::Cancelled`] is `skipped`. Each attempt before the last one is a `rerunFailure` or `rerunError`, of a
+/// [`Outcome::Cancelled`] and [`Outcome::Skipped`] are `skipped`. Each attempt before the last one is a `rerunFailure` or `rerunError`, of a
 /// flaky target a `flakyFailure` or `flakyError`. The output is `system-out`, the console `system-err`.
 ///
 /// XML 1.0 has no place for most control characters: sequences that steer a terminal are left out, and other control
@@ -27,7 +27,7 @@ pub fn junit(results: &Results) -> String {
     );
     let time = seconds(results.took_ms);
     add(&mut out, format_args!("<testsuites {numbers} time=\"{time}\">\n"));
-    let (skipped, began) = (counts.cancelled, moment(results.began_ms));
+    let (skipped, began) = (counts.cancelled + counts.skipped, moment(results.began_ms));
     add(
         &mut out,
         format_args!(
@@ -92,7 +92,7 @@ fn case(out: &mut String, suite: &str, target: &TargetResult) {
         verdict(out, "failure", target, last);
     }
     reruns(out, word, false);
-    if target.outcome == Outcome::Cancelled {
+    if matches!(target.outcome, Outcome::Cancelled | Outcome::Skipped) {
         let reason = escape(&target.reason());
         add(out, format_args!("      <skipped message=\"{reason}\"/>\n"));
     }

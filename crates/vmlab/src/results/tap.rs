@@ -19,13 +19,13 @@ pub fn tap(results: &Results) -> String {
     let mut out = format!("TAP version 14\n1..{}\n", results.targets.len());
     for (index, target) in results.targets.iter().enumerate() {
         let not = match target.outcome {
-            Outcome::Passed | Outcome::Flaky | Outcome::Cancelled => "",
+            Outcome::Passed | Outcome::Flaky | Outcome::Cancelled | Outcome::Skipped => "",
             Outcome::Failed | Outcome::Error => "not ",
         };
         let (number, name) = (index + 1, escaped(&one_line(&target.name)));
         add(&mut out, format_args!("{not}ok {number} - {name}"));
         match target.outcome {
-            Outcome::Cancelled => {
+            Outcome::Cancelled | Outcome::Skipped => {
                 add(&mut out, format_args!(" # SKIP {}\n", escaped(&target.reason())));
             }
             Outcome::Passed => out.push('\n'),

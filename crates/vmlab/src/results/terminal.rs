@@ -27,7 +27,7 @@ pub fn terminal(results: &Results, show: ShowOutput) -> String {
             // A run that was ended may have thousands; the counts say how many.
             Outcome::Cancelled => !target.attempts.is_empty(),
             Outcome::Passed => show == ShowOutput::All,
-            Outcome::Flaky | Outcome::Failed | Outcome::Error => true,
+            Outcome::Flaky | Outcome::Failed | Outcome::Error | Outcome::Skipped => true,
         };
         if shown {
             one(&mut out, target, show);
@@ -52,6 +52,9 @@ fn one(out: &mut String, target: &TargetResult, show: ShowOutput) {
         }
         match &attempt.failure {
             Some(failure) => message(out, &plain(&failure.to_string())),
+            None if target.outcome == Outcome::Skipped => {
+                add(out, format_args!("  {}\n", target.reason()));
+            }
             None if count > 1 => out.push_str("passed\n"),
             None => {}
         }

@@ -15,7 +15,7 @@ use super::watch::Watch;
 use super::{Observer, Run, Stop};
 use crate::budget::Need;
 use crate::error::chain;
-use crate::events::decode;
+use crate::events::{KernelEvent, decode};
 use crate::hypervisor::ExitReason;
 use crate::kept::{self, Keeper};
 use crate::report::Report;
@@ -58,12 +58,8 @@ impl Run<'_> {
         };
         self.runner.group.remove(attempt.key());
         record.events = watch.finish();
-        if let (false, Some(info)) = (record.events.is_empty(), debug_info.get()) {
-            let _one = lock(&DECODING);
-            let symbols = info.symbols();
-            for event in &mut record.events {
-                event.report = decode(&event.report, &symbols);
-            }
+        if let Some(info) = debug_info.get() {
+            decode_reports(info, &mut record.events);
         }
         record.failure = self.failure(target, &end, &record);
         if let End::Exited(status) = &end {
@@ -89,6 +85,18 @@ impl Run<'_> {
             Some(Stop::User | Stop::FailFast) => Some(Failure::Cancelled),
             None => judge(&target.verdict, end, &record.events),
         }
+    }
+}
+
+/// Says of each function in events' reports where it is in the sources.
+pub(crate) fn decode_reports(info: &DebugInfo, events: &mut [KernelEvent]) {
+    if events.is_empty() {
+        return;
+    }
+    let _one = lock(&DECODING);
+    let symbols = info.symbols();
+    for event in events {
+        event.report = decode(&event.report, &symbols);
     }
 }
 

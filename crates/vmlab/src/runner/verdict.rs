@@ -61,6 +61,11 @@ pub(super) fn judge(spec: &VerdictSpec, end: &End, events: &[KernelEvent]) -> Op
     }
 }
 
+/// What it means that a VM did not start, or ended before what ran in it did.
+pub(crate) fn of_a_vm(error: &Error) -> Failure {
+    of_the_host(error).unwrap_or_else(|| of_the_guest(error))
+}
+
 /// A failure that says nothing of the guest.
 fn of_the_host(error: &Error) -> Option<Failure> {
     let reason = error.exit_reason();

@@ -13,13 +13,13 @@ type Reading = (Arc<Mutex<EventReader>>, JoinHandle<()>);
 /// Reads the console of the last VM that an attempt has started: a first one may have been there only for a
 /// snapshot, and the second has its console from the beginning.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     last: Mutex<Option<Reading>>,
 }
 
 impl Watch {
     /// An attempt has started a VM.
-    pub(super) fn vm(&self, vm: &Arc<dyn VmHandle>) {
+    pub(crate) fn vm(&self, vm: &Arc<dyn VmHandle>) {
         let output = vm.serial().subscribe();
         let reader = Arc::new(Mutex::new(EventReader::all()));
         let fed = Arc::clone(&reader);
@@ -32,19 +32,19 @@ impl Watch {
     }
 
     /// The kinds of what it is still saying.
-    pub(super) fn unfinished(&self) -> EventKinds {
+    pub(crate) fn unfinished(&self) -> EventKinds {
         let last = lock(&self.last);
         last.as_ref().map(|(reader, _)| lock(reader).unfinished()).unwrap_or_default()
     }
 
     /// What it said so far.
-    pub(super) fn so_far(&self) -> Vec<KernelEvent> {
+    pub(crate) fn so_far(&self) -> Vec<KernelEvent> {
         let last = lock(&self.last);
         last.as_ref().map(|(reader, _)| lock(reader).events().to_vec()).unwrap_or_default()
     }
 
     /// What it said, once the VM has ended.
-    pub(super) fn finish(self) -> Vec<KernelEvent> {
+    pub(crate) fn finish(self) -> Vec<KernelEvent> {
         let last = lock(&self.last).take();
         let Some((reader, reading)) = last else { return Vec::new() };
         // A reader that panicked has nothing more to say.

@@ -120,6 +120,14 @@ impl Site {
         Vmlab::new(self, command)
     }
 
+    /// `cargo-vmlab`, as cargo calls it.
+    pub(crate) fn cargo_vmlab(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vmlab {
+        let mut command = hearing_signals(env!("CARGO_BIN_EXE_cargo-vmlab"));
+        // What the cargo of these tests sets is not for another one.
+        command.args(args).env("CARGO", env!("CARGO")).env_remove("CARGO_MANIFEST_DIR");
+        Vmlab::new(self, command)
+    }
+
     /// `vmlab run -q -k KERNEL OPTIONS… -- COMMAND…`, with Debian's 6.12.
     pub(crate) fn run(
         &self,
