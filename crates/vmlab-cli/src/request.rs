@@ -155,6 +155,19 @@ fn request(
     Ok(Request { kernels, vm, command, terminal, repeat, verbosity, json, timings, dry_run })
 }
 
+/// VMs for a command that has each of them to itself, one after the other.
+pub(crate) fn builder_for_each(args: VmArgs) -> Result<VmBuilder> {
+    if args.kernel.len() > 1 {
+        bail!("only one --kernel can be given here");
+    }
+    let kernel = args.kernel.first().cloned();
+    let vm = builder(args)?;
+    Ok(match kernel {
+        Some(kernel) => vm.kernel(kernel),
+        None => vm,
+    })
+}
+
 fn builder(args: VmArgs) -> Result<VmBuilder> {
     let mut vm = Vm::builder()
         .memory(args.memory.parse::<Bytes>().context("--memory")?)

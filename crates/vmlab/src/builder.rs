@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmlab_artifacts::cache::Leases;
-use vmlab_artifacts::{Cache, Progress, Silent};
+use vmlab_artifacts::{Progress, Silent};
 
 use crate::Error;
 use crate::accel::AccelChoice;
@@ -358,10 +358,7 @@ impl VmBuilder {
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
         let environment = self.environment_in_guest()?;
-        let cache = match &self.cache_dir {
-            Some(dir) => Cache::at(dir),
-            None => Cache::open_default()?,
-        };
+        let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
         self.hypervisor.find()?;
         let leases = Leases::default();

@@ -3,6 +3,7 @@
 mod clone;
 mod content;
 mod filesystem;
+mod power_cuts;
 mod serving;
 mod template;
 mod text;
@@ -26,6 +27,7 @@ use crate::{Error, VmBuilder};
 
 pub use clone::CloneMode;
 pub(crate) use clone::{OwnDisks, give_each_its_own};
+pub use power_cuts::{Checked, PowerCuts};
 pub(crate) use serving::Serving;
 pub(crate) use template::CACHE_KIND;
 pub use template::{KIND, Template, remove, templates};

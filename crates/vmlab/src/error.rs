@@ -105,6 +105,14 @@ pub enum Error {
         /// What it said.
         said: String,
     },
+    /// What a disk was recorded in cannot be used, or no disk be made of it.
+    #[error("power cuts cannot be tried with the log {}: {why}", log.display())]
+    PowerCuts {
+        /// The log.
+        log: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// There is no program that makes a filesystem.
     #[error("{program}, which the disk needs, is not in {}: install the filesystem's programs there", root.display())]
     NoMkfs {
@@ -395,6 +403,7 @@ impl Error {
             | Self::Disk { .. }
             | Self::Template { .. }
             | Self::NoMkfs { .. }
+            | Self::PowerCuts { .. }
             | Self::Hypervisor(_)
             | Self::Kvm(_)
             | Self::Io { .. }

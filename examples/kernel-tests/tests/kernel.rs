@@ -48,6 +48,28 @@ fn kernels_may_be_brought_down() {
     fs::write("/proc/sysrq-trigger", "c").unwrap();
 }
 
+#[vmlab::test(disk(name = "data", size = "256M", fs = "btrfs"))]
+fn writes_survive_a_remount(ctx: &Ctx) -> Result {
+    let file = ctx.disk("data").join("file");
+    fs::write(&file, "written")?;
+    let script = format!(
+        "umount {0} && mount {1} {0}",
+        ctx.disk("data").display(),
+        ctx.device("data").display()
+    );
+    assert!(Command::new("sh").args(["-c", &script]).status()?.success());
+    assert_eq!(fs::read_to_string(&file)?, "written");
+    Ok(())
+}
+
+#[vmlab::test(disk(name = "bad", size = "64M", fault = "fail:write:nth=1"))]
+fn faults_of_a_disk_are_seen(ctx: &Ctx) -> Result {
+    let disk = fs::File::options().write(true).open(ctx.device("bad"))?;
+    std::os::unix::fs::FileExt::write_all_at(&disk, b"lost", 0)?;
+    assert_eq!(disk.sync_all().unwrap_err().raw_os_error(), Some(5), "EIO");
+    Ok(())
+}
+
 #[vmlab::test]
 async fn futures_are_waited_for() {
     let answer = async { 42 }.await;

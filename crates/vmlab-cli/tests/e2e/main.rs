@@ -22,6 +22,7 @@ mod kernels;
 mod machine;
 mod nested;
 mod new_disks;
+mod power_cuts;
 mod repeat;
 mod report;
 mod rust_tests;

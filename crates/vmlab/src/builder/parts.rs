@@ -212,6 +212,14 @@ impl VmBuilder {
         }
     }
 
+    /// Where kernels and what is made of them are kept.
+    pub(crate) fn cache(&self) -> Result<Cache, Error> {
+        match &self.cache_dir {
+            Some(dir) => Ok(Cache::at(dir)),
+            None => Ok(Cache::open_default()?),
+        }
+    }
+
     /// The root whose programs make disks: the guest's, where that is a directory.
     pub(crate) fn root_of_programs(&self) -> &Path {
         match self.image {

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::fs::{OFlags, SeekFrom, copy_file_range, ioctl_ficlone, seek};
@@ -71,8 +71,7 @@ pub(crate) fn give_each_its_own(config: &mut VmConfig) -> Result<OwnDisks, Error
             Some(file) => {
                 disk.path = match &disk.keep {
                     Some(path) => path.clone(),
-                    // It has no other name, and the hypervisor is another process.
-                    None => format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(),
+                    None => unnamed_path(&file),
                 };
                 files.push(file);
             }
@@ -134,6 +133,11 @@ fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
             })
         }
     }
+}
+
+/// Where another process finds a file that has no other name, for as long as it is open.
+pub(super) fn unnamed_path(file: &File) -> PathBuf {
+    format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
 }
 
 fn named(path: &Path) -> io::Result<File> {

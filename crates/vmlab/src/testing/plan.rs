@@ -214,8 +214,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn disks_are_written_as_on_the_command_line() {
-        let options = [("name", "data"), ("size", "256M"), ("fs", "btrfs")];
-        assert_eq!(disk_text(&options), "name=data,size=256M,fs=btrfs");
+    fn disks_are_those_of_the_command_line() {
+        let options = [("name", "data"), ("size", "256M"), ("mount-options", "a,b")];
+        let why = disk(VmBuilder::default(), &options).unwrap_err().to_string();
+        assert!(why.starts_with("`name=data,size=256M,mount-options=a,b` is not a disk"), "{why}");
+        assert!(disk(VmBuilder::default(), &options[..2]).is_ok());
     }
 }

@@ -1,0 +1,135 @@
+//! Power cuts: what a disk may have had at each of them, checked in a fresh VM.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use vmlab_artifacts::Cache;
+use vmlab_artifacts::cache::Leases;
+use vmlab_devices::blk::crash::{CrashState, Cuts, Log, at_flushes, at_random, rebuild};
+
+use super::clone::unnamed_path;
+use super::{Disk, DiskSource, MountPoint};
+use crate::config::DiskWrites;
+use crate::error::chain;
+use crate::{Error, VmBuilder};
+
+/// The states that a power cut could have left of a disk whose changes were recorded, and a check of each.
+#[derive(Debug, Clone)]
+pub struct PowerCuts {
+    /// The log that the disk was recorded in.
+    pub log: PathBuf,
+    /// The disk as it was then. It is mounted in the same place; one that was read from a file has to be as it was.
+    pub disk: Disk,
+    /// Whether there is a cut behind each flush, with nothing lost.
+    pub at_flushes: bool,
+    /// Cuts at random places, with what was not flushed dropped at random.
+    pub at_random: Cuts,
+}
+
+/// What came of one state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The state.
+    pub state: CrashState,
+    /// Why it does not pass; `None` if the check ended with 0.
+    pub failure: Option<String>,
+    /// What the check said, on both of its streams.
+    pub output: String,
+}
+
+impl PowerCuts {
+    /// Checks each state that differs from those before: boots a VM with the disk as it would be, mounts it and runs
+    /// `check`. A filesystem that cannot be mounted does not pass. `each` is told of each, with its number and how
+    /// many there are.
+    ///
+    /// # Errors
+    /// When the log or the disk cannot be read, or a VM not be started for another reason.
+    pub fn check(
+        &self,
+        vm: &VmBuilder,
+        check: &[OsString],
+        mut each: impl FnMut(usize, usize, &Checked),
+    ) -> Result<Vec<Checked>, Error> {
+        let wrong = |error: &dyn std::error::Error| Error::PowerCuts {
+            log: self.log.clone(),
+            why: chain(error),
+        };
+        let log = Log::open(&self.log).map_err(|error| wrong(&error))?;
+        let leases = Leases::default();
+        let cache = vm.cache()?;
+        let base = self.base(vm, (&cache, &leases))?;
+        let states = self.states(&log);
+        let dir = tempfile::tempdir().map_err(|source| Error::Io {
+            what: "make a directory for disks in",
+            path: std::env::temp_dir(),
+            source,
+            hint: "",
+        })?;
+        let mut all = Vec::new();
+        for (number, state) in states.iter().enumerate() {
+            let file = dir.path().join("disk.raw");
+            rebuild(&base, &log, state, &file).map_err(|error| wrong(&error))?;
+            // Without a name, it is gone with this process, however that ends.
+            let io = |source| Error::Io { what: "use", path: file.clone(), source, hint: "" };
+            let held = File::options().read(true).write(true).open(&file).map_err(io)?;
+            std::fs::remove_file(&file).map_err(io)?;
+            let (failure, output) = self.look(vm, check, &unnamed_path(&held))?;
+            let checked = Checked { state: state.clone(), failure, output };
+            each(number + 1, states.len(), &checked);
+            all.push(checked);
+        }
+        Ok(all)
+    }
+
+    /// The states, each once.
+    fn states(&self, log: &Log) -> Vec<CrashState> {
+        let mut seen = HashSet::new();
+        let flushes = at_flushes(log.entries()).filter(|_| self.at_flushes);
+        let all = flushes.chain(at_random(log.entries(), self.at_random));
+        // Where the cut was makes no difference, only what is there.
+        all.filter(|state| seen.insert((state.durable, format!("{:?}", state.survivors)))).collect()
+    }
+
+    /// The disk as it was before anything was written to it.
+    fn base(&self, vm: &VmBuilder, cache: (&Cache, &Leases)) -> Result<PathBuf, Error> {
+        let disk = Disk { serve: None, keep: None, ..self.disk.clone() };
+        let devices = super::devices(vm, &[disk], cache)?;
+        Ok(devices.into_iter().next().map(|device| device.path).unwrap_or_default())
+    }
+
+    /// Runs the check on one state. Returns why it does not pass, and what it said.
+    fn look(
+        &self,
+        vm: &VmBuilder,
+        check: &[OsString],
+        file: &Path,
+    ) -> Result<(Option<String>, String), Error> {
+        let disk = Disk {
+            source: DiskSource::File(file.to_owned()),
+            writes: DiskWrites::Kept,
+            mount: self.disk.place(0).map_or(MountPoint::Nowhere, MountPoint::At),
+            keep: None,
+            serve: None,
+            ..self.disk.clone()
+        };
+        let vm = match vm.clone().disk(disk).start() {
+            Ok(vm) => vm,
+            // A guest that breaks over its disk is what is looked for.
+            Err(error @ (Error::Setup { .. } | Error::Ended { .. })) => {
+                return Ok((Some(chain(&error)), String::new()));
+            }
+            Err(error) => return Err(error),
+        };
+        let [program, arguments @ ..] = check else { return Ok((None, String::new())) };
+        let output = match vm.command(program).args(arguments).output() {
+            Ok(output) => output,
+            Err(error @ Error::Ended { .. }) => return Ok((Some(chain(&error)), String::new())),
+            Err(error) => return Err(error),
+        };
+        let said = [output.stdout, output.stderr].concat();
+        let failure = (!output.status.success()).then(|| output.status.to_string());
+        Ok((failure, String::from_utf8_lossy(&said).into_owned()))
+    }
+}
