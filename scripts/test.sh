@@ -165,7 +165,7 @@ once_only=(
     images::uefi_starts
     images::what_a_system
     nested::
-    rust_tests::
+    rust_tests::cargo_tests
     snapshots_apart::
     snapshots::a_pc_with_two_nodes
     snapshots::a_restored_guest_is_as
