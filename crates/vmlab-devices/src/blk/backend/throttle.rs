@@ -80,8 +80,9 @@ impl FromStr for Throttle {
     type Err = ParseError;
 
     /// Reads `iops=N[,iops-burst=N][,bps=BYTES[,bps-burst=BYTES]]` in any order, with at least one rate: requests
-    /// and bytes a second, and how many of them may come at once after a pause. Numbers may end in `K`, `M` or `G`,
-    /// which are powers of 1024 for bytes and of 1000 for requests. None may be zero.
+    /// and bytes a second, and how many of them may come at once after a pause; unless given, what comes in 100 ms.
+    /// Numbers may end in `K`, `M` or `G`, which are powers of 1024 for bytes and of 1000 for requests. None may
+    /// be zero.
     ///
     /// # Errors
     /// What is wrong, and what would be right.
