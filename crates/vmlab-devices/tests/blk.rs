@@ -438,7 +438,8 @@ fn requests_at_random_get_a_status_and_stay_on_the_disk() {
         let sector = if below(8) == 0 { below(u64::MAX) } else { below(CAPACITY + 2) };
         let of_data = [below(CAPACITY), below(20), below(4)];
         guest.data(
-            &[of_data[0].to_le_bytes(), (of_data[1] | of_data[2] / 3 << 32).to_le_bytes()].concat(),
+            &[of_data[0].to_le_bytes(), (of_data[1] | (of_data[2] / 3) << 32).to_le_bytes()]
+                .concat(),
         );
         let lens: Vec<u32> = (0..below(4))
             .map(|_| match below(4) {
