@@ -46,7 +46,7 @@ pub fn input(requests: &[Request]) -> Vec<u8> {
     out
 }
 
-/// Where things are in the memory of the `virtqueue` target's guest.
+/// Where things are in the memory of the guests of `virtqueue` and `blk`.
 pub mod ring {
     /// The descriptors of a ring, a power of two.
     pub const SIZE: u16 = 16;

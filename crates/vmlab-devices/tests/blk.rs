@@ -414,3 +414,51 @@ fn an_error_of_the_file_is_one_of_the_request() {
     assert_eq!(guest.ask(IN, 0, true, &[512]), (OK, 513));
     assert_eq!(std::fs::read(&path).unwrap(), [6; 1024]);
 }
+
+/// The next one of a row of random numbers: xorshift.
+fn next(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+#[test]
+fn requests_at_random_get_a_status_and_stay_on_the_disk() {
+    let rules = ["tear:write:p=0.2", "corrupt:read:p=0.2", "fail:discard:p=0.2"];
+    let faults = rules.map(|rule| rule.parse().unwrap()).to_vec();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let record = Some(log.path().to_owned());
+    let guest = guest(Source::Kept, &Options { faults, record, ..Options::default() });
+    let kinds = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 7];
+    let (mut state, mut seen) = (1, [0; 3]);
+    for _ in 0..1500 {
+        let mut below = |end: u64| next(&mut state) % end;
+        let kind = kinds[below(kinds.len() as u64) as usize];
+        let sector = if below(8) == 0 { below(u64::MAX) } else { below(CAPACITY + 2) };
+        let of_data = [below(CAPACITY), below(20), below(4)];
+        guest.data(
+            &[of_data[0].to_le_bytes(), (of_data[1] | (of_data[2] / 3) << 32).to_le_bytes()]
+                .concat(),
+        );
+        let lens: Vec<u32> = (0..below(4))
+            .map(|_| match below(4) {
+                0 => 1 + below(1000) as u32,
+                1 => 16 * (1 + below(3) as u32),
+                2 => 20,
+                _ => 512 * (1 + below(16) as u32),
+            })
+            .collect();
+        let (status, used) = guest.ask(kind, sector, matches!(kind, IN | GET_ID), &lens);
+        let written = if status == OK && kind == IN { lens.iter().sum() } else { 0 };
+        let written = if status == OK && kind == GET_ID { 20 } else { written };
+        assert_eq!(used, written + 1, "{kind} {sector:x} {lens:?}");
+        seen[usize::from(status)] += 1;
+        if kind == 7 {
+            assert_eq!(status, UNSUPP);
+        }
+    }
+    assert!(seen.iter().all(|count| *count > 50), "{seen:?}");
+    assert_eq!(guest.file.metadata().unwrap().len(), CAPACITY * 512);
+    assert!(vmlab_devices::blk::crash::Log::open(log.path()).unwrap().entries().len() > 50);
+}

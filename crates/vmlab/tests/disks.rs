@@ -6,17 +6,23 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::net::Shutdown;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;
 use vmlab::blk::crash::{Cuts, Log, at_flushes, at_random, rebuild};
 use vmlab::blk::{BlockSize, Options};
 use vmlab::config::DiskWrites;
+use vmlab::hypervisor::ExitReason;
 use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
 use vmlab::{AccelChoice, Disk, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
+
+/// How long anything may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The logs of this program's runs are in a directory of their own.
 static LOGS: LazyLock<TempDir> = LazyLock::new(|| {
@@ -71,7 +77,9 @@ fn a_guest_uses_disks_of_our_own() {
     let mut restored = false;
     // Wherever the second one comes from, the third one goes on from a snapshot.
     for mode in [SnapshotMode::Never, SnapshotMode::Use, SnapshotMode::Use] {
+        // A guest has no more queues than CPUs.
         let vm = builder(mode)
+            .cpus(2)
             .disk(disk("kept", DiskWrites::Kept, Options::default()))
             .disk(disk("gone", DiskWrites::Discarded, blocks.clone()))
             .disk(disk("fixed", DiskWrites::Refused, Options::default()))
@@ -110,8 +118,7 @@ fn a_guest_uses_disks_of_our_own() {
                 ls /sys/block/$(basename $(readlink $d))/mq | wc -l"
             );
             let queues = if name == "gone" { 2 } else { 1 };
-            // A guest has no more queues than CPUs.
-            assert!(sh(&vm, &script).starts_with("0\n0\n"), "{name} {queues}");
+            assert_eq!(sh(&vm, &script), format!("0\n0\n{queues}\n"), "{name}");
         }
         let refused = "! dd if=/dev/zero of=/dev/disk/by-id/virtio-fixed bs=4k count=1 oflag=direct \
             2>&1";
@@ -166,6 +173,39 @@ fn who_writes_to_a_disk_is_alone() {
     drop(vm);
     let vms = [served(DiskWrites::Discarded), served(DiskWrites::Refused)].map(start);
     assert!(vms.iter().all(Result::is_ok));
+}
+
+/// The program's own QEMU that has this file as a disk, and the words of its command line.
+fn qemu_with(path: &Path) -> (Pid, Vec<String>) {
+    let path = path.to_str().unwrap();
+    let found = std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        let words = std::fs::read_to_string(entry.path().join("cmdline")).ok()?;
+        let words: Vec<String> = words.split('\0').map(str::to_owned).collect();
+        let is_qemu = words[0].contains("qemu-system");
+        (is_qemu && words.iter().any(|word| word.contains(path))).then_some((pid, words))
+    });
+    found.expect("QEMU")
+}
+
+#[test]
+fn a_vm_that_loses_a_disk_ends_with_its_name() {
+    let dir = TempDir::new().unwrap();
+    let (data, other) = (file(dir.path(), "data", 1), file(dir.path(), "other", 1));
+    let vm = builder(SnapshotMode::Never)
+        .disk(Disk::new("data", &data).served(Options::default()))
+        .disk(Disk::new("other", &other))
+        .start()
+        .unwrap();
+    let (pid, words) = qemu_with(&other);
+    let fd = words.iter().find_map(|word| word.strip_prefix("socket,id=disk0,fd=")).unwrap();
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let fd = pidfd_getfd(pidfd, fd.parse().unwrap(), PidfdGetfdFlags::empty());
+    rustix::net::shutdown(fd.unwrap(), Shutdown::Both).unwrap();
+    let end = vm.handle().wait(Some(Instant::now() + PATIENCE));
+    let Some(ExitReason::FileServerFailed(said)) = end else { panic!("{end:?}") };
+    let wanted = format!("the server of the disk `data` ({}) has lost", data.display());
+    assert!(said.starts_with(&wanted), "{said}");
 }
 
 /// What an ext4 has in a file after a power cut and a check, which has to find nothing wrong but its journal.
