@@ -211,7 +211,8 @@ pub(crate) struct VmArgs {
     ///
     /// Keys: size, path, name, fs (ext4, xfs, btrfs, f2fs, vfat, swap and others), label, uuid, mkfs-option,
     /// content (a directory or a tar archive), mount (a path or none), mount-option, mode, read-only, clone (auto,
-    /// reflink, copy, overlay), keep (a file). mkfs-option and mount-option can be given several times.
+    /// reflink, copy, overlay), keep (a file), serve, iops, iops-burst, bps, bps-burst, fault, record (a file),
+    /// block-size, queues. mkfs-option, mount-option and fault can be given several times. docs/disks.md says more.
     #[arg(long, value_name = "DISK")]
     pub(crate) disk: Vec<String>,
     /// Keep the VM's own copies of disks in a directory, as NAME.raw
