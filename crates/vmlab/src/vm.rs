@@ -86,8 +86,12 @@ impl Vm {
     ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
+        let since = Instant::now();
         let own_disks = disk::give_each_its_own(&mut prepared.config)
             .map_err(|error| Box::new(FailedStart { error, report: prospect.clone() }))?;
+        if !prepared.config.disks.is_empty() {
+            timeline.note("copies of disks", since);
+        }
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let starter = Starter { prepared: &prepared, started: &started, deadline };
