@@ -140,6 +140,9 @@ fn request(
     terminal: bool,
     repeat: Option<Repeat>,
 ) -> Result<Request> {
+    if args.keep.is_some() && (args.kernel.len() > 1 || repeat.is_some()) {
+        bail!("--keep is for one VM: the copies of several would have the same names");
+    }
     let kernels = match args.kernel.is_empty() {
         true => vec![None],
         false => args.kernel.iter().cloned().map(Some).collect(),

@@ -226,6 +226,12 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a disk before all others.
+    pub(crate) fn first_disk(mut self, disk: Disk) -> Self {
+        self.disks.insert(0, disk);
+        self
+    }
+
     /// Keeps the VM's own copies of disks in a directory, as `NAME.raw`.
     pub fn keep_disks(mut self, dir: impl Into<PathBuf>) -> Self {
         self.keep_disks = Some(dir.into());

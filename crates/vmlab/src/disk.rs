@@ -29,7 +29,7 @@ pub use clone::CloneMode;
 pub(crate) use clone::{OwnDisks, give_each_its_own};
 pub use power_cuts::{Checked, PowerCuts};
 pub(crate) use serving::Serving;
-pub(crate) use template::CACHE_KIND;
+pub(crate) use template::{CACHE_KIND, MAKING_TIME};
 pub use template::{KIND, Template, remove, templates};
 pub(crate) use text::{Given, MODES};
 
@@ -71,6 +71,8 @@ pub struct Disk {
     pub keep: Option<PathBuf>,
     /// How vmlab itself serves it: throttled, with faults, recorded. Without, the hypervisor does.
     pub serve: Option<blk::Options>,
+    /// What a file was made of that has something else on it by now.
+    was: Option<DiskSource>,
 }
 
 /// What a disk is at first.
@@ -119,8 +121,8 @@ impl Mkfs {
 
 impl Disk {
     fn of(source: DiskSource, writes: DiskWrites) -> Self {
-        let (name, mount, mount_options, keep, serve) = Default::default();
-        Self { name, source, writes, mount, mount_options, keep, serve }
+        let (name, mount, mount_options, keep, serve, was) = Default::default();
+        Self { name, source, writes, mount, mount_options, keep, serve, was }
     }
 
     /// A file with an image. Writes are discarded: the guest sees them, and they are gone with the VM.
@@ -188,8 +190,13 @@ impl Disk {
         self.name.clone().unwrap_or_else(|| format!("disk{index}"))
     }
 
+    /// What it is, or was.
+    fn made_of(&self) -> &DiskSource {
+        self.was.as_ref().unwrap_or(&self.source)
+    }
+
     fn mkfs(&self) -> Option<&Mkfs> {
-        match &self.source {
+        match self.made_of() {
             DiskSource::Blank(_, mkfs) => mkfs.as_ref(),
             DiskSource::File(_) => None,
         }
@@ -229,7 +236,7 @@ impl Disk {
             filesystem::check(mkfs).map_err(|why| self.wrong(why))?;
         }
         let is_swap = mkfs.is_some_and(|mkfs| mkfs.name == SWAP);
-        let is_raw = matches!(self.source, DiskSource::Blank(_, None));
+        let is_raw = matches!(self.made_of(), DiskSource::Blank(_, None));
         if let MountPoint::At(path) = &self.mount {
             if is_swap || is_raw {
                 return Err(self.wrong("there is no filesystem on it to be mounted"));
@@ -296,7 +303,7 @@ pub(crate) fn devices(
             }
             DiskSource::Blank(size, mkfs) => {
                 // Two filesystems with one UUID do not get on with each other in one guest.
-                let alike = |other: &&Disk| other.source == disk.source;
+                let alike = |other: &&Disk| *other.made_of() == disk.source;
                 let copy = disks.iter().take(index).filter(alike).count();
                 let wanted = template::Wanted { size: *size, mkfs: mkfs.as_ref(), copy };
                 (wanted.get(builder, (cache, leases))?, ImageFormat::Raw)

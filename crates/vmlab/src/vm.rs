@@ -100,6 +100,7 @@ impl Vm {
             None => starter.boot(&mut timeline),
         };
         let booted = booted.map_err(|error| {
+            own_disks.keep_none();
             timeline.fail();
             let mut report = prospect.clone();
             report.failed(&timeline, &error);

@@ -71,6 +71,9 @@ const FLAGS: [(&str, MountFlags); 10] = [
     ("strictatime", MountFlags::STRICTATIME),
 ];
 
+/// Options that say what is so anyway.
+const USUAL: [&str; 8] = ["", "rw", "defaults", "suid", "dev", "exec", "async", "atime"];
+
 /// Divides options into those of the mount and those of the filesystem.
 fn divided(options: &str, read_only: bool) -> (MountFlags, String) {
     let mut flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
@@ -78,8 +81,7 @@ fn divided(options: &str, read_only: bool) -> (MountFlags, String) {
     for option in options.split(',') {
         match FLAGS.iter().find(|(name, _)| *name == option) {
             Some((_, flag)) => flags |= *flag,
-            // What is so anyway.
-            None if matches!(option, "" | "rw" | "defaults") => {}
+            None if USUAL.contains(&option) => {}
             None => data.push(option),
         }
     }
@@ -93,6 +95,7 @@ mod tests {
     #[test]
     fn options_are_of_the_mount_or_of_the_filesystem() {
         assert_eq!(divided("", false), (MountFlags::empty(), String::new()));
+        assert_eq!(divided("exec,suid,dev,atime", false), (MountFlags::empty(), String::new()));
         assert_eq!(divided("rw,defaults", true), (MountFlags::RDONLY, String::new()));
         let both = divided("noatime,data=journal,nosuid,discard", false);
         let flags = MountFlags::NOATIME | MountFlags::NOSUID;

@@ -56,6 +56,16 @@ fn what_was_not_recorded_cannot_be_explored() {
     };
     explore(&[]).expect_code(125).expect_stderr(&["--disk has to say which disk"]);
     explore(&["--disk", "size=64M"]).expect_code(125).expect_stderr(&["record=FILE"]);
+    std::fs::write(site.cwd().join("log"), "no log").unwrap();
+    let odd = ["-k", CLOUD[0], "--disk", "size=64M,record=log"];
+    explore(&odd).expect_code(125).expect_stderr(&["with the log log"]);
+    // It is not written over, either: it may be anything.
+    let recorded = site.run_with(CLOUD[0], &odd[2..], ["true"]).output();
+    recorded.expect_code(125).expect_stderr(&["not written over"]);
+    assert_eq!(std::fs::read_to_string(site.cwd().join("log")).unwrap(), "no log");
+    std::fs::write(site.cwd().join("kept.raw"), [0; 512]).unwrap();
+    let kept = ["-k", CLOUD[0], "--disk", "path=kept.raw,mode=rw,record=log"];
+    explore(&kept).expect_code(125).expect_stderr(&["record it with mode=discard"]);
     let gone = ["-k", CLOUD[0], "--disk", "size=64M,record=gone"];
     explore(&gone).expect_code(125).expect_stderr(&["gone", "No such file"]);
 }

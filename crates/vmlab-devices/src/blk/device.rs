@@ -44,6 +44,8 @@ pub enum Source {
     ReadOnly(File),
     /// A file that is written to.
     Kept(File),
+    /// The same for one that nobody will read after the guest: its flushes wait for no disk of the host.
+    Scratch(File),
     /// A file that is read; what is written is gone with the device.
     Discarded(File),
 }
@@ -123,13 +125,19 @@ impl Blk {
     /// The file is no such disk, or what the options need cannot be made.
     pub fn open(source: Source, serial: &str, options: &Options) -> Result<Self, OpenError> {
         let read_only = matches!(source, Source::ReadOnly(_));
-        let (Source::ReadOnly(file) | Source::Kept(file) | Source::Discarded(file)) = &source;
-        if !lock(file, matches!(source, Source::Kept(_))).map_err(OpenError::Lock)? {
+        let (Source::ReadOnly(file)
+        | Source::Kept(file)
+        | Source::Scratch(file)
+        | Source::Discarded(file)) = &source;
+        if !lock(file, matches!(source, Source::Kept(_) | Source::Scratch(_)))
+            .map_err(OpenError::Lock)?
+        {
             return Err(OpenError::InUse);
         }
         let raw = |file| RawFile::new(file).map_err(OpenError::Length);
         let backend: Box<dyn Backend> = match source {
             Source::ReadOnly(file) | Source::Kept(file) => Box::new(raw(file)?),
+            Source::Scratch(file) => Box::new(raw(file)?.scratch()),
             Source::Discarded(file) => {
                 Box::new(Overlay::new(raw(file)?).map_err(OpenError::Overlay)?)
             }

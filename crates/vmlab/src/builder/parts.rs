@@ -208,6 +208,7 @@ impl VmBuilder {
             progress: Arc::clone(&self.progress),
             root: root.to_owned(),
             share_cwd: false,
+            timeout: Some(self.timeout.unwrap_or(disk::MAKING_TIME)),
             ..VmBuilder::default()
         }
     }

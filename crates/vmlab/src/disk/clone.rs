@@ -56,7 +56,18 @@ impl FromStr for CloneMode {
 /// Copies that have no names. They are there as long as this is.
 #[derive(Debug, Default)]
 pub(crate) struct OwnDisks {
-    _files: Vec<File>,
+    #[allow(dead_code, reason = "they are open as long as it is there")]
+    files: Vec<File>,
+    kept: Vec<PathBuf>,
+}
+
+impl OwnDisks {
+    /// Takes those away that were to be kept: of a VM that has not come up, there is nothing in them.
+    pub(crate) fn keep_none(&self) {
+        for path in &self.kept {
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Makes the copies of all disks that the VM is to have for itself, and names them in its configuration.
@@ -64,21 +75,23 @@ pub(crate) struct OwnDisks {
 /// # Errors
 /// One cannot be made.
 pub(crate) fn give_each_its_own(config: &mut VmConfig) -> Result<OwnDisks, Error> {
-    let mut files = Vec::new();
+    let mut own = OwnDisks::default();
     for disk in &mut config.disks {
         let DiskWrites::Cloned(mode) = disk.writes else { continue };
-        match cloned(disk, mode)? {
+        let made = cloned(disk, mode).inspect_err(|_| own.keep_none())?;
+        match made {
             Some(file) => {
+                own.kept.extend(disk.keep.clone());
                 disk.path = match &disk.keep {
                     Some(path) => path.clone(),
                     None => unnamed_path(&file),
                 };
-                files.push(file);
+                own.files.push(file);
             }
             None => disk.writes = DiskWrites::Discarded,
         }
     }
-    Ok(OwnDisks { _files: files })
+    Ok(own)
 }
 
 /// A copy of the disk's file; `None` where it is to have a layer over it.
@@ -93,6 +106,13 @@ fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
         return Ok(None);
     }
     let from = File::open(&disk.path).map_err(|e| failed("open the disk", "", e))?;
+    if !from.metadata().map_err(|e| failed("look at", "", e))?.is_file() {
+        if mode == CloneMode::Auto && disk.keep.is_none() {
+            return Ok(None);
+        }
+        let why = io::Error::other("it is a block device");
+        return Err(failed("copy", "; clone=overlay does without a copy", why));
+    }
     let file = match &disk.keep {
         Some(path) => named(path).map_err(|source| Error::Io {
             what: "make the disk",
@@ -150,8 +170,8 @@ fn named(path: &Path) -> io::Result<File> {
 
 /// A file without a name on the filesystem of another.
 fn unnamed(beside: &Path) -> io::Result<File> {
-    // An entry of the cache is not changed, not even for a moment.
-    let dir = beside.ancestors().nth(2).unwrap_or(Path::new("."));
+    let parent = beside.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let dir = parent.unwrap_or(Path::new("."));
     let flags = OFlags::TMPFILE.bits() as i32;
     let open = |dir: &Path| {
         OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(dir)

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use vmlab_artifacts::Cache;
@@ -10,10 +11,13 @@ use vmlab_artifacts::cache::Leases;
 use vmlab_devices::blk::crash::{CrashState, Cuts, Log, at_flushes, at_random, rebuild};
 
 use super::clone::unnamed_path;
-use super::{Disk, DiskSource, MountPoint};
+use super::{Disk, DiskSource};
 use crate::config::DiskWrites;
 use crate::error::chain;
-use crate::{Error, VmBuilder};
+use crate::{Error, Stdio, VmBuilder};
+
+/// As much of what a check says as is kept of each state, in bytes.
+const OUTPUT_MAX: u64 = 64 * 1024;
 
 /// The states that a power cut could have left of a disk whose changes were recorded, and a check of each.
 #[derive(Debug, Clone)]
@@ -35,7 +39,7 @@ pub struct Checked {
     pub state: CrashState,
     /// Why it does not pass; `None` if the check ended with 0.
     pub failure: Option<String>,
-    /// What the check said, on both of its streams.
+    /// What the check said, on both of its streams, up to 64 KiB.
     pub output: String,
 }
 
@@ -56,6 +60,11 @@ impl PowerCuts {
             log: self.log.clone(),
             why: chain(error),
         };
+        if matches!(self.disk.source, DiskSource::File(_)) && self.disk.writes == DiskWrites::Kept {
+            let log = self.log.clone();
+            let why = "the disk was written to, and is not as it was any more: record it with mode=discard";
+            return Err(Error::PowerCuts { log, why: why.to_owned() });
+        }
         let log = Log::open(&self.log).map_err(|error| wrong(&error))?;
         let leases = Leases::default();
         let cache = vm.cache()?;
@@ -109,27 +118,35 @@ impl PowerCuts {
         let disk = Disk {
             source: DiskSource::File(file.to_owned()),
             writes: DiskWrites::Kept,
-            mount: self.disk.place(0).map_or(MountPoint::Nowhere, MountPoint::At),
             keep: None,
             serve: None,
+            was: Some(self.disk.source.clone()),
             ..self.disk.clone()
         };
-        let vm = match vm.clone().disk(disk).start() {
+        let vm = match vm.clone().first_disk(disk).start() {
             Ok(vm) => vm,
             // A guest that breaks over its disk is what is looked for.
-            Err(error @ (Error::Setup { .. } | Error::Ended { .. })) => {
+            Err(
+                error @ (Error::Setup { .. } | Error::Ended { .. } | Error::BootTimeout { .. }),
+            ) => {
                 return Ok((Some(chain(&error)), String::new()));
             }
             Err(error) => return Err(error),
         };
         let [program, arguments @ ..] = check else { return Ok((None, String::new())) };
-        let output = match vm.command(program).args(arguments).output() {
-            Ok(output) => output,
-            Err(error @ Error::Ended { .. }) => return Ok((Some(chain(&error)), String::new())),
-            Err(error) => return Err(error),
-        };
-        let said = [output.stdout, output.stderr].concat();
-        let failure = (!output.status.success()).then(|| output.status.to_string());
-        Ok((failure, String::from_utf8_lossy(&said).into_owned()))
+        let command = vm.command(program).args(arguments).stdin(Stdio::Null).merge_stderr();
+        let mut child = command.spawn()?;
+        let mut said = Vec::new();
+        if let Some(mut stdout) = child.stdout.take() {
+            // The rest has to go somewhere. What cannot be read, the end tells.
+            let _ = stdout.by_ref().take(OUTPUT_MAX).read_to_end(&mut said);
+            let _ = io::copy(&mut stdout, &mut io::sink());
+        }
+        let said = String::from_utf8_lossy(&said).into_owned();
+        match child.wait() {
+            Ok(status) => Ok(((!status.success()).then(|| status.to_string()), said)),
+            Err(error @ Error::Ended { .. }) => Ok((Some(chain(&error)), said)),
+            Err(error) => Err(error),
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::cache::{Flaw, Leases};
@@ -40,6 +41,9 @@ const MOUNT: &str = "/run/vmlab-template";
 
 /// The disk's name there.
 const SERIAL: &str = "template";
+
+/// How long it may take, unless a VM of the caller's may take as long as that: much content takes minutes.
+pub(crate) const MAKING_TIME: Duration = Duration::from_secs(30 * 60);
 
 /// What is known of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,9 +208,10 @@ fn in_a_vm(
             std::thread::spawn(move || _ = io::copy(&mut from, &mut to))
         });
         let mut said = Vec::new();
-        if let Some(stdout) = child.stdout.take() {
-            // As much as a person reads. What cannot be read, the end tells.
-            let _ = stdout.take(SAID_MAX).read_to_end(&mut said);
+        if let Some(mut stdout) = child.stdout.take() {
+            // As much as a person reads; the rest has to go somewhere. What cannot be read, the end tells.
+            let _ = stdout.by_ref().take(SAID_MAX).read_to_end(&mut said);
+            let _ = io::copy(&mut stdout, &mut io::sink());
         }
         let status = child.wait()?;
         drop(written);

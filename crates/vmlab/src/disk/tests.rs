@@ -278,6 +278,32 @@ mod clones {
     }
 
     #[test]
+    fn what_was_to_be_kept_goes_where_no_vm_came_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let keep = dir.path().join("kept.raw");
+        let disk = DiskDevice { keep: Some(keep.clone()), ..sparse(&dir.path().join("disk")) };
+        let own = give_each_its_own(&mut config(dir.path(), disk)).unwrap();
+        assert!(keep.exists());
+        own.keep_none();
+        assert!(!keep.exists());
+    }
+
+    #[test]
+    fn what_is_no_file_has_a_layer_or_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let null = |mode| {
+            let disk = sparse(&dir.path().join("disk"));
+            let mut config = config(dir.path(), disk);
+            config.disks[0].path = "/dev/null".into();
+            config.disks[0].writes = DiskWrites::Cloned(mode);
+            give_each_its_own(&mut config).map(|_| config.disks[0].writes)
+        };
+        assert_eq!(null(CloneMode::Auto).unwrap(), DiskWrites::Discarded);
+        let error = crate::error::chain(&null(CloneMode::Copy).unwrap_err());
+        assert!(error.contains("it is a block device"), "{error}");
+    }
+
+    #[test]
     fn a_layer_needs_no_copy() {
         let dir = tempfile::tempdir().unwrap();
         let disk = sparse(&dir.path().join("disk"));
@@ -299,6 +325,20 @@ mod clones {
         let error = crate::error::chain(&error);
         assert!(error.contains("clone=auto does without"), "{error}");
     }
+}
+
+/// A file that something was made of counts as that: another that is alike is another.
+#[test]
+fn a_state_of_a_disk_is_like_what_it_was() {
+    let first = read("size=320M,fs=xfs,name=a");
+    let state = Disk {
+        source: DiskSource::File("state.raw".into()),
+        writes: DiskWrites::Kept,
+        was: Some(first.source.clone()),
+        ..first.clone()
+    };
+    assert_eq!(state.for_guest(0), first.for_guest(0));
+    assert_eq!(*state.made_of(), read("size=320M,fs=xfs,name=b").source);
 }
 
 mod superblocks {

@@ -304,7 +304,14 @@ impl Attempt<'_> {
         }
         let number = self.number.to_string();
         let own = [(NAME, self.target.name.as_str()), (ATTEMPT, &number)];
-        let vm = self.target.vm_builder(&options.environment, &own)?;
+        let mut target = self.target.clone();
+        if self.number > 1 {
+            // What was kept of the attempt before stays.
+            for keep in target.vm.disks.iter_mut().filter_map(|disk| disk.keep.as_mut()) {
+                keep.as_mut_os_string().push(format!(".{number}"));
+            }
+        }
+        let vm = target.vm_builder(&options.environment, &own)?;
         let vm = vm
             // Events are read from it.
             .full_console(true)

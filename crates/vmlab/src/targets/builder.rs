@@ -13,7 +13,7 @@ const SHELL: &str = "bash";
 
 /// Has a shell, with scripts before and after it; the first argument is how many are before.
 const SHELL_BETWEEN: &str = r#"before=$1; shift
-for _ in $(seq "$before"); do bash -c "$1" || exit; shift; done
+for ((; before > 0; before--)); do bash -c "$1" || exit; shift; done
 bash; code=$?
 for script; do bash -c "$script"; done
 exit "$code""#;

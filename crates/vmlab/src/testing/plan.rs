@@ -172,7 +172,18 @@ fn with_files(mut vm: VmBuilder, test: &Test) -> Result<VmBuilder, TestError> {
         };
         vm = vm.share(if shared.writable { share } else { share.read_only() });
     }
-    disks.iter().try_fold(vm, |vm, options| Ok(disk(vm, options)?))
+    disks.iter().try_fold(vm, |vm, options| {
+        let from_crate = |(key, value): &(&'static str, &'static str)| match *key {
+            "path" | "image" | "content" | "keep" | "record" => {
+                (*key, from(test, Path::new(value)).to_string_lossy().into_owned())
+            }
+            key => (key, (*value).to_owned()),
+        };
+        let options: Vec<(&str, String)> = options.iter().map(from_crate).collect();
+        let options: Vec<(&str, &str)> =
+            options.iter().map(|(key, value)| (*key, value.as_str())).collect();
+        Ok(disk(vm, &options)?)
+    })
 }
 
 /// Adds a disk as `--disk` does, from the names and values of its options.

@@ -137,28 +137,37 @@ fn together(mut all: Vec<Results>) -> Option<Results> {
         false => "tests".to_owned(),
     };
     let mut took_ms: f64 = 0.0;
-    let mut targets: BTreeMap<String, TargetResult> = BTreeMap::new();
+    // Tests of two crates can have one name.
+    let mut targets: BTreeMap<(String, String), TargetResult> = BTreeMap::new();
     for results in all {
         let later = (results.began_ms - began_ms) as f64;
         took_ms = took_ms.max(later + results.took_ms);
         for mut target in results.targets {
             target.attempts.iter_mut().for_each(|attempt| attempt.start_ms += later);
-            match targets.get_mut(&target.name) {
+            let key = (target.name.clone(), results.suite.clone());
+            match targets.get_mut(&key) {
                 Some(first) => {
                     let before = first.outcome;
                     first.attempts.extend(target.attempts);
                     first.outcome = match (before, target.outcome) {
+                        (before, Outcome::Skipped) => before,
                         (Outcome::Passed | Outcome::Skipped, now) => now,
                         (_, Outcome::Passed) => Outcome::Flaky,
                         (_, now) => now,
                     };
                 }
-                None => _ = targets.insert(target.name.clone(), target),
+                None => _ = targets.insert(key, target),
             }
         }
     }
-    let numbered = targets.into_values().enumerate();
-    let targets = numbered.map(|(index, target)| TargetResult { index, ..target }).collect();
+    let names: Vec<String> = targets.keys().map(|(name, _)| name.clone()).collect();
+    let twice = |name: &String| names.iter().filter(|other| *other == name).count() > 1;
+    let numbered = targets.into_iter().enumerate();
+    let targets = numbered.map(|(index, ((name, suite), target))| {
+        let name = if twice(&name) { format!("{suite}: {name}") } else { name };
+        TargetResult { index, name, ..target }
+    });
+    let targets = targets.collect();
     Some(Results { version: VERSION, suite, began_ms, took_ms, targets })
 }
 
@@ -205,6 +214,19 @@ mod tests {
         assert_eq!(found, [("a::one", Flaky, 2), ("a::three", Skipped, 1), ("a::two", Passed, 1)]);
         let two = together(vec![result("a", "x", 1, Passed), result("b", "y", 2, Passed)]).unwrap();
         assert_eq!(two.suite, "tests");
+        // Two crates have tests of one name; one that is skipped later failed all the same.
+        let alike = together(vec![
+            result("a", "x", 1, Failed),
+            result("b", "x", 2, Passed),
+            result("a", "x", 3, Skipped),
+        ]);
+        let alike: Vec<_> = alike
+            .unwrap()
+            .targets
+            .into_iter()
+            .map(|target| (target.name, target.outcome, target.attempts.len()))
+            .collect();
+        assert_eq!(alike, [("a: x".to_owned(), Failed, 2), ("b: x".to_owned(), Passed, 1)]);
         assert_eq!(together(Vec::new()), None);
     }
 

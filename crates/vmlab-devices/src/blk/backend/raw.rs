@@ -20,6 +20,8 @@ const ZEROES: usize = 64 << 10;
 pub struct RawFile {
     file: File,
     capacity: u64,
+    /// Whether nobody reads it after the guest.
+    scratch: bool,
 }
 
 impl RawFile {
@@ -29,12 +31,18 @@ impl RawFile {
     /// Its length cannot be found out.
     pub fn new(file: File) -> io::Result<Self> {
         let bytes = seek(&file, SeekFrom::End(0))?;
-        Ok(Self { file, capacity: bytes.div_ceil(SECTOR) })
+        Ok(Self { file, capacity: bytes.div_ceil(SECTOR), scratch: false })
     }
 
     /// The first sectors of a file, whatever its length.
     pub(super) fn with_capacity(file: File, capacity: u64) -> Self {
-        Self { file, capacity }
+        Self { file, capacity, scratch: false }
+    }
+
+    /// Says that nobody will read it after the guest, so that a flush waits for no disk of the host.
+    pub(in crate::blk) fn scratch(mut self) -> Self {
+        self.scratch = true;
+        self
     }
 
     /// Reads without waiting for a disk, if `flags` say so.
@@ -99,7 +107,10 @@ impl Backend for RawFile {
     }
 
     fn flush(&self) -> io::Result<()> {
-        Ok(fdatasync(&self.file)?)
+        match self.scratch {
+            true => Ok(()),
+            false => Ok(fdatasync(&self.file)?),
+        }
     }
 
     fn discard(&self, sectors: Sectors) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{Backend, Buffers, Sectors};
-use crate::blk::crash::{Change, log_header, record_header};
+use crate::blk::crash::{Change, MAGIC, log_header, record_header};
 
 /// Writes each change that the disk below has done to a log ([`Log`](crate::blk::crash::Log)), before the guest hears
 /// of it. The data is what the disk got, whatever the guest does to its memory meanwhile.
@@ -30,16 +30,24 @@ impl<B: Backend> Recorded<B> {
     /// this is there.
     ///
     /// # Errors
-    /// The file cannot be written, or is the log of another disk that is in use.
+    /// The file cannot be written, is the log of another disk that is in use, or has something else in it, which is
+    /// not written over.
     pub fn create(below: B, path: &Path) -> io::Result<Self> {
         let mut options = File::options();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(path)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             rustix::io::Errno::WOULDBLOCK => io::Error::other("another disk is recorded to it"),
             error => error.into(),
         })?;
-        file.set_len(0)?;
         let header = log_header(below.capacity());
+        let mut begin = vec![0; MAGIC.len()];
+        if file.metadata()?.len() > 0
+            && (file.read_exact_at(&mut begin, 0).is_err() || begin != MAGIC[..])
+        {
+            return Err(io::Error::other("it is no log of a disk, and is not written over"));
+        }
+        file.set_len(0)?;
         file.write_all_at(&header, 0)?;
         let log = Mutex::new(Writer { file, end: header.len() as u64, records: 0 });
         Ok(Self { below, log })

@@ -30,7 +30,7 @@ use crate::blk::backend::Sectors;
 use crate::blk::config::SECTOR;
 use crate::chain::MAX_GATHERED;
 
-const MAGIC: &[u8; 8] = b"VMLABLOG";
+pub(in crate::blk) const MAGIC: &[u8; 8] = b"VMLABLOG";
 const VERSION: u32 = 1;
 const LOG_HEADER: usize = 32;
 const RECORD_HEADER: usize = 24;
@@ -139,6 +139,8 @@ impl Log {
             (version, _) => return Err(LogError::Version(version)),
         }
         let capacity = long(&header, 16);
+        // One that no file could have is not of a disk.
+        Sectors::within(0, capacity, capacity).ok_or(LogError::NotALog)?;
         let mut entries = Vec::new();
         let mut at = LOG_HEADER as u64;
         loop {

@@ -8,6 +8,6 @@ mod rebuild;
 mod states;
 
 pub use log::{Change, Entry, Log, LogError};
-pub(super) use log::{log_header, record_header};
+pub(super) use log::{MAGIC, log_header, record_header};
 pub use rebuild::{RebuildError, rebuild};
 pub use states::{CrashState, Cuts, Survivor, at_flushes, at_random};

@@ -24,13 +24,19 @@ pub struct RebuildError {
 /// when the log began: that of a disk whose writes were discarded, or a copy of one whose writes were kept.
 ///
 /// # Errors
-/// A file cannot be read or written, there is one at `to`, or the state is not one of this log.
+/// A file cannot be read or written, `base` has another size, there is a file at `to`, or the state is not one of this
+/// log.
 pub fn rebuild(base: &Path, log: &Log, state: &CrashState, to: &Path) -> Result<(), RebuildError> {
     let error = |what, path: &Path| {
         let path = path.to_owned();
         move |source| RebuildError { what, path, source }
     };
     let from = File::open(base).map_err(error("cannot read", base))?;
+    let length = (&from).seek(SeekFrom::End(0)).map_err(error("cannot read", base))?;
+    if length.div_ceil(SECTOR) != log.capacity() {
+        let other = io::Error::other("it is not as large as the disk of the log was");
+        return Err(error("cannot use", base)(other));
+    }
     let new = File::options().read(true).write(true).create_new(true).open(to);
     let new = new.map_err(error("cannot make", to))?;
     copy(&from, &new, log.capacity() * SECTOR).map_err(error("cannot copy to", to))?;

@@ -130,6 +130,7 @@ fn open(disk: &DiskDevice, options: &blk::Options) -> Result<Blk, String> {
     let file = file.map_err(|error| error.to_string())?;
     let source = match disk.writes {
         DiskWrites::Refused => Source::ReadOnly(file),
+        DiskWrites::Cloned(_) if disk.keep.is_none() => Source::Scratch(file),
         DiskWrites::Kept | DiskWrites::Cloned(_) => Source::Kept(file),
         DiskWrites::Discarded => Source::Discarded(file),
     };
