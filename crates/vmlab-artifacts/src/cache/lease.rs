@@ -14,7 +14,15 @@ use super::{Cache, CacheError, Flaw, is_linked};
 /// Keeps a cache entry from being deleted for as long as it is there.
 #[derive(Debug)]
 pub struct Lease {
-    _dir: File,
+    dir: File,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Closing it would not do: a process that another thread has just forked has the descriptor, too, until it
+        // executes its program.
+        let _ = self.dir.unlock();
+    }
 }
 
 impl Lease {
@@ -32,7 +40,7 @@ impl Lease {
         }
         // It serves the choice of what to delete first only: another user's cache can be used, too.
         let _ = dir.set_modified(SystemTime::now());
-        Ok(Some(Lease { _dir: dir }))
+        Ok(Some(Lease { dir }))
     }
 
     /// Whether somebody has a lease on an entry; if not, nobody gets one until the file is closed.
@@ -105,6 +113,17 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_lease_is_over_even_if_a_forked_process_has_its_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let lease = Lease::take(dir.path()).unwrap().unwrap();
+        assert!(Lease::exclude(dir.path()).is_err());
+        let forked = lease.dir.try_clone().unwrap();
+        drop(lease);
+        assert!(Lease::exclude(dir.path()).unwrap().is_some());
+        drop(forked);
+    }
 
     fn build(cache: &Cache, key: &str) -> Lease {
         let fill = |_: &Path| -> Result<(), CacheError> { Ok(()) };
