@@ -155,7 +155,8 @@ end_to_end_program() {
         sed -nE '/"kind":\["test"\]/s/.*"executable":"([^"]+)".*/\1/p'
 }
 
-# End-to-end tests of what a guest is, not of what the caller may do: root's run of them is enough.
+# End-to-end tests of what a guest is, not of what the caller may do, or that only root can set up: root's run
+# of them is enough.
 once_only=(
     image_build::a_build_that_is_ended
     images::images_of_a_vmtest
@@ -165,6 +166,9 @@ once_only=(
     images::uefi_starts
     images::what_a_system
     nested::
+    new_disks::a_full_disk
+    new_disks::blocks_are_shared
+    power_cuts::power_cuts_find
     rust_tests::cargo_tests
     snapshots_apart::
     snapshots::a_pc_with_two_nodes

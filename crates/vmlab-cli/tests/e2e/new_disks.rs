@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::common::{CLOUD, Outcome, Site, Vmlab, is_root, kernel, need};
+use crate::common::{CLOUD, Outcome, Site, Vmlab, kernel, need};
 
 /// What is said when a disk is made, and only then.
 const MADE: &str = "making a disk";
@@ -282,49 +282,49 @@ impl Drop for Mounted {
     }
 }
 
+/// A run whose copy of a disk is made in this way, and kept.
+fn keeping(place: &Place, how: &str, keep: &Path) -> Outcome {
+    let disk = format!("size=64M,fs=ext4,name=a,clone={how},keep={}", keep.display());
+    place.run(&[&disk], "echo x > /mnt/a/x")
+}
+
 #[test]
-fn blocks_are_shared_where_the_file_system_can_and_copied_where_not() {
+fn disks_are_copied_or_overlaid_where_blocks_cannot_be_shared() {
     let place = Place::new();
-    let run = |place: &Place, how: &str, keep: &Path| {
-        let disk = format!("size=64M,fs=ext4,name=a,clone={how},keep={}", keep.display());
-        place.run(&[&disk], "echo x > /mnt/a/x")
-    };
     // The temporary directory's: whether it can is not known, so both ways are asked for by name.
     let copy = place.site.path().join("copy.raw");
-    run(&place, "copy", &copy).expect_code(0);
+    keeping(&place, "copy", &copy).expect_code(0);
     let elsewhere = tempfile::Builder::new().prefix("vmlab-e2e-").tempdir_in("/dev/shm").unwrap();
-    let refused = run(&place, "reflink", &elsewhere.path().join("a.raw"));
+    let refused = keeping(&place, "reflink", &elsewhere.path().join("a.raw"));
     refused.expect_code(125).expect_stderr(&["share the blocks of", "clone=auto does without"]);
     let overlay = place.run(&["size=64M,fs=ext4,name=a,clone=overlay"], "touch /mnt/a/x");
     overlay.expect_code(0);
-    if !is_root() {
-        // An ordinary user mounts nothing; root's run of this test does.
-        return;
-    }
+}
+
+/// Needs root, to mount a file system that can.
+#[test]
+fn blocks_are_shared_where_the_file_system_can() {
     let filefrag = need("filefrag", "e2fsprogs");
     let site = Site::new();
     let mounted = Mounted::new(&site, "mkfs.btrfs -q", "1G");
     let cache = mounted.0.join("cache");
     let place = Place::at(site, cache);
     let clone = mounted.0.join("clone.raw");
-    run(&place, "reflink", &clone).expect_code(0);
+    keeping(&place, "reflink", &clone).expect_code(0);
     // FIEMAP_EXTENT_SHARED, of the guest's copy that has been written to meanwhile.
     let extents = Command::new(filefrag).arg("-v").arg(&clone).output().unwrap();
     let extents = String::from_utf8_lossy(&extents.stdout).into_owned();
     assert!(extents.contains("shared"), "{extents}");
     // Where nothing is said of it, the same.
     let auto = mounted.0.join("auto.raw");
-    run(&place, "auto", &auto).expect_code(0);
+    keeping(&place, "auto", &auto).expect_code(0);
     let extents = Command::new("filefrag").arg("-v").arg(&auto).output().unwrap();
     assert!(String::from_utf8_lossy(&extents.stdout).contains("shared"));
 }
 
+/// Needs root, to mount a file system that is full.
 #[test]
 fn a_full_disk_costs_the_copy_and_not_the_run() {
-    if !is_root() {
-        // An ordinary user mounts nothing; root's run of this test does.
-        return;
-    }
     let site = Site::new();
     let mounted = Mounted::new(&site, "mkfs.ext4 -q -m 0", "24M");
     let cache = mounted.0.join("cache");
