@@ -7,23 +7,8 @@ use syn::{Error, Ident, LitBool, Result, Token, parenthesized};
 
 use crate::value::{self, Text};
 
-/// Keys that may be there once.
-const ONCE: [&str; 14] = [
-    "kernel",
-    "cpus",
-    "topology",
-    "memory",
-    "net",
-    "timeout",
-    "fail_on",
-    "expect_err",
-    "expect_event",
-    "rootfs",
-    "image",
-    "user",
-    "host",
-    "append",
-];
+/// Keys that may be there several times.
+const SEVERAL: [&str; 2] = ["share", "disk"];
 
 /// All keys.
 const KEYS: [&str; 16] = [
@@ -118,7 +103,7 @@ impl Attribute {
 
     fn entry(&mut self, key: &Key, input: ParseStream<'_>) -> Result<()> {
         let name = key.name.as_str();
-        if ONCE.contains(&name) && self.span_of(name).is_some() {
+        if !SEVERAL.contains(&name) && self.span_of(name).is_some() {
             return Err(key.error(format!("`{name}` is there twice")));
         }
         match name {
