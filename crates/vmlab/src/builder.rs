@@ -85,6 +85,7 @@ pub struct VmBuilder {
     share_via: ShareVia,
     sandbox: bool,
     network: NetworkMode,
+    pluggable: bool,
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
@@ -126,6 +127,7 @@ impl Default for VmBuilder {
             share_via: ShareVia::Auto,
             sandbox: true,
             network: NetworkMode::None,
+            pluggable: false,
             hostname: None,
             append: Vec::new(),
             full_console: false,
@@ -312,6 +314,14 @@ impl VmBuilder {
         }
     }
 
+    /// Whether disks can be [attached](Vm::attach) and [detached](Vm::detach) while the VM runs, and
+    /// [snapshots](Vm::snapshot) taken of it. It is so for `#[vmlab::test(host)]`, and else not unless set.
+    /// vmlab itself serves all its disks whose format is raw then.
+    pub fn pluggable(mut self, pluggable: bool) -> Self {
+        self.pluggable = pluggable;
+        self
+    }
+
     /// What commands inherit; the caller's own unless set.
     pub fn environment(mut self, environment: Environment) -> Self {
         self.environment = Some(environment);
@@ -361,6 +371,7 @@ impl VmBuilder {
     /// # Errors
     /// When something cannot be had, or the whole cannot work.
     pub fn prepare(self) -> Result<PreparedVm, Error> {
+        let builder = Arc::new(self.clone());
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
         let environment = self.environment_in_guest()?;
@@ -370,6 +381,9 @@ impl VmBuilder {
         let leases = Leases::default();
         let since = Instant::now();
         let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;
+        if self.pluggable {
+            disk::serve_all(&mut disks);
+        }
         if let Some(dir) = &self.keep_disks {
             disk::keep_in(dir, &mut disks);
         }
@@ -390,6 +404,7 @@ impl VmBuilder {
             .topology(self.topology)
             .sandbox(self.sandbox)
             .network(self.network)
+            .pluggable(self.pluggable)
             .qemu_args(self.qemu_args);
         if let Some(machine) = self.machine {
             config = config.machine(machine);
@@ -424,6 +439,9 @@ impl VmBuilder {
             progress: self.progress,
             vms: 1,
             run_dir: None,
+            builder,
+            disks: self.disks,
+            watchers: Vec::new(),
         })
     }
 

@@ -326,6 +326,9 @@ pub struct VmConfig {
     pub network: NetworkMode,
     /// How the agent is reached.
     pub channel: AgentChannel,
+    /// Whether disks can be plugged in and taken out while it runs, and a snapshot taken in the midst of a run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pluggable: bool,
     /// Further arguments for QEMU, as they are.
     pub qemu_args: Vec<String>,
 }
@@ -368,6 +371,7 @@ impl VmConfigBuilder {
                 sandbox: true,
                 network: NetworkMode::None,
                 channel: AgentChannel::Virtio,
+                pluggable: false,
                 qemu_args: Vec::new(),
             },
         }
@@ -424,6 +428,12 @@ impl VmConfigBuilder {
     /// Sets how the agent is reached.
     pub fn channel(mut self, channel: AgentChannel) -> Self {
         self.config.channel = channel;
+        self
+    }
+
+    /// Sets whether something can be plugged in later.
+    pub fn pluggable(mut self, pluggable: bool) -> Self {
+        self.config.pluggable = pluggable;
         self
     }
 
@@ -504,7 +514,7 @@ fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
     }
 }
 
-fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
+pub(crate) fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
     let mut serials = HashSet::new();
     for DiskDevice { serial, path, writes, format, serve, keep: _ } in disks {
         if !is_serial(serial) {

@@ -189,6 +189,20 @@ pub enum Error {
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
+    /// The guest did not do in time what it was asked for.
+    #[error("the guest did not answer within {} s", after.as_secs())]
+    NoAnswer {
+        /// How long it was waited for.
+        after: Duration,
+        /// What its console had to say, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// A snapshot cannot have all that a VM is.
+    #[error("no snapshot can be taken of this VM: {why}")]
+    NotInSnapshot {
+        /// What it could not have.
+        why: String,
+    },
     /// There is no such program in the guest.
     #[error("{}: command not found in the guest", program.display())]
     CommandNotFound {
@@ -349,6 +363,7 @@ impl Error {
             | Self::Ended { console, .. }
             | Self::NotStopped { console, .. }
             | Self::Protocol { console, .. }
+            | Self::NoAnswer { console, .. }
             | Self::Setup { console, .. } => Some(console),
             _ => None,
         }
@@ -376,7 +391,9 @@ impl Error {
     /// What kind of failure it is.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::BootTimeout { .. } | Self::NoWayIn { .. } => ErrorClass::TimeLimit,
+            Self::BootTimeout { .. } | Self::NoWayIn { .. } | Self::NoAnswer { .. } => {
+                ErrorClass::TimeLimit
+            }
             Self::Ended { reason, .. } => match reason {
                 ExitReason::Timeout => ErrorClass::TimeLimit,
                 ExitReason::GuestPanic(_) => ErrorClass::GuestPanic,
@@ -405,6 +422,7 @@ impl Error {
             | Self::NoMkfs { .. }
             | Self::PowerCuts { .. }
             | Self::Hypervisor(_)
+            | Self::NotInSnapshot { .. }
             | Self::Kvm(_)
             | Self::Io { .. }
             | Self::NotStopped { .. }

@@ -65,7 +65,7 @@ pub use prepared::PreparedVm;
 pub use runs::RunDir;
 pub use share::{Share, ShareVia};
 pub use snapshot::SnapshotMode;
-pub use vm::Vm;
+pub use vm::{Vm, VmSnapshot};
 pub use vmlab_artifacts as artifacts;
 pub use vmlab_devices::blk;
 pub use vmlab_macros::test;

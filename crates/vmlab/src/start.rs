@@ -96,6 +96,14 @@ pub(crate) struct Starter<'a, F> {
 }
 
 impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
+    /// Has the VM go on from a snapshot where it can, and boot else.
+    pub(crate) fn start(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
+        match self.use_snapshot(timeline)? {
+            Some(booted) => Ok(booted),
+            None => self.boot(timeline),
+        }
+    }
+
     /// Boots the VM with all that the run needs.
     pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
         let prepared = self.prepared;
@@ -105,7 +113,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         self.boot_twice(|| {
             let run_dir = prepared.run_dir()?;
             let begin = (&config, Origin::Boot, run_dir.path());
-            let machine = self.start(begin, Connection::open, timeline)?;
+            let machine = self.begin(begin, Connection::open, timeline)?;
             // Into a system that an image has started, the agent has yet to come.
             let ways =
                 starts_itself.then(|| WaysIn::try_all(&machine.handle, prepared.boot_timeout));
@@ -204,7 +212,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
             let begin = (&config, Origin::BootForSnapshot, run_dir.path());
-            let machine = self.start(begin, Connection::listen, timeline)?;
+            let machine = self.begin(begin, Connection::listen, timeline)?;
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
             timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
@@ -240,14 +248,31 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let resume = |socket| Connection::resume(socket, greeting);
         let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
-        let machine = self.start((config, origin, run_dir.path()), resume, timeline)?;
+        let machine = self.begin((config, origin, run_dir.path()), resume, timeline)?;
         let devices = Some(Devices::of(config, kept));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
         Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
     }
 
-    fn start(
+    /// Has a machine go on in the midst of a run, as its devices are.
+    pub(crate) fn go_on(
+        &self,
+        origin: Origin,
+        connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
+        timeline: &mut Timeline,
+    ) -> Result<(Arc<dyn VmHandle>, Arc<Connection>), Error> {
+        let prepared = self.prepared;
+        prepared.begin(timeline, Phase::Restore);
+        let run_dir = prepared.run_dir()?;
+        let config = (&prepared.config, origin, run_dir.path());
+        let machine = self.begin(config, connect, timeline).map_err(|failure| failure.error)?;
+        timeline.end(Phase::Restore);
+        let Machine { handle, connection, .. } = machine;
+        Ok((handle, connection))
+    }
+
+    fn begin(
         &self,
         (config, origin, log_dir): (&VmConfig, Origin, &Path),
         connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
@@ -260,6 +285,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
         timeline.note("hypervisor's start", since);
         (self.started)(&handle);
+        prepared.watchers.iter().for_each(|watcher| watcher.started(&handle));
         let channel =
             handle.take_agent_channel().ok_or_else(|| lost_error(&handle, Lost::Closed, None))?;
         let connection = connect(channel).map_err(|source| Error::Io {

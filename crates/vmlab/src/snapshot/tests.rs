@@ -42,6 +42,7 @@ fn snapshot(seed: u8) -> Snapshot {
         memory: vec![node(PAGE), node(LENGTH / 2)],
         console: format!("the console of {seed}\n").into_bytes().into(),
         shares: 2,
+        run: None,
         kept: u32::from(seed % 3),
     }
 }

@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use vmlab_devices::blk;
 
 use crate::config::{
-    Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
-    ShareTransport, Topology, VmConfig,
+    Accel, AgentChannel, Boot, DiskDevice, DiskWrites, Firmware, FirmwareBoot, Machine,
+    NetworkMode, ShareTransport, Topology, VmConfig,
 };
+use crate::hypervisor::DeviceId;
 use crate::units::MIB;
 
 /// Name of the virtio port that the agent looks for.
@@ -46,6 +47,16 @@ pub(super) struct Descriptors {
     pub(super) incoming: bool,
     /// The kernel for a guest that goes on from a snapshot and resets itself.
     pub(super) reset_kernel: Option<RawFd>,
+    /// Devices that the VM begins with behind the bridge, as their state is part of the snapshot's.
+    pub(super) on_bridge: Vec<(u32, DeviceId)>,
+}
+
+impl Descriptors {
+    /// Whether devices are behind the bridge, where they can be plugged in and taken out. Firmware finds its
+    /// disks without.
+    pub(super) fn plugs(&self, config: &VmConfig) -> bool {
+        self.memory.is_some() && config.boot.kernel().is_some()
+    }
 }
 
 /// What becomes of a guest's changes to a file that is its RAM.
@@ -74,7 +85,7 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
             args.option("-kernel", format!("/proc/self/fd/{kernel}"));
         }
     } else {
-        if fds.memory.is_some() {
+        if fds.plugs(config) {
             // Its devices are plugged in before it runs.
             args.flags(&["-S"]);
         }
@@ -112,9 +123,11 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
         args.option("-device", format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on"));
     }
     backends(&mut args, config, fds);
-    if fds.memory.is_none() {
-        for device in devices(config) {
+    for device in devices(config) {
+        if !fds.plugs(config) {
             args.option("-device", device.to_string());
+        } else if let Some((place, _)) = fds.on_bridge.iter().find(|(_, id)| *id == device.id) {
+            args.option("-device", device.behind_bridge(*place));
         }
     }
     // The only trace that a triple fault leaves under TCG.
@@ -278,17 +291,18 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
             ShareTransport::NineP => {
                 let read_only = if share.read_only { ",readonly=on" } else { "" };
                 let path = escaped(&share.path);
+                let id = share_id(index);
                 args.option(
                     "-fsdev",
                     format!(
-                        "local,id=share{index},path={path},security_model={model},\
+                        "local,id={id},path={path},security_model={model},\
                          multidevs=remap{read_only}"
                     ),
                 );
             }
             ShareTransport::VirtioFs => {
                 if let Some(fd) = servers.next() {
-                    args.option("-chardev", format!("socket,id=share{index},fd={fd}"));
+                    args.option("-chardev", format!("socket,id={},fd={fd}", share_id(index)));
                 }
             }
         }
@@ -297,10 +311,10 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         NetworkMode::None => {}
         NetworkMode::User => args.option("-netdev", "user,id=net"),
     }
-    for (index, disk) in config.disks.iter().enumerate() {
+    for disk in &config.disks {
         if disk.serve.is_some() {
             if let Some(fd) = servers.next() {
-                args.option("-chardev", format!("socket,id=disk{index},fd={fd}"));
+                args.option("-chardev", format!("socket,id={},fd={fd}", disk_id(&disk.serial)));
             }
             continue;
         }
@@ -312,10 +326,20 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
             DiskWrites::Refused => ",readonly=on",
         };
         let (path, format) = (escaped(&disk.path), disk.format.name());
-        let drive =
-            format!("if=none,id=disk{index},discard=unmap,format={format}{how},file={path}");
+        let id = disk_id(&disk.serial);
+        let drive = format!("if=none,id={id},discard=unmap,format={format}{how},file={path}");
         args.option("-drive", drive);
     }
+}
+
+/// The name of a share's back end.
+pub(super) fn share_id(index: usize) -> String {
+    format!("share{index}")
+}
+
+/// The same of a disk's.
+pub(super) fn disk_id(serial: &str) -> String {
+    format!("disk-{serial}")
 }
 
 /// The name of the device that is plugged in at a place.
@@ -325,6 +349,9 @@ pub(super) fn plug_id(place: u32) -> String {
 
 /// A device that a run brings: its driver and properties. None of their values has a comma.
 pub(super) struct Device {
+    pub(super) id: DeviceId,
+    /// Whether it is served by this process: the hypervisor has no state of it that could go into a snapshot.
+    pub(super) served: bool,
     driver: &'static str,
     properties: Vec<(&'static str, String)>,
 }
@@ -337,10 +364,14 @@ impl fmt::Display for Device {
 }
 
 impl Device {
+    /// The same at a place behind the bridge.
+    fn behind_bridge(&self, place: u32) -> String {
+        format!("{self},bus={PLUG_BUS},addr={},id={}", slot(place), plug_id(place))
+    }
+
     /// The arguments of `device_add` that plug it in at a place, from 0 on.
     pub(super) fn to_plug(&self, place: u32) -> Value {
-        // The bridge has no slot of number 0.
-        let slot = format!("{:#x}", place + 1);
+        let slot = slot(place);
         let id = plug_id(place);
         let mut arguments = json!({"driver": self.driver, "bus": PLUG_BUS, "addr": slot, "id": id});
         for (name, value) in &self.properties {
@@ -353,21 +384,38 @@ impl Device {
     }
 }
 
+/// The places behind the bridge.
+pub(super) const PLACES: u32 = 31;
+
+/// The slot of a place. The bridge has none of number 0.
+pub(super) fn device_slot(place: u32) -> u8 {
+    (place % PLACES) as u8 + 1
+}
+
+/// The same as options have it.
+fn slot(place: u32) -> String {
+    format!("{:#x}", device_slot(place))
+}
+
 /// The devices that a run brings, in their order.
 pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
     let mut devices = Vec::new();
     for (index, share) in config.shares.iter().enumerate() {
-        let id = format!("share{index}");
-        let tag = share.tag.clone();
+        let backend = share_id(index);
+        let (id, tag) = (DeviceId::Share(share.tag.clone()), share.tag.clone());
         devices.push(match share.transport {
             ShareTransport::NineP => Device {
+                id,
+                served: false,
                 driver: "virtio-9p-pci",
-                properties: vec![("fsdev", id), ("mount_tag", tag)],
+                properties: vec![("fsdev", backend), ("mount_tag", tag)],
             },
             ShareTransport::VirtioFs => Device {
+                id,
+                served: true,
                 driver: "vhost-user-fs-pci",
                 properties: vec![
-                    ("chardev", id),
+                    ("chardev", backend),
                     ("tag", tag),
                     ("queue-size", FS_QUEUE_SIZE.to_string()),
                 ],
@@ -377,38 +425,49 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
     match config.network {
         NetworkMode::None => {}
         NetworkMode::User => devices.push(Device {
+            id: DeviceId::Network,
+            served: false,
             driver: "virtio-net-pci",
             properties: vec![("netdev", "net".to_owned()), ("romfile", String::new())],
         }),
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        let id = format!("disk{index}");
-        let (driver, mut properties) = match &disk.serve {
-            Some(options) => (
-                "vhost-user-blk-pci",
-                vec![
-                    ("chardev", id),
-                    ("num-queues", options.queues.to_string()),
-                    ("queue-size", blk::QUEUE_SIZE.to_string()),
-                ],
-            ),
-            // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
-            None => (
-                "virtio-blk-pci",
-                vec![
-                    ("drive", id),
-                    ("serial", disk.serial.clone()),
-                    ("werror", "report".to_owned()),
-                    ("rerror", "report".to_owned()),
-                ],
-            ),
-        };
+        let mut device = disk_device(disk);
         if index == 0 && config.boot.kernel().is_none() {
-            properties.push(("bootindex", "0".to_owned()));
+            device.properties.push(("bootindex", "0".to_owned()));
         }
-        devices.push(Device { driver, properties });
+        devices.push(device);
     }
     devices
+}
+
+/// A disk's device.
+pub(super) fn disk_device(disk: &DiskDevice) -> Device {
+    let (id, backend) = (DeviceId::Disk(disk.serial.clone()), disk_id(&disk.serial));
+    match &disk.serve {
+        Some(options) => Device {
+            id,
+            served: true,
+            driver: "vhost-user-blk-pci",
+            properties: vec![
+                ("chardev", backend),
+                ("num-queues", options.queues.to_string()),
+                ("queue-size", blk::QUEUE_SIZE.to_string()),
+            ],
+        },
+        // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
+        None => Device {
+            id,
+            served: false,
+            driver: "virtio-blk-pci",
+            properties: vec![
+                ("drive", backend),
+                ("serial", disk.serial.clone()),
+                ("werror", "report".to_owned()),
+                ("rerror", "report".to_owned()),
+            ],
+        },
+    }
 }
 
 #[cfg(test)]
@@ -443,6 +502,7 @@ mod tests {
             memory: None,
             incoming: false,
             reset_kernel: None,
+            on_bridge: Vec::new(),
         };
         let words = arguments(config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()

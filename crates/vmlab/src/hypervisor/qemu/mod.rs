@@ -4,10 +4,12 @@ mod command;
 mod files;
 mod identity;
 mod memory;
+mod plug;
 mod process;
 mod qmp;
 mod reset_kernel;
 mod sockets;
+mod supervise;
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -108,6 +110,7 @@ impl Hypervisor for Qemu {
             qemu_args: true,
             pause: true,
             snapshot: true,
+            pluggable: true,
         }
     }
 
@@ -145,6 +148,7 @@ impl Hypervisor for Qemu {
             memory: None,
             incoming: false,
             reset_kernel: None,
+            on_bridge: Vec::new(),
         };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));

@@ -13,6 +13,7 @@ use rustix::process::Signal;
 
 use super::command::Descriptors;
 use super::memory::Ram;
+use crate::hypervisor::DeviceId;
 
 /// Connections between this process and QEMU: one end of each.
 pub(super) struct Sockets {
@@ -56,9 +57,15 @@ impl Sockets {
     }
 
     /// What QEMU is told of its ends, and of the files that it inherits.
-    pub(super) fn descriptors(&self, ram: Option<&Ram>, kernel: Option<&Arc<File>>) -> Descriptors {
+    pub(super) fn descriptors(
+        &self,
+        ram: Option<&Ram>,
+        kernel: Option<&Arc<File>>,
+        on_bridge: Vec<(u32, DeviceId)>,
+    ) -> Descriptors {
         let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
         Descriptors {
+            on_bridge,
             memory: ram.map(|ram| (files(ram), ram.usage)),
             incoming: self.state.is_some(),
             reset_kernel: kernel.map(AsRawFd::as_raw_fd),
