@@ -11,7 +11,7 @@ use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
-use crate::config::{Accel, NetworkMode, VmConfig};
+use crate::config::{Accel, NetworkMode, ShareDevice, VmConfig};
 use crate::error::{EmulatorFault, ErrorClass};
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
@@ -51,6 +51,8 @@ pub(crate) struct Booted {
     pub(crate) connection: Arc<Connection>,
     pub(crate) ready: Ready,
     pub(crate) setup: SetupReport,
+    /// The shares that it has, if only to fill places.
+    pub(crate) shares: Vec<ShareDevice>,
     /// How much was on the console when the agent had come up.
     pub(crate) came_up: u64,
     pub(crate) run_dir: RunDir,
@@ -132,7 +134,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let setup = machine.set_up(None, came_up, timeline);
             let setup = setup.map_err(|error| machine.failed(error))?;
             let Machine { handle, connection, .. } = machine;
-            Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
+            let shares = config.shares.clone();
+            Ok(Booted { handle, connection, ready, setup, shares, came_up, run_dir })
         })
     }
 
@@ -252,7 +255,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let devices = Some(Devices::of(config, kept));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
-        Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
+        let shares = config.shares.clone();
+        Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
     }
 
     /// Has a machine go on in the midst of a run, as its devices are.

@@ -108,7 +108,8 @@ impl Vm {
             report.failed(&timeline, &error);
             Box::new(FailedStart { error, report })
         })?;
-        let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
+        let Booted { handle, connection, ready, setup, shares, came_up, run_dir } = booted;
+        prepared.config.shares = shares;
         let mut vm = Self {
             handle,
             connection,

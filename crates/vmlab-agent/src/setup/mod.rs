@@ -58,7 +58,10 @@ pub(crate) use revive::{Devices, release_bridges};
 /// Takes a disk into use that has just been plugged in.
 pub(crate) fn take_in(disk: &Disk) -> Step {
     system::find_devices()?;
-    disks::set_up(std::slice::from_ref(disk))
+    disks::set_up(std::slice::from_ref(disk)).inspect_err(|_| {
+        // The host takes it out. What has not appeared need not be forgotten.
+        let _ = take_out(&disk.serial);
+    })
 }
 
 /// Makes a guest good for the present, that was stopped at some time: `devices` are those that were replaced.

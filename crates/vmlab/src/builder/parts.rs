@@ -238,6 +238,7 @@ impl VmBuilder {
         Needs {
             overlay: self.chosen_root_mode() == RootMode::Overlay,
             disk: self.image.is_some() || !self.disks.is_empty(),
+            disk_later: self.pluggable,
             disk_root: self.image.is_some(),
             network: self.network != NetworkMode::None,
             share_via: self.share_via,

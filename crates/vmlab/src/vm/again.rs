@@ -70,7 +70,8 @@ impl Vm {
 
     /// Takes the place of the machine that it had.
     pub(super) fn go_on_with(&mut self, booted: Booted) {
-        let Booted { handle, connection, ready, setup, came_up, run_dir: _ } = booted;
+        let Booted { handle, connection, ready, setup, shares, came_up, run_dir: _ } = booted;
+        self.prepared.config.shares = shares;
         (self.handle, self.connection) = (handle, connection);
         (self.ready, self.setup, self.came_up) = (ready, setup, came_up);
         self.prepared.watchers.iter().for_each(|watcher| watcher.ready());

@@ -139,7 +139,8 @@ impl Vm {
             };
             let (handle, connection) = starter.go_on(origin, connect, timeline)?;
             let run_dir = starter.prepared.run_dir()?;
-            Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
+            let shares = starter.prepared.config.shares.clone();
+            Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
         })?;
         self.go_on_with(booted);
         self.answer(HOLD_TIME).inspect_err(|_| self.cut_off())
