@@ -271,7 +271,11 @@ impl Session {
             }
         };
         let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
-        let done = setup::go_on(&go_on, devices, &mut warn);
+        let done = match self.role {
+            Role::Init | Role::Guest => setup::go_on(&go_on, devices, &mut warn),
+            // Its clock and devices are those of a host.
+            Role::Service => Ok(()),
+        };
         self.outbox.message(&GuestMessage::Done(done));
         Ok(())
     }

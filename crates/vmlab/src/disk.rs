@@ -330,10 +330,14 @@ pub(crate) fn device(
     Ok(DiskDevice { serial, path, format, writes, keep, serve })
 }
 
-/// Has vmlab itself serve all disks that it can.
+/// Has vmlab itself serve all disks that it can. What would be discarded is in a copy, where that can be had
+/// cheaply, so that snapshots can have it.
 pub(crate) fn serve_all(disks: &mut [DiskDevice]) {
     for disk in disks.iter_mut().filter(|disk| disk.format == ImageFormat::Raw) {
         disk.serve.get_or_insert_default();
+        if disk.writes == DiskWrites::Discarded {
+            disk.writes = DiskWrites::Cloned(CloneMode::Auto);
+        }
     }
 }
 

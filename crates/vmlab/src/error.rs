@@ -197,6 +197,14 @@ pub enum Error {
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
+    /// What is recorded of a disk is of one start.
+    #[error(
+        "the VM cannot be started again: its disk `{serial}` is recorded, from its first content on"
+    )]
+    RecordedDisk {
+        /// Its serial number.
+        serial: String,
+    },
     /// A snapshot cannot have all that a VM is.
     #[error("no snapshot can be taken of this VM: {why}")]
     NotInSnapshot {
@@ -423,6 +431,7 @@ impl Error {
             | Self::PowerCuts { .. }
             | Self::Hypervisor(_)
             | Self::NotInSnapshot { .. }
+            | Self::RecordedDisk { .. }
             | Self::Kvm(_)
             | Self::Io { .. }
             | Self::NotStopped { .. }

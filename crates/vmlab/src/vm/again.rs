@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::config::DiskDevice;
 use crate::hypervisor::{ExitReason, VmHandle};
 use crate::prepared::PreparedVm;
 use crate::start::{Booted, Starter};
@@ -33,8 +34,10 @@ impl Vm {
     /// ```
     ///
     /// # Errors
-    /// When it does not start again. It has ended then, and another reset may bring it back.
+    /// When it does not start again: it has ended then, and another reset may bring it back. When one of its
+    /// disks is recorded.
     pub fn reset(&mut self) -> Result<(), Error> {
+        self.check_again()?;
         self.connection.close();
         self.handle.kill(ExitReason::Killed);
         self.start_again()
@@ -43,10 +46,21 @@ impl Vm {
     /// Ends the VM as [`shutdown`](Self::shutdown) does, and starts it again with the same disks.
     ///
     /// # Errors
-    /// As those of `shutdown`; when it does not start again.
+    /// As those of [`shutdown`](Self::shutdown) and [`reset`](Self::reset).
     pub fn restart(&mut self) -> Result<(), Error> {
+        self.check_again()?;
         self.shutdown()?;
         self.start_again()
+    }
+
+    fn check_again(&self) -> Result<(), Error> {
+        let recorded = |disk: &&DiskDevice| {
+            disk.serve.as_ref().is_some_and(|options| options.record.is_some())
+        };
+        match self.prepared.config.disks.iter().find(recorded) {
+            Some(disk) => Err(Error::RecordedDisk { serial: disk.serial.clone() }),
+            None => Ok(()),
+        }
     }
 
     fn start_again(&mut self) -> Result<(), Error> {

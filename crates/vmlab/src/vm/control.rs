@@ -54,7 +54,7 @@ impl Vm {
         let (cache, leases) = (&self.prepared.cache, &self.prepared.leases);
         let device = disk::device(&self.prepared.builder, &disks, index, (cache, leases))?;
         let mut device = [device];
-        device[0].serve.get_or_insert_default();
+        disk::serve_all(&mut device);
         check_disks(&device)?;
         let own = disk::give_each_its_own(&mut device)?;
         let for_guest = disks[index].for_guest(index);

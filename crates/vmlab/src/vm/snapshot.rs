@@ -112,7 +112,9 @@ impl Vm {
                 (_, None) => "is no raw one",
                 (_, Some(options)) if options.record.is_some() => "is recorded",
                 (DiskWrites::Kept, _) => "is a file of the host that is written to",
-                (DiskWrites::Discarded, _) => "discards what is written to it; a copy can be kept",
+                (DiskWrites::Discarded, _) => {
+                    "is too large to be copied for a snapshot (clone=copy does)"
+                }
                 (DiskWrites::Refused | DiskWrites::Cloned(_), _) => continue,
             };
             return not(format!("its disk `{serial}` {why}"));

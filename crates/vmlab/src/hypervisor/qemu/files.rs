@@ -13,7 +13,7 @@ use vmlab_devices::fs::{self, CachePolicy, Fs, Passthrough, PassthroughConfig};
 use vmlab_devices::transport::vhost_user::{self, Served};
 
 use super::super::HypervisorError;
-use super::command::{disk_id, share_id};
+use super::devices::{disk_id, share_id};
 use crate::config::{Caching, DiskDevice, DiskWrites, ShareDevice, ShareTransport, VmConfig};
 use crate::error::chain;
 

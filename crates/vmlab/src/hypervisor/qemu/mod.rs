@@ -1,6 +1,7 @@
 //! VMs run by QEMU.
 
 mod command;
+mod devices;
 mod files;
 mod identity;
 mod memory;

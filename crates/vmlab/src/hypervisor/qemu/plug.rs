@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::super::{DeviceId, HypervisorError, Memory, RunDevices, Snapshot, VmHandle};
-use super::command::{PLACES, device_slot, devices, disk_device, disk_id, plug_id};
+use super::devices::{PLACES, device_slot, devices, disk_device, disk_id, plug_id};
 use super::files::Servers;
 use super::process::{QemuVm, resource};
 use crate::config::{DiskDevice, VmConfig};

@@ -20,7 +20,8 @@ use super::super::{
     DeviceId, ExitReason, HypervisorError, Origin, RunDevices, SerialConsole, Snapshot,
     StartOptions, VmHandle, VmState,
 };
-use super::command::{PLACES, arguments, devices};
+use super::command::arguments;
+use super::devices::{PLACES, devices};
 use super::files::{FileServer, Servers};
 use super::memory::{Copy, Ram};
 use super::plug::Plugged;
