@@ -20,6 +20,8 @@ pub use console::SerialConsole;
 pub(crate) use console::printable;
 pub use snapshot::{Memory, Origin, Snapshot};
 
+pub use crate::lan::LanPort;
+
 use crate::config::{ConfigError, Machine, NetworkMode, ShareTransport, VmConfig};
 
 /// A program or library that can run VMs.
@@ -137,6 +139,9 @@ pub struct StartOptions {
     pub deadline: Option<Instant>,
     /// How it begins.
     pub origin: Origin,
+    /// One for each of the configuration's [`lans`](VmConfig::lans), in their order, to be dropped when the VM has
+    /// ended.
+    pub lans: Vec<Arc<LanPort>>,
     /// How many VMs of this process may run at the same time. What each has of the process's open files
     /// is divided by that.
     pub vms: usize,
@@ -152,6 +157,8 @@ pub struct Capabilities {
     pub shares: Vec<ShareTransport>,
     /// Networks it can have.
     pub networks: Vec<NetworkMode>,
+    /// Whether it can be on networks of VMs.
+    pub lans: bool,
     /// Whether arguments can be handed through to QEMU.
     pub qemu_args: bool,
     /// Whether it can be stopped and continued.
@@ -173,6 +180,7 @@ impl Capabilities {
                 config.shares.iter().all(|share| self.shares.contains(&share.transport)),
             ),
             ("this network", self.networks.contains(&config.network)),
+            ("networks of VMs", self.lans || config.lans.is_empty()),
             ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
         ];
         match needs.iter().find(|(_, can)| !can) {

@@ -31,6 +31,7 @@ use super::qmp::{Qmp, ShutdownCause};
 use super::reset_kernel;
 use super::sockets::{Sockets, inherit};
 use crate::config::VmConfig;
+use crate::lan::LanPort;
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
 
@@ -100,13 +101,14 @@ struct Shared {
     ended: Condvar,
 }
 
-/// What QEMU writes, and where it is kept.
+/// What QEMU writes, where it is kept, and what is the VM's as long as it runs.
 struct Outputs {
     qmp: UnixStream,
     console: UnixStream,
     console_log: File,
     stderr: Option<ChildStderr>,
     stderr_log: File,
+    lans: Vec<Arc<LanPort>>,
 }
 
 #[derive(Debug, Default)]
@@ -135,8 +137,9 @@ impl QemuVm {
         let with_state = shares_of.is_some();
         let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
         let kernel = config.boot.kernel();
-        let (mut ours, theirs) = Sockets::pairs(servers.count(), with_state, kernel.is_none())
+        let (mut ours, mut theirs) = Sockets::pairs(servers.count(), with_state, kernel.is_none())
             .map_err(resource("sockets"))?;
+        theirs.lans.clone_from(&options.lans);
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
         let log_file = |path: &Path| {
@@ -185,7 +188,7 @@ impl QemuVm {
         ours.console
             .set_read_timeout(panic_patience(kernel.map_or("", |kernel| &kernel.command_line)))
             .map_err(resource("sockets"))?;
-        let deadline = options.deadline;
+        let (deadline, lans) = (options.deadline, options.lans);
 
         // A child's parent-death signal comes when the *thread* that made it ends, so the thread that
         // starts QEMU is the one that waits for it.
@@ -233,6 +236,7 @@ impl QemuVm {
                     console_log,
                     stderr,
                     stderr_log,
+                    lans,
                 };
                 let (serving, served) = sync_channel::<()>(0);
                 for server in servers {
@@ -353,7 +357,7 @@ impl Shared {
     ) {
         let group = Pid::from_child(&child);
         let said = Arc::clone(&self.stderr);
-        let Outputs { qmp, console, console_log, stderr, stderr_log } = outputs;
+        let Outputs { qmp, console, console_log, stderr, stderr_log, lans } = outputs;
         let ends = [qmp.try_clone(), console.try_clone()];
         // Threads of their own and not of a scope: a process that QEMU started and that outlives it
         // can hold its stderr open for ever.
@@ -398,6 +402,8 @@ impl Shared {
         for socket in ends.into_iter().flatten() {
             let _ = socket.shutdown(Shutdown::Both);
         }
+        // Others can have its places on networks.
+        drop(lans);
         let mut fate = self.lock();
         let reason = self.reason(&fate, status, &said);
         fate.reason = Some(reason);
