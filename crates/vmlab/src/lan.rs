@@ -82,9 +82,18 @@ struct Shared {
 #[derive(Debug, Clone, Default)]
 struct Member {
     cut: bool,
+    /// Where it is while the network is split.
+    side: u32,
     /// A VM has this place.
     taken: bool,
     port: Weak<LanPort>,
+}
+
+impl Member {
+    /// The side of the switch that it belongs to.
+    fn side(&self) -> Option<u32> {
+        (!self.cut).then_some(self.side)
+    }
 }
 
 impl Lan {
@@ -139,13 +148,15 @@ impl Lan {
     }
 
     /// Cuts a member off from all others: until it is [joined](Self::join) again, frames from and to it are lost,
-    /// also those that were under way. Its interface stays up, as if the cut were further away. A VM that does not
-    /// run yet starts cut off.
+    /// also those that wait for a guest to fetch them. Its interface stays up, as if the cut were further away. A VM
+    /// that does not run yet starts cut off.
     ///
     /// # Errors
     /// [`LanError::Unknown`] when there is no such member.
     pub fn cut(&self, member: &str) -> Result<(), LanError> {
-        self.set_cut(member, true)
+        let index = self.index(member)?;
+        self.arrange(|members| members[index].cut = true);
+        Ok(())
     }
 
     /// Ends [`cut`](Self::cut). What was lost meanwhile stays lost.
@@ -153,7 +164,42 @@ impl Lan {
     /// # Errors
     /// [`LanError::Unknown`] when there is no such member.
     pub fn join(&self, member: &str) -> Result<(), LanError> {
-        self.set_cut(member, false)
+        let index = self.index(member)?;
+        self.arrange(|members| members[index].cut = false);
+        Ok(())
+    }
+
+    /// Splits the network: members reach those of their own side only, until another call of this or of
+    /// [`heal`](Self::heal). All members that are not named are on one further side. With
+    /// `net.split([["a", "b"]])`, these two do not reach the others.
+    ///
+    /// # Errors
+    /// [`LanError::Unknown`] when there is no such member, [`LanError::TwoSides`] when one is on two sides. All is
+    /// as before then.
+    pub fn split<S>(&self, sides: impl IntoIterator<Item = S>) -> Result<(), LanError>
+    where
+        S: IntoIterator<Item: AsRef<str>>,
+    {
+        let mut found = vec![0; self.shared.names.len()];
+        for (side, members) in (1..).zip(sides) {
+            for member in members {
+                let place = &mut found[self.index(member.as_ref())?];
+                if std::mem::replace(place, side) != 0 {
+                    return Err(LanError::TwoSides { name: member.as_ref().to_owned() });
+                }
+            }
+        }
+        self.arrange(|members| {
+            members.iter_mut().zip(found).for_each(|(member, side)| member.side = side);
+        });
+        Ok(())
+    }
+
+    /// Ends [`split`](Self::split) and all [cuts](Self::cut): each reaches all others again.
+    pub fn heal(&self) {
+        self.arrange(|members| {
+            members.iter_mut().for_each(|member| (member.cut, member.side) = (false, 0));
+        });
     }
 
     /// How many frames a member's VM has sent and was sent since it runs; `None` if it does not.
@@ -166,18 +212,17 @@ impl Lan {
         Ok(port.map(|port| port.port.counters()))
     }
 
-    fn set_cut(&self, member: &str, cut: bool) -> Result<(), LanError> {
-        let index = self.index(member)?;
-        let port = {
-            let member = &mut lock(&self.shared.members)[index];
-            member.cut = cut;
-            member.port.upgrade()
-        };
-        // It may be the last user of the port, which takes the lock when it goes.
-        if let Some(port) = port {
-            port.port.cut(cut);
-        }
-        Ok(())
+    /// Changes who is where, for all at once.
+    fn arrange(&self, change: impl FnOnce(&mut [Member])) {
+        let mut members = lock(&self.shared.members);
+        change(&mut members);
+        let ports =
+            members.iter().filter_map(|member| Some((member.port.upgrade()?, member.side())));
+        let ports: Vec<_> = ports.collect();
+        self.shared.switch.arrange(ports.iter().map(|(port, side)| (&port.port, *side)));
+        drop(members);
+        // The last user of a port takes the lock when it goes.
+        drop(ports);
     }
 
     fn index(&self, member: &str) -> Result<usize, LanError> {
@@ -306,7 +351,7 @@ impl Claim {
         let (port, device) = shared.switch.port(shared.mac(self.index))?;
         let port = Arc::new(LanPort { port, device, _claim: Arc::clone(self) });
         let member = &mut lock(&shared.members)[self.index];
-        port.port.cut(member.cut);
+        shared.switch.arrange([(&port.port, member.side())]);
         member.port = Arc::downgrade(&port);
         Ok(port)
     }

@@ -288,6 +288,11 @@ fn a_member_is_cut_off_and_comes_back() {
     net.join("b").unwrap();
     reaches(a, "b");
     reaches(b, "c");
+    net.split([["a", "b"]]).unwrap();
+    reaches(a, "b");
+    reaches_not(a, "c");
+    net.heal();
+    reaches(c, "b");
     // A transfer outlives a cut.
     let (sent, received) = std::thread::scope(|scope| {
         let carried = scope.spawn(|| carry(a, c, "c"));

@@ -24,6 +24,9 @@ pub const MAX_QUEUED: usize = 1024 * 1024;
 /// What the kernel is asked to hold for a socket, in bytes. It may allow less, but never less than one frame.
 const SOCKET_BUFFER: usize = 1024 * 1024;
 
+/// Frames that a socket's buffer may hold: beyond that, a guest sends faster than they are read.
+const MAX_PENDING: usize = SOCKET_BUFFER / 64;
+
 /// Frames that are taken from a port before the others have their turn.
 const BURST: usize = 64;
 
@@ -51,9 +54,9 @@ pub struct Counters {
     /// Frames that went to its guest.
     pub sent: u64,
     /// Frames of its guest that were none, that had another port's own address as their source, or that came while
-    /// the port was cut.
+    /// the port was cut off.
     pub refused: u64,
-    /// Frames for its guest that were lost, as the port was cut or its queue full.
+    /// Frames for its guest that were lost: its queue was full, or they came from another side.
     pub lost: u64,
 }
 
@@ -82,10 +85,12 @@ struct State {
 #[derive(Debug)]
 struct Attached {
     socket: Arc<OwnedFd>,
-    cut: bool,
+    /// The side that it is on; none if it is cut off.
+    side: Option<u32>,
     /// The other end is gone.
     broken: bool,
-    queue: VecDeque<Arc<[u8]>>,
+    /// Frames that wait, and from whom they are.
+    queue: VecDeque<(PortId, Arc<[u8]>)>,
     queued: usize,
     counters: Counters,
 }
@@ -126,7 +131,7 @@ impl Switch {
             id,
             Attached {
                 socket: Arc::new(ours),
-                cut: false,
+                side: Some(0),
                 broken: false,
                 queue: VecDeque::new(),
                 queued: 0,
@@ -137,25 +142,26 @@ impl Switch {
         self.worker.shared.wake();
         Ok((Port { id, worker: Arc::clone(&self.worker) }, device))
     }
+
+    /// Puts ports on sides of the switch, all at once. Frames pass only between ports of the same side; a port on none
+    /// is cut off. At first, all are on side 0. What was sent before goes as it would have gone before, unless it
+    /// still waits for its guest. Nothing passes between two sides once this has returned.
+    pub fn arrange<'a>(&self, sides: impl IntoIterator<Item = (&'a Port, Option<u32>)>) {
+        let mut state = self.worker.shared.lock();
+        state.carry_all();
+        for (port, side) in sides {
+            if let Some(port) = state.ports.get_mut(&port.id) {
+                port.side = side;
+            }
+        }
+        state.lose_across();
+        drop(state);
+        // Some may wait for room now.
+        self.worker.shared.wake();
+    }
 }
 
 impl Port {
-    /// Cuts the cable, or mends it. While it is cut, frames from and to the guest are lost, also those that were
-    /// waiting; the guest's interface stays up, as behind a further switch.
-    pub fn cut(&self, cut: bool) {
-        let mut state = self.worker.shared.lock();
-        if let Some(port) = state.ports.get_mut(&self.id) {
-            if cut {
-                // What the guest had sent before is lost as well.
-                port.drain();
-                port.discard();
-            } else if port.cut {
-                port.drain();
-            }
-            port.cut = cut;
-        }
-    }
-
     /// What became of its frames.
     pub fn counters(&self) -> Counters {
         let state = self.worker.shared.lock();
@@ -285,11 +291,12 @@ impl State {
     /// Carries a frame of a guest to whom it is for.
     fn carry(&mut self, from: PortId, frame: &[u8]) {
         let Some(port) = self.ports.get_mut(&from) else { return };
-        let addresses = Addresses::of(frame).filter(|_| !port.cut);
+        let addresses = port.side.and_then(|_| Addresses::of(frame));
         let Some(addresses) = addresses.filter(|known| self.table.learn(known.source, from)) else {
             port.counters.refused += 1;
             return;
         };
+        let sender = (from, port.side);
         port.counters.received += 1;
         let mut kept = None;
         let group = addresses.destination.is_group();
@@ -297,14 +304,44 @@ impl State {
             Some(to) if to == from => {}
             Some(to) => {
                 if let Some(port) = self.ports.get_mut(&to) {
-                    port.send(frame, &mut kept);
+                    port.send(sender, frame, &mut kept);
                 }
             }
             None => {
                 for (_, port) in self.ports.iter_mut().filter(|(id, _)| **id != from) {
-                    port.send(frame, &mut kept);
+                    port.send(sender, frame, &mut kept);
                 }
             }
+        }
+    }
+}
+
+impl State {
+    /// Carries what guests have sent so far, or as much of it as was there at a time.
+    fn carry_all(&mut self) {
+        let mut buffer = vec![0; MAX_FRAME + 1];
+        let sockets = self.ports.iter().map(|(&id, port)| (id, Arc::clone(&port.socket)));
+        for (id, socket) in sockets.collect::<Vec<_>>() {
+            for _ in 0..MAX_PENDING {
+                match take(socket.as_fd(), &mut buffer) {
+                    Taken::Frame(length) => self.carry(id, &buffer[..length]),
+                    Taken::Nothing | Taken::Broken => break,
+                }
+            }
+        }
+    }
+
+    /// Loses what waits for a port and came from another side than it is on now.
+    fn lose_across(&mut self) {
+        let sides: BTreeMap<_, _> = self.ports.iter().map(|(&id, port)| (id, port.side)).collect();
+        for port in self.ports.values_mut() {
+            let side = port.side;
+            let before = port.queue.len();
+            let passes =
+                |from: &PortId| side.is_some() && sides.get(from).is_none_or(|from| *from == side);
+            port.queue.retain(|(from, _)| passes(from));
+            port.counters.lost += (before - port.queue.len()) as u64;
+            port.queued = port.queue.iter().map(|(_, frame)| frame.len()).sum();
         }
     }
 }
@@ -318,8 +355,13 @@ enum Sent {
 
 impl Attached {
     /// Sends a frame, or keeps it until there is room. `kept` is the frame in memory, once for all ports.
-    fn send(&mut self, frame: &[u8], kept: &mut Option<Arc<[u8]>>) {
-        if self.cut || self.broken {
+    fn send(
+        &mut self,
+        (from, side): (PortId, Option<u32>),
+        frame: &[u8],
+        kept: &mut Option<Arc<[u8]>>,
+    ) {
+        if self.side != side || self.broken {
             self.counters.lost += 1;
             return;
         }
@@ -327,7 +369,8 @@ impl Attached {
         match sent {
             Sent::Gone => self.counters.sent += 1,
             Sent::NoRoom if self.queued + frame.len() <= MAX_QUEUED => {
-                self.queue.push_back(Arc::clone(kept.get_or_insert_with(|| frame.into())));
+                let kept = kept.get_or_insert_with(|| frame.into());
+                self.queue.push_back((from, Arc::clone(kept)));
                 self.queued += frame.len();
             }
             Sent::NoRoom | Sent::Lost => self.counters.lost += 1,
@@ -347,7 +390,7 @@ impl Attached {
 
     /// Sends what waits, as far as there is room.
     fn flush(&mut self) {
-        while let Some(frame) = self.queue.front().cloned() {
+        while let Some((_, frame)) = self.queue.front().cloned() {
             match self.send_now(&frame) {
                 Sent::NoRoom => return,
                 Sent::Gone => self.counters.sent += 1,
@@ -364,21 +407,7 @@ impl Attached {
         self.queue.clear();
         self.queued = 0;
     }
-
-    /// Loses what the guest has sent so far, or as much of it as was there at a time.
-    fn drain(&mut self) {
-        let mut nothing = [0; 1];
-        for _ in 0..MAX_DRAINED {
-            match take(self.socket.as_fd(), &mut nothing) {
-                Taken::Frame(_) => self.counters.refused += 1,
-                Taken::Nothing | Taken::Broken => return,
-            }
-        }
-    }
 }
-
-/// Frames that a socket's buffer may hold: beyond that, a guest sends faster than they are read.
-const MAX_DRAINED: usize = SOCKET_BUFFER / 64;
 
 #[cfg(test)]
 mod tests;

@@ -69,6 +69,12 @@ pub enum LanError {
         /// The member.
         name: String,
     },
+    /// A member is to be on two sides of a split network.
+    #[error("`{name}` cannot be on two sides of a network that is split")]
+    TwoSides {
+        /// The member.
+        name: String,
+    },
     /// The host has no more threads or descriptors for it.
     #[error("the switch of a network cannot be made")]
     Switch {

@@ -91,3 +91,21 @@ fn a_member_is_cut_off_whether_it_runs_or_not() {
     net.cut("b").unwrap();
     assert!(!arrives(&a, &b, 1) && !arrives(&b, &a, 2));
 }
+
+#[test]
+fn a_network_is_split_and_healed() {
+    let net = Lan::of(["a", "b", "c", "d"]).unwrap();
+    let sides = || -> Vec<_> { lock(&net.shared.members).iter().map(Member::side).collect() };
+    net.split([vec!["a", "c"], vec!["b"]]).unwrap();
+    assert_eq!(sides(), [Some(1), Some(2), Some(1), Some(0)]);
+    assert_eq!(
+        said(net.split([["a", "b"], ["d", "a"]])),
+        "`a` cannot be on two sides of a network that is split"
+    );
+    assert!(said(net.split([["e"]])).contains("no member `e`"));
+    net.cut("a").unwrap();
+    net.split([["d"]]).unwrap();
+    assert_eq!(sides(), [None, Some(0), Some(0), Some(1)]);
+    net.heal();
+    assert_eq!(sides(), [Some(0); 4]);
+}

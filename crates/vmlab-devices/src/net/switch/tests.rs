@@ -215,8 +215,8 @@ fn a_flood_does_not_keep_others_from_talking() {
 
 #[test]
 fn a_cut_port_is_deaf_and_dumb_until_it_is_mended() {
-    let (_switch, [one, two, three]) = three();
-    two.port.cut(true);
+    let (switch, [one, two, three]) = three();
+    switch.arrange([(&two.port, None)]);
     one.send(two.address, b"lost");
     two.send(one.address, b"lost");
     two.send(MacAddress::BROADCAST, b"lost");
@@ -225,7 +225,7 @@ fn a_cut_port_is_deaf_and_dumb_until_it_is_mended() {
     three.gets_nothing();
     one.send(three.address, b"others go on");
     assert_eq!(three.gets().1, b"others go on");
-    two.port.cut(false);
+    switch.arrange([(&two.port, Some(0))]);
     two.gets_nothing();
     one.send(two.address, b"again");
     assert_eq!(two.gets().1, b"again");
@@ -235,16 +235,66 @@ fn a_cut_port_is_deaf_and_dumb_until_it_is_mended() {
 
 #[test]
 fn nothing_passes_once_a_cut_has_returned() {
-    let (_switch, [one, two, _]) = three();
+    let (switch, [one, two, _]) = three();
     for _ in 0..200 {
         two.send(one.address, b"");
-        two.port.cut(true);
-        one.drained_now();
+        switch.arrange([(&two.port, None)]);
+        // Before the cut, it was sent.
+        assert_eq!(one.drained_now(), 1);
         two.send(one.address, b"");
-        assert_eq!(one.drained_now(), 0);
-        two.port.cut(false);
+        switch.arrange([(&two.port, Some(0))]);
         assert_eq!(one.drained_now(), 0);
     }
+}
+
+#[test]
+fn sides_talk_among_themselves_only() {
+    let (switch, [one, two, three]) = three();
+    let four = Guest::new(&switch, 4);
+    let sides = |sides: [Option<u32>; 4]| {
+        let ports = [&one, &two, &three, &four].map(|guest| &guest.port);
+        switch.arrange(ports.into_iter().zip(sides));
+    };
+    let hear = |from: &Guest| {
+        from.send(MacAddress::BROADCAST, b"");
+        std::thread::sleep(SILENCE);
+        [&one, &two, &three, &four].map(Guest::drained_now)
+    };
+    assert_eq!(hear(&one), [0, 1, 1, 1]);
+    sides([Some(1), Some(1), Some(2), Some(2)]);
+    assert_eq!((hear(&one), hear(&four)), ([0, 1, 0, 0], [0, 0, 1, 0]));
+    one.send(three.address, b"across");
+    three.gets_nothing();
+    sides([Some(1), Some(2), Some(1), None]);
+    assert_eq!((hear(&one), hear(&two), hear(&four)), ([0, 0, 1, 0], [0; 4], [0; 4]));
+    // Two that are cut off do not reach each other, either.
+    sides([None, None, Some(0), Some(0)]);
+    assert_eq!((hear(&one), hear(&three)), ([0; 4], [0, 0, 0, 1]));
+}
+
+#[test]
+fn what_waits_is_lost_with_the_side_that_it_came_from() {
+    let (switch, [one, two, three]) = three();
+    let silent = Guest::new(&switch, 4);
+    let waiting = || switch.worker.shared.lock().ports[&silent.port.id].queue.len();
+    let mut sent = 0;
+    // More than the kernel holds, so that some wait here.
+    while waiting() <= 2 {
+        one.send(silent.address, &[1; 60_000]);
+        sent += 1;
+        one.counts(|counters| counters.received == sent);
+    }
+    two.send(silent.address, b"kept");
+    two.counts(|counters| counters.received == 1);
+    switch.arrange([(&one.port, Some(1))]);
+    assert_eq!(waiting(), 1);
+    let mut last = Vec::new();
+    while silent.comes(SILENCE) {
+        last = silent.gets().1;
+    }
+    assert_eq!(last, b"kept");
+    assert!(silent.port.counters().lost > 2);
+    three.gets_nothing();
 }
 
 impl Guest {
