@@ -10,13 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use vmlab_devices::net::{Counters, MacAddress, Port, Switch};
+use vmlab_devices::net::{Port, Switch};
 use vmlab_wire::message::Interface;
 
 use crate::config::LanDevice;
 use crate::sync::lock;
 
 pub use error::LanError;
+pub use vmlab_devices::net::{Counters, MacAddress};
 
 /// The most members of a network: those that a /24 has addresses for.
 pub const MAX_MEMBERS: usize = 254;

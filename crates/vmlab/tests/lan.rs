@@ -418,9 +418,17 @@ fn speed() {
     let net = Lan::of(["server", "client"]).unwrap();
     let server = builder().lan(&net, "server").start().unwrap();
     let client = builder().lan(&net, "client").start().unwrap();
-    for _ in 0..5 {
-        let (sent, _) = carry(&client, &server, "server");
-        println!("{} Mbit/s", said(&sent, "megabits a second"));
+    for mtu in [1500, 9000, 65535, 1500] {
+        let larger = format!("ip link set dev $(basename /sys/class/net/e*) mtu {mtu}");
+        for vm in [&server, &client] {
+            let output = vm.command("sh").args(["-c", &larger]).user(GuestUser::default());
+            assert!(output.output().unwrap().status.success());
+        }
+        for _ in 0..3 {
+            let (sent, received) = carry(&client, &server, "server");
+            assert_eq!(said(&sent, "sum"), said(&received, "sum"));
+            println!("MTU {mtu}: {} Mbit/s", said(&sent, "megabits a second"));
+        }
     }
     println!("{:?}", net.counters("server").unwrap());
     std::thread::scope(|scope| {
