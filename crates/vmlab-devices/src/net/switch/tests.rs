@@ -371,3 +371,28 @@ fn nothing_is_left_behind_by_a_switch_of_its_own_process() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
+
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    const AMOUNT: usize = 1 << 30;
+    let (_switch, [one, two, _]) = three();
+    for length in [1500, 9000, 65_000] {
+        let count = AMOUNT / length;
+        let since = Instant::now();
+        let got = std::thread::scope(|scope| {
+            let fetch = scope.spawn(|| {
+                let mut buffer = vec![0; MAX_FRAME];
+                let fetch = || two.comes(SILENCE).then(|| take(two.device.as_fd(), &mut buffer));
+                std::iter::from_fn(fetch).count()
+            });
+            let payload = vec![0; length];
+            (0..count).for_each(|_| one.send(two.address, &payload));
+            fetch.join().unwrap()
+        });
+        let seconds = (since.elapsed() - SILENCE).as_secs_f64();
+        let gigabits = (got * length * 8) as f64 / seconds / 1e9;
+        println!("{length}: {gigabits:.1} Gbit/s, {:.0} frames/s", got as f64 / seconds);
+        println!("{:?}", two.port.counters());
+    }
+}
