@@ -349,10 +349,9 @@ impl Claim {
     /// The host has no more descriptors.
     pub(crate) fn port(self: &Arc<Self>) -> io::Result<Arc<LanPort>> {
         let shared = &self.lan.shared;
-        let (port, device) = shared.switch.port(shared.mac(self.index))?;
-        let port = Arc::new(LanPort { port, device, _claim: Arc::clone(self) });
         let member = &mut lock(&shared.members)[self.index];
-        shared.switch.arrange([(&port.port, member.side())]);
+        let (port, device) = shared.switch.port(shared.mac(self.index), member.side())?;
+        let port = Arc::new(LanPort { port, device, _claim: Arc::clone(self) });
         member.port = Arc::downgrade(&port);
         Ok(port)
     }

@@ -111,12 +111,12 @@ impl Switch {
         Ok(Self { worker: Arc::new(Worker { shared, thread: Some(thread) }) })
     }
 
-    /// Adds a port for an interface with this address, which no other port can send from. The second value is the
-    /// device's end of the port's socket: each datagram is a frame.
+    /// Adds a port for an interface with this address, which no other port can send from, on a side as of
+    /// [`arrange`](Self::arrange). The second value is the device's end of the port's socket: each datagram is a frame.
     ///
     /// # Errors
     /// No more descriptors.
-    pub fn port(&self, address: MacAddress) -> io::Result<(Port, OwnedFd)> {
+    pub fn port(&self, address: MacAddress, side: Option<u32>) -> io::Result<(Port, OwnedFd)> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, device) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
         for socket in [&ours, &device] {
@@ -131,7 +131,7 @@ impl Switch {
             id,
             Attached {
                 socket: Arc::new(ours),
-                side: Some(0),
+                side,
                 broken: false,
                 queue: VecDeque::new(),
                 queued: 0,
@@ -143,9 +143,9 @@ impl Switch {
         Ok((Port { id, worker: Arc::clone(&self.worker) }, device))
     }
 
-    /// Puts ports on sides of the switch, all at once. Frames pass only between ports of the same side; a port on none
-    /// is cut off. At first, all are on side 0. What was sent before goes as it would have gone before, unless it
-    /// still waits for its guest. Nothing passes between two sides once this has returned.
+    /// Puts ports on other sides of the switch, all at once. Frames pass only between ports of the same side; a port on
+    /// none is cut off. What was sent before goes as it would have gone before, unless it still waits for its guest.
+    /// Nothing passes between two sides once this has returned.
     pub fn arrange<'a>(&self, sides: impl IntoIterator<Item = (&'a Port, Option<u32>)>) {
         let mut state = self.worker.shared.lock();
         state.carry_all();

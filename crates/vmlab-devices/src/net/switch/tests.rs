@@ -22,7 +22,7 @@ struct Guest {
 
 impl Guest {
     fn new(switch: &Switch, number: u8) -> Self {
-        let (port, device) = switch.port(address(number)).unwrap();
+        let (port, device) = switch.port(address(number), Some(0)).unwrap();
         Self { port, device, address: address(number) }
     }
 
