@@ -10,6 +10,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use vmlab::config::NetworkMode;
+use vmlab::lan::MAX_LANS;
 use vmlab::units::{Bytes, MIB};
 use vmlab::{
     AccelChoice, Error, GuestUser, Image, Lan, LanError, Output, SnapshotMode, Vm, VmBuilder,
@@ -271,6 +272,19 @@ fn two_vms_know_and_reach_each_other() {
     drop(server);
 }
 
+#[vmlab::test(host, kernel = "debian:6.12", memory = "256M")]
+fn a_test_with_the_attribute_starts_several(vm: VmBuilder) -> vmlab::prelude::Result {
+    let _logs = Logs::new();
+    let net = Lan::of(["server", "client"])?;
+    let server = vm.clone().lan(&net, "server").start()?;
+    let client = vm.lan(&net, "client").start()?;
+    for vm in [&server, &client] {
+        let found = vm.exec(["getent", "hosts", "server"])?.stdout_text().to_string();
+        assert!(found.starts_with(&net.address("server")?.to_string()), "{found}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_member_is_cut_off_and_comes_back() {
     let _logs = Logs::new();
@@ -346,6 +360,20 @@ fn a_vm_is_on_several_networks_and_the_users() {
     route(&inside, &right, &left);
     route(&outside, &left, &right);
     reaches(&inside, &right.address("right").unwrap().to_string());
+}
+
+#[test]
+fn a_vm_can_be_on_as_many_networks_as_it_says() {
+    let _logs = Logs::new();
+    let nets: Vec<Lan> = (0..MAX_LANS).map(|_| Lan::of(["hub", "spoke"]).unwrap()).collect();
+    let hub = || nets.iter().fold(builder(), |vm, net| vm.lan(net, "hub"));
+    let last = nets.last().unwrap();
+    let spoke = builder().lan(last, "spoke").start().unwrap();
+    for mode in [SnapshotMode::Use, SnapshotMode::Never] {
+        let hub = hub().snapshots(mode).start().unwrap();
+        reaches(&spoke, "hub");
+        reaches(&hub, &last.address("spoke").unwrap().to_string());
+    }
 }
 
 #[test]
