@@ -139,6 +139,8 @@ pub struct Setup {
     pub files: Vec<File>,
     /// The network interface's address, when there is one.
     pub network: Option<Network>,
+    /// Interfaces on networks of VMs, which are not the one of `network`.
+    pub lans: Vec<Interface>,
     /// Names of modules to load with `modprobe` once the root is there, with their parameters.
     pub modprobe: Vec<Vec<String>>,
     /// So many virtio-fs devices, the first ones, are others than those that the kernel found.
@@ -251,6 +253,17 @@ pub struct Network {
     pub prefix: u8,
     /// The IPv4 address of the default route.
     pub gateway: [u8; 4],
+}
+
+/// An interface on a network of VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The device's address, which it is known by.
+    pub mac: [u8; 6],
+    /// The guest's IPv4 address there.
+    pub address: [u8; 4],
+    /// Length of the network's prefix in bits.
+    pub prefix: u8,
 }
 
 /// How the set-up went.

@@ -16,6 +16,7 @@ use crate::disk::{self, Disk};
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, qemu::Qemu};
 use crate::image::Image;
+use crate::lan::{Lan, Membership, memberships};
 use crate::prepared::{PreparedVm, System};
 use crate::report::Phase;
 use crate::share::{Share, ShareVia};
@@ -86,6 +87,7 @@ pub struct VmBuilder {
     sandbox: bool,
     network: NetworkMode,
     pluggable: bool,
+    lans: Vec<(Lan, String)>,
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
@@ -128,6 +130,7 @@ impl Default for VmBuilder {
             sandbox: true,
             network: NetworkMode::None,
             pluggable: false,
+            lans: Vec::new(),
             hostname: None,
             append: Vec::new(),
             full_console: false,
@@ -260,6 +263,13 @@ impl VmBuilder {
         self
     }
 
+    /// Puts the VM on a network of VMs, as one of its members, whose name is the guest's host name unless that is set
+    /// or it is on another one before. Can be called several times.
+    pub fn lan(mut self, lan: &Lan, member: impl Into<String>) -> Self {
+        self.lans.push((lan.clone(), member.into()));
+        self
+    }
+
     /// The guest's host name; one that no other guest has unless set.
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.hostname = Some(name.into());
@@ -374,6 +384,7 @@ impl VmBuilder {
         let builder = Arc::new(self.clone());
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
+        let lans = memberships(&self.lans)?;
         let environment = self.environment_in_guest()?;
         let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
@@ -394,9 +405,10 @@ impl VmBuilder {
             Some(image) if self.kernel.is_none() => {
                 self.image_parts(image, &environment, (&cache, &leases), &mut timeline)?
             }
-            _ => self.kernel_parts(&environment, (&cache, &leases), &mut timeline)?,
+            _ => self.kernel_parts(&environment, &lans, (&cache, &leases), &mut timeline)?,
         };
         let Parts { config, setup, system, accel_reason } = parts;
+        let config = lans.iter().map(Membership::device).fold(config, VmConfigBuilder::lan);
         let mut config = disks
             .into_iter()
             .fold(config, VmConfigBuilder::disk)
@@ -428,6 +440,7 @@ impl VmBuilder {
             environment,
             user: self.user,
             accel_reason,
+            lans,
             hypervisor: self.hypervisor,
             timeout: self.timeout,
             boot_timeout: self.boot_timeout.unwrap_or(usual_time),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
 use vmlab_artifacts::image::ImageFormat;
 use vmlab_devices::blk;
+use vmlab_devices::net::MacAddress;
 
 use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
@@ -151,6 +152,13 @@ pub enum NetworkMode {
     None,
     /// The outside world, through connections that the host's user makes; nothing gets in.
     User,
+}
+
+/// An interface on a network that VMs have to themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct LanDevice {
+    /// Its address, by which the guest tells it from others.
+    pub mac: MacAddress,
 }
 
 /// The byte channel between host and agent.
@@ -324,6 +332,9 @@ pub struct VmConfig {
     pub sandbox: bool,
     /// Network.
     pub network: NetworkMode,
+    /// Interfaces on networks of VMs. Each start brings a port for each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lans: Vec<LanDevice>,
     /// How the agent is reached.
     pub channel: AgentChannel,
     /// Whether disks can be plugged in and taken out while it runs, and a snapshot taken in the midst of a run.
@@ -370,6 +381,7 @@ impl VmConfigBuilder {
                 disks: Vec::new(),
                 sandbox: true,
                 network: NetworkMode::None,
+                lans: Vec::new(),
                 channel: AgentChannel::Virtio,
                 pluggable: false,
                 qemu_args: Vec::new(),
@@ -422,6 +434,12 @@ impl VmConfigBuilder {
     /// Sets the network.
     pub fn network(mut self, network: NetworkMode) -> Self {
         self.config.network = network;
+        self
+    }
+
+    /// Adds an interface on a network of VMs.
+    pub fn lan(mut self, lan: LanDevice) -> Self {
+        self.config.lans.push(lan);
         self
     }
 

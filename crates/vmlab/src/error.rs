@@ -17,6 +17,7 @@ use vmlab_vmm::probe::KvmUnusable;
 
 use crate::config::ConfigError;
 use crate::hypervisor::{ExitReason, HypervisorError};
+use crate::lan::LanError;
 use crate::report::Report;
 use crate::units::BytesError;
 
@@ -77,6 +78,9 @@ pub enum Error {
     /// What was asked for cannot work.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A network of VMs cannot be as it is asked for.
+    #[error(transparent)]
+    Lan(#[from] LanError),
     /// A share was given in a wrong way.
     #[error("`{text}` is not a share: {why}; give HOST[:GUEST][:ro|rw] with absolute guest paths")]
     Share {
@@ -424,6 +428,7 @@ impl Error {
             | Self::NoSuchKind { .. }
             | Self::KernelLacks { .. }
             | Self::Config(_)
+            | Self::Lan(_)
             | Self::Share { .. }
             | Self::Disk { .. }
             | Self::Template { .. }

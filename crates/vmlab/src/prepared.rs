@@ -13,6 +13,7 @@ use vmlab_wire::message::Setup;
 use crate::config::VmConfig;
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, VmHandle};
+use crate::lan::Membership;
 use crate::random;
 use crate::report::{Phase, Report};
 use crate::rootfs::Identity;
@@ -57,6 +58,8 @@ pub struct PreparedVm {
     /// The user, where only the guest knows who that is.
     pub(crate) user: Option<String>,
     pub(crate) accel_reason: Option<String>,
+    /// What it is on networks of VMs.
+    pub(crate) lans: Vec<Membership>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) boot_timeout: Duration,

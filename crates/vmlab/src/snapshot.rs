@@ -160,6 +160,7 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     let shares = if config.served_shares().next().is_some() { SHARES } else { 0 };
     config.shares = (0..shares).map(|index| placeholder(index, empty)).collect();
     config.network = NetworkMode::None;
+    config.lans.clear();
     config.disks.clear();
     // All such VMs are.
     config.pluggable = false;

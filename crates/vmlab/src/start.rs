@@ -15,6 +15,7 @@ use crate::config::{Accel, NetworkMode, ShareDevice, VmConfig};
 use crate::error::{EmulatorFault, ErrorClass};
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
+use crate::lan::{Claim, LanError};
 use crate::prepared::PreparedVm;
 use crate::report::Phase;
 use crate::runs::RunDir;
@@ -95,6 +96,8 @@ pub(crate) struct Starter<'a, F> {
     /// Is told of each machine as soon as it runs.
     pub(crate) started: &'a F,
     pub(crate) deadline: Option<Instant>,
+    /// Its places on networks of VMs.
+    pub(crate) lans: &'a [Arc<Claim>],
 }
 
 impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
@@ -285,7 +288,11 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let prepared = self.prepared;
         let since = Instant::now();
         let (log_dir, deadline) = (log_dir.to_owned(), self.deadline);
-        let options = StartOptions { log_dir, deadline, origin, vms: prepared.vms };
+        // A VM that boots for a snapshot is on no network.
+        let lans = self.lans.iter().take(config.lans.len()).map(Claim::port);
+        let lans = lans.collect::<io::Result<_>>();
+        let lans = lans.map_err(|source| Error::from(LanError::Switch { source }))?;
+        let options = StartOptions { log_dir, deadline, origin, lans, vms: prepared.vms };
         let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
         timeline.note("hypervisor's start", since);
         (self.started)(&handle);
@@ -314,7 +321,10 @@ pub(crate) struct Devices {
 impl Devices {
     fn of(config: &VmConfig, kept: u32) -> Self {
         let shares = config.shares.len().try_into().unwrap_or(u32::MAX);
-        let more = shares > kept || config.network != NetworkMode::None || !config.disks.is_empty();
+        let more = shares > kept
+            || config.network != NetworkMode::None
+            || !config.lans.is_empty()
+            || !config.disks.is_empty();
         Self { revive: kept.min(shares), more }
     }
 }

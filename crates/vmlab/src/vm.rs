@@ -21,6 +21,7 @@ use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
+use crate::lan::Membership;
 use crate::prepared::{PreparedVm, System};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
@@ -92,15 +93,17 @@ impl Vm {
     ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
+        let failed = |error| Box::new(FailedStart { error, report: prospect.clone() });
+        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>();
+        let lans = lans.map_err(|error| failed(error.into()))?;
         let since = Instant::now();
-        let own_disks = disk::give_each_its_own(&mut prepared.config.disks)
-            .map_err(|error| Box::new(FailedStart { error, report: prospect.clone() }))?;
+        let own_disks = disk::give_each_its_own(&mut prepared.config.disks).map_err(&failed)?;
         if !prepared.config.disks.is_empty() {
             timeline.note("copies of disks", since);
         }
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let starter = Starter { prepared: &prepared, started: &started, deadline };
+        let starter = Starter { prepared: &prepared, started: &started, deadline, lans: &lans };
         let booted = starter.start(&mut timeline).map_err(|error| {
             own_disks.keep_none();
             timeline.fail();

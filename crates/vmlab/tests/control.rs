@@ -286,3 +286,28 @@ fn what_cannot_be_is_refused_and_said() {
     let ended = vm.snapshot().unwrap_err();
     assert!(matches!(ended, Error::Ended { .. }), "{ended}");
 }
+
+#[test]
+fn a_guest_keeps_its_network_over_reset_and_restore() {
+    let net = vmlab::Lan::of(["server", "client"]).unwrap();
+    let server = builder().lan(&net, "server").start().unwrap();
+    let serve = "mkdir /tmp/www; echo here > /tmp/www/file; \
+                 (cd /tmp/www && exec python3 -m http.server 8000) > /dev/null 2>&1 &";
+    sh(&server, serve);
+    let mut client = builder().lan(&net, "client").start().unwrap();
+    let fetch = |client: &Vm| {
+        let script = "for i in $(seq 100); do python3 -c 'import urllib.request as r; \
+                      print(r.urlopen(\"http://server:8000/file\", timeout=20).read().decode())' \
+                      && exit 0; sleep 0.2; done; exit 1";
+        assert_eq!(sh(client, script), "here");
+    };
+    fetch(&client);
+    let snapshot = client.snapshot().unwrap();
+    fetch(&client);
+    client.restore(&snapshot).unwrap();
+    fetch(&client);
+    client.reset().unwrap();
+    fetch(&client);
+    client.shutdown().unwrap();
+    server.shutdown().unwrap();
+}

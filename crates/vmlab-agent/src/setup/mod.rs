@@ -193,8 +193,12 @@ pub(crate) fn run(
     }
     system::hostname(&setup.hostname, warn);
     done("hostname");
+    if !setup.lans.is_empty() {
+        network::configure_lans(&setup.lans, warn)?;
+        done("networks of VMs");
+    }
     if let Some(network) = &setup.network {
-        network::configure(network, warn)?;
+        network::configure(network, &setup.lans, warn)?;
         done("network");
     }
     load_modules(setup, &mut done)?;

@@ -21,6 +21,8 @@ pub(crate) use console::printable;
 pub(crate) use snapshot::DeviceId;
 pub use snapshot::{Memory, Origin, RunDevices, Snapshot};
 
+pub use crate::lan::LanPort;
+
 use crate::config::{ConfigError, DiskDevice, Machine, NetworkMode, ShareTransport, VmConfig};
 
 /// A program or library that can run VMs.
@@ -163,6 +165,9 @@ pub struct StartOptions {
     pub deadline: Option<Instant>,
     /// How it begins.
     pub origin: Origin,
+    /// One for each of the configuration's [`lans`](VmConfig::lans), in their order, to be dropped when the VM has
+    /// ended.
+    pub lans: Vec<Arc<LanPort>>,
     /// How many VMs of this process may run at the same time. What each has of the process's open files
     /// is divided by that.
     pub vms: usize,
@@ -178,6 +183,8 @@ pub struct Capabilities {
     pub shares: Vec<ShareTransport>,
     /// Networks it can have.
     pub networks: Vec<NetworkMode>,
+    /// Whether it can be on networks of VMs.
+    pub lans: bool,
     /// Whether arguments can be handed through to QEMU.
     pub qemu_args: bool,
     /// Whether it can be stopped and continued.
@@ -202,6 +209,7 @@ impl Capabilities {
             ),
             ("this network", self.networks.contains(&config.network)),
             ("devices that are plugged in later", self.pluggable || !config.pluggable),
+            ("networks of VMs", self.lans || config.lans.is_empty()),
             ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
         ];
         match needs.iter().find(|(_, can)| !can) {

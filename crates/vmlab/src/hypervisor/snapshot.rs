@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use vmlab_devices::fs::{Fs, Passthrough};
+use vmlab_devices::net::MacAddress;
 
 /// A VM at one moment: its memory, the state of its devices, and what its console had said.
 #[derive(Clone)]
@@ -39,6 +40,8 @@ pub(crate) enum DeviceId {
     Share(String),
     /// The network.
     Network,
+    /// A port on a network of VMs, by its address.
+    Lan(MacAddress),
     /// A disk, by its serial number.
     Disk(String),
 }

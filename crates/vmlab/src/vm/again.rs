@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::config::DiskDevice;
 use crate::hypervisor::{ExitReason, VmHandle};
+use crate::lan::Membership;
 use crate::prepared::PreparedVm;
 use crate::start::{Booted, Starter};
 use crate::sync::lock;
@@ -78,7 +79,8 @@ impl Vm {
         let logs = self.run_dir.part(&format!("start-{}", self.starts))?;
         let prepared = PreparedVm { run_dir: Some(logs), ..self.prepared.clone() };
         let (nobody, deadline): (Nobody, _) = (|_| {}, self.deadline);
-        let starter = Starter { prepared: &prepared, started: &nobody, deadline };
+        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>()?;
+        let starter = Starter { prepared: &prepared, started: &nobody, deadline, lans: &lans };
         start(&starter, &mut lock(&self.timeline))
     }
 

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use super::devices::{PLUG_BUS, devices, disk_id, share_id};
+use super::devices::{PLUG_BUS, devices, disk_id, lan_id, share_id};
 use crate::config::{
     Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
     ShareTransport, Topology, VmConfig,
@@ -29,6 +29,8 @@ pub(super) struct Descriptors {
     /// Connections to servers of ours: one for each share over virtio-fs, then one for each disk that is served
     /// here, in their order.
     pub(super) servers: Vec<RawFd>,
+    /// Datagram sockets of ports on networks of VMs.
+    pub(super) lans: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
     pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
     /// The VM goes on from a snapshot, whose state will be named by QMP.
@@ -299,6 +301,10 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         NetworkMode::None => {}
         NetworkMode::User => args.option("-netdev", "user,id=net"),
     }
+    for (index, fd) in fds.lans.iter().enumerate().take(config.lans.len()) {
+        // `dgram` is the same, and newer than 7.1.
+        args.option("-netdev", format!("socket,id={},fd={fd}", lan_id(index)));
+    }
     for disk in &config.disks {
         if disk.serve.is_some() {
             if let Some(fd) = servers.next() {
@@ -325,9 +331,10 @@ mod tests {
     use super::*;
     use vmlab_artifacts::image::ImageFormat;
 
-    use crate::config::{Caching, DiskDevice, KernelBoot, ShareDevice, VmConfigBuilder};
+    use crate::config::{Caching, DiskDevice, KernelBoot, LanDevice, ShareDevice, VmConfigBuilder};
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
+    use vmlab_devices::net::MacAddress;
 
     fn line(change: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Vec<String> {
         // Any readable file will do: nothing is started.
@@ -349,6 +356,7 @@ mod tests {
             qmp: 9,
             guest_agent,
             servers,
+            lans: vec![20, 21],
             memory: None,
             incoming: false,
             reset_kernel: None,
@@ -553,5 +561,15 @@ mod tests {
         assert!(values(&line(|config| config), "-netdev").is_empty());
         let line = line(|config| config.network(NetworkMode::User));
         assert_eq!(values(&line, "-netdev"), ["user,id=net"]);
+    }
+
+    #[test]
+    fn networks_of_vms_are_sockets_and_known_by_their_addresses() {
+        let lan = |last| LanDevice { mac: MacAddress([0x02, 0x76, 10, 77, 1, last]) };
+        let line = line(|config| config.network(NetworkMode::User).lan(lan(1)).lan(lan(2)));
+        let sockets = ["user,id=net", "socket,id=lan0,fd=20", "socket,id=lan1,fd=21"];
+        assert_eq!(values(&line, "-netdev"), sockets);
+        let device = "virtio-net-pci,netdev=lan1,mac=02:76:0a:4d:01:02,romfile=";
+        assert!(values(&line, "-device").contains(&device), "{line:?}");
     }
 }

@@ -26,6 +26,11 @@ pub(super) fn disk_id(serial: &str) -> String {
     format!("disk-{serial}")
 }
 
+/// The same of a port on a network of VMs.
+pub(super) fn lan_id(index: usize) -> String {
+    format!("lan{index}")
+}
+
 /// The name of the device that is plugged in at a place.
 pub(super) fn plug_id(place: u32) -> String {
     format!("plug{place}")
@@ -114,6 +119,15 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
             driver: "virtio-net-pci",
             properties: vec![("netdev", "net".to_owned()), ("romfile", String::new())],
         }),
+    }
+    for (index, lan) in config.lans.iter().enumerate() {
+        let properties = vec![
+            ("netdev", lan_id(index)),
+            ("mac", lan.mac.to_string()),
+            ("romfile", String::new()),
+        ];
+        let id = DeviceId::Lan(lan.mac);
+        devices.push(Device { id, served: false, driver: "virtio-net-pci", properties });
     }
     for (index, disk) in config.disks.iter().enumerate() {
         let mut device = disk_device(disk);

@@ -100,8 +100,9 @@ impl QemuVm {
         let with_state = matches!(begin, Begin::InRun(_) | Begin::BeforeRun(..));
         let ram = Ram::of(config, &options.origin).map_err(resource("memory"))?;
         let kernel = config.boot.kernel();
-        let (mut ours, theirs) = Sockets::pairs(servers.count(), with_state, kernel.is_none())
+        let (mut ours, mut theirs) = Sockets::pairs(servers.count(), with_state, kernel.is_none())
             .map_err(resource("sockets"))?;
+        theirs.lans.clone_from(&options.lans);
         let cpu_log = options.log_dir.join("cpu.log");
         let log_path = options.log_dir.join("console.log");
         let log_file = |path: &Path| {
@@ -157,7 +158,7 @@ impl QemuVm {
         ours.console
             .set_read_timeout(panic_patience(kernel.map_or("", |kernel| &kernel.command_line)))
             .map_err(resource("sockets"))?;
-        let deadline = options.deadline;
+        let (deadline, lans) = (options.deadline, options.lans);
 
         // A child's parent-death signal comes when the *thread* that made it ends, so the thread that
         // starts QEMU is the one that waits for it.
@@ -209,6 +210,7 @@ impl QemuVm {
                     console_log,
                     stderr,
                     stderr_log,
+                    lans,
                 };
                 servers.into_iter().for_each(|server| shared.watch(server));
                 if sender.send(Ok(Arc::clone(&shared))).is_ok() {

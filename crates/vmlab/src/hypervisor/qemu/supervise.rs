@@ -20,6 +20,7 @@ use vmlab_devices::bear_file_limits;
 use super::super::{ExitReason, SerialConsole};
 use super::files::Server;
 use super::qmp::{Qmp, ShutdownCause};
+use crate::lan::LanPort;
 use crate::sync::{lock, wait_until};
 
 /// How much of what QEMU says on stderr is kept.
@@ -54,13 +55,14 @@ pub(super) struct Shared {
     pub(super) serving: Mutex<Option<SyncSender<()>>>,
 }
 
-/// What QEMU writes, and where it is kept.
+/// What QEMU writes, where it is kept, and what is the VM's as long as it runs.
 pub(super) struct Outputs {
     pub(super) qmp: UnixStream,
     pub(super) console: UnixStream,
     pub(super) console_log: File,
     pub(super) stderr: Option<ChildStderr>,
     pub(super) stderr_log: File,
+    pub(super) lans: Vec<Arc<LanPort>>,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +82,7 @@ impl Shared {
     ) {
         let group = Pid::from_child(&child);
         let said = Arc::clone(&self.stderr);
-        let Outputs { qmp, console, console_log, stderr, stderr_log } = outputs;
+        let Outputs { qmp, console, console_log, stderr, stderr_log, lans } = outputs;
         let ends = [qmp.try_clone(), console.try_clone()];
         // Threads of their own and not of a scope: a process that QEMU started and that outlives it
         // can hold its stderr open for ever.
@@ -126,6 +128,8 @@ impl Shared {
         for socket in ends.into_iter().flatten() {
             let _ = socket.shutdown(Shutdown::Both);
         }
+        // Others can have its places on networks.
+        drop(lans);
         let mut fate = self.lock();
         let reason = self.reason(&fate, status, &said);
         fate.reason = Some(reason);
