@@ -159,6 +159,7 @@ end_to_end_program() {
 # of them is enough.
 once_only=(
     image_build::a_build_that_is_ended
+    images::disks_come_to
     images::images_of_a_vmtest
     images::one_file
     images::secure_boot

@@ -201,6 +201,12 @@ pub enum Error {
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
+    /// What is paused cannot answer.
+    #[error("the VM is paused, and has to be resumed before it can be asked for something")]
+    Paused,
+    /// A VM goes back to its own snapshots only.
+    #[error("the snapshot was taken of another VM")]
+    OthersSnapshot,
     /// What is recorded of a disk is of one start.
     #[error(
         "the VM cannot be started again: its disk `{serial}` is recorded, from its first content on"
@@ -437,6 +443,8 @@ impl Error {
             | Self::Hypervisor(_)
             | Self::NotInSnapshot { .. }
             | Self::RecordedDisk { .. }
+            | Self::Paused
+            | Self::OthersSnapshot
             | Self::Kvm(_)
             | Self::Io { .. }
             | Self::NotStopped { .. }

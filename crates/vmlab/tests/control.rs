@@ -282,6 +282,22 @@ fn what_cannot_be_is_refused_and_said() {
     assert!(error.contains("no filesystem that is known is on it"), "{error}");
     vm.attach(disk()).unwrap();
     assert_eq!(sh(&vm, "ls /dev/disk/by-id"), "virtio-data");
+    vm.pause().unwrap();
+    for error in [vm.snapshot().err(), vm.attach(disk().named("more")).err()] {
+        assert!(matches!(error, Some(Error::Paused)), "{error:?}");
+    }
+    vm.resume().unwrap();
+    let snapshot = vm.snapshot().unwrap();
+    let mut other = builder().start().unwrap();
+    assert!(matches!(other.restore(&snapshot), Err(Error::OthersSnapshot)));
+    other.shutdown().unwrap();
+    let log = dir.path().join("log");
+    let options = vmlab::blk::Options { record: Some(log), ..Default::default() };
+    vm.attach(disk().named("recorded").served(options)).unwrap();
+    let recorded = vm.snapshot().unwrap_err().to_string();
+    assert!(recorded.contains("its disk `recorded` is recorded"), "{recorded}");
+    assert!(matches!(vm.reset(), Err(Error::RecordedDisk { .. })));
+    vm.detach("recorded").unwrap();
     vm.shutdown().unwrap();
     let ended = vm.snapshot().unwrap_err();
     assert!(matches!(ended, Error::Ended { .. }), "{ended}");

@@ -408,3 +408,30 @@ fn a_system_that_starts_can_be_interrupted() {
     running.finish().expect_code(143);
     assert!(qemu.wait_gone(std::time::Instant::now() + Duration::from_secs(5)));
 }
+
+#[test]
+fn disks_come_to_a_system_of_an_image_and_go() {
+    let image = vmlab::Image::new(image(DEBIAN_12));
+    let vm = vmlab::Vm::builder().image(image).share_cwd(false).pluggable(true);
+    let mut vm = vm.boot_timeout(BOOT_PATIENCE).start().unwrap();
+    let sh = |vm: &vmlab::Vm, script: &str| {
+        let output = vm.exec(["sh", "-ec", script]).unwrap();
+        assert!(output.status.success(), "{script}: {}", output.stderr_text());
+        output.stdout_text()
+    };
+    let disk = |name: &str| {
+        let size = vmlab::units::Bytes(64 << 20);
+        vmlab::Disk::blank(size).filesystem("ext4").named(name)
+    };
+    vm.attach(disk("one")).unwrap();
+    sh(&vm, "echo 1 > /mnt/one/file; test -b /dev/disk/by-id/virtio-one");
+    vm.detach("one").unwrap();
+    sh(&vm, "! ls /dev/disk/by-id/virtio-one 2> /dev/null; ! grep -q /mnt/one /proc/mounts");
+    vm.attach(disk("two")).unwrap();
+    sh(&vm, "echo 2 > /mnt/two/file; sync");
+    vm.reset().unwrap();
+    assert_eq!(sh(&vm, "cat /mnt/two/file"), "2\n");
+    let error = vm.snapshot().unwrap_err().to_string();
+    assert!(error.contains("it starts the system of an image"), "{error}");
+    vm.shutdown().unwrap();
+}

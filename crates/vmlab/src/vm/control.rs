@@ -9,7 +9,7 @@ use super::evidence;
 use crate::config::{ConfigError, check_disks};
 use crate::disk::{self, Disk};
 use crate::guest::Lost;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{HypervisorError, VmState};
 use crate::{Error, Vm};
 
 /// How long a guest may take to find a disk and mount it, or to write it back and let it go.
@@ -60,12 +60,13 @@ impl Vm {
         let for_guest = disks[index].for_guest(index);
         let [device] = device;
         self.handle.attach_disk(&device).inspect_err(|_| own.keep_none())?;
-        self.own_disks.push(own.into());
         if let Err(error) = self.ask(&HostMessage::Attach(for_guest.clone()), DISK_TIME) {
             // What is wrong is said already.
             let _ = self.handle.detach_disk(&serial);
+            own.keep_none();
             return Err(error);
         }
+        self.own_disks.push(own.into());
         self.prepared.disks = disks;
         self.prepared.config.disks.push(device);
         self.prepared.setup.disks.push(for_guest);
@@ -93,6 +94,9 @@ impl Vm {
 
     /// Has the guest do something that it says the end of.
     pub(super) fn ask(&self, message: &HostMessage, time: Duration) -> Result<(), Error> {
+        if self.handle.state() == VmState::Paused {
+            return Err(Error::Paused);
+        }
         let asked = self.connection.ask(message);
         asked.map_err(|error| self.lost(Lost::Protocol(error.to_string())))?;
         self.answer(time)

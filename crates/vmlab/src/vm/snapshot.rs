@@ -1,5 +1,6 @@
 //! Snapshots in the midst of a run, and going back to them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -27,6 +28,7 @@ pub struct VmSnapshot {
     environment: Environment,
     disks: Vec<SavedDisk>,
     own_disks: Vec<Arc<OwnDisks>>,
+    run_dir: PathBuf,
 }
 
 impl Vm {
@@ -74,6 +76,7 @@ impl Vm {
             environment: self.environment.clone(),
             disks,
             own_disks: self.own_disks.clone(),
+            run_dir: self.run_dir.path().to_owned(),
         };
         self.go_on_from(&snapshot)?;
         Ok(snapshot)
@@ -83,8 +86,12 @@ impl Vm {
     /// have what they had then.
     ///
     /// # Errors
-    /// When it cannot go on from there. It has ended then.
+    /// When it cannot go on from there, it has ended then; when the snapshot is of another VM.
     pub fn restore(&mut self, snapshot: &VmSnapshot) -> Result<(), Error> {
+        // Its disks and its places on networks are that VM's.
+        if snapshot.run_dir != self.run_dir.path() {
+            return Err(Error::OthersSnapshot);
+        }
         self.cut_off();
         self.prepared = snapshot.prepared.clone();
         self.environment = snapshot.environment.clone();
