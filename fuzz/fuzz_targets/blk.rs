@@ -37,20 +37,32 @@ fuzz_target!(|data: &[u8]| {
     let own = file.try_clone().expect("a descriptor");
     let rules = ["tear:write:nth=3", "corrupt:read:p=0.1", "fail:discard:p=0.1"];
     let options = Options {
-        faults: rules.iter().filter_map(|rule| rule.parse().ok()).take((how >> 4).into()).collect(),
+        faults: rules
+            .iter()
+            .filter_map(|rule| rule.parse().ok())
+            .take((how >> 4 & 3).into())
+            .collect(),
         record: (how & 8 != 0).then(|| log.path().to_owned()),
         block_size: if how & 2 != 0 { BlockSize::B4096 } else { BlockSize::B512 },
         ..Options::default()
     };
     let kept = how & 4 != 0;
-    let source = if kept { Source::Kept(own) } else { Source::ReadOnly(own) };
+    let source = match (kept, how & 0x40 != 0) {
+        (true, false) => Source::Kept(own),
+        (true, true) => Source::Scratch(own),
+        (false, false) => Source::ReadOnly(own),
+        (false, true) => Source::Discarded(own),
+    };
     let device = Blk::open(source, "serial", &options).expect("a disk");
 
     play(data, &memory, &device, (0, &queue));
     let content = read(&file);
     assert_eq!(content.len(), DISK, "the disk has another length");
     if !kept {
-        assert!(content.iter().all(|byte| *byte == b'd'), "a read-only disk was written to");
+        assert!(
+            content.iter().all(|byte| *byte == b'd'),
+            "a disk was written to that is only read"
+        );
     }
     if options.record.is_some() {
         let log = Log::open(log.path()).expect("the log can be read");
