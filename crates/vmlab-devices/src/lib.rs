@@ -15,6 +15,7 @@ mod device;
 pub mod fs;
 mod queue;
 pub mod rng;
+pub mod sparse;
 mod transfer;
 pub mod transport;
 mod workers;
