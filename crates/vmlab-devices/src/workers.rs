@@ -82,8 +82,8 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Ends the threads. When it returns, no request is being served. Those that slept ([`sleep_until`]) did so no
-    /// longer.
+    /// Ends the threads. When it returns, no request is being served. Those that slept, to take their time, were
+    /// woken.
     pub fn stop(self) {}
 }
 
