@@ -1,11 +1,16 @@
 //! A running VM.
 
+mod again;
+mod control;
+mod snapshot;
+
+pub use snapshot::VmSnapshot;
+
 use std::ffi::OsStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmlab_artifacts::Kernel;
-use vmlab_artifacts::cache::Leases;
 use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Accounts, Ready, SetupReport};
 
@@ -16,6 +21,7 @@ use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
+use crate::lan::Membership;
 use crate::prepared::{PreparedVm, System};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
@@ -62,16 +68,17 @@ pub struct Vm {
     handle: Arc<dyn VmHandle>,
     connection: Arc<Connection>,
     environment: Environment,
-    config: VmConfig,
-    system: System,
+    prepared: PreparedVm,
     prospect: Report,
     ready: Ready,
     setup: SetupReport,
     came_up: u64,
     timeline: Mutex<Timeline>,
-    _leases: Leases,
-    _run_dir: RunDir,
-    _own_disks: OwnDisks,
+    deadline: Option<Instant>,
+    /// The logs of its first start; those of others are in parts of it.
+    run_dir: RunDir,
+    starts: u32,
+    own_disks: Vec<Arc<OwnDisks>>,
 }
 
 impl Vm {
@@ -86,43 +93,43 @@ impl Vm {
     ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
+        let failed = |error| Box::new(FailedStart { error, report: prospect.clone() });
+        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>();
+        let lans = lans.map_err(|error| failed(error.into()))?;
         let since = Instant::now();
-        let own_disks = disk::give_each_its_own(&mut prepared.config)
-            .map_err(|error| Box::new(FailedStart { error, report: prospect.clone() }))?;
+        let own_disks = disk::give_each_its_own(&mut prepared.config.disks).map_err(&failed)?;
         if !prepared.config.disks.is_empty() {
             timeline.note("copies of disks", since);
         }
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let starter = Starter { prepared: &prepared, started: &started, deadline };
-        let booted = match starter.use_snapshot(&mut timeline).transpose() {
-            Some(booted) => booted,
-            None => starter.boot(&mut timeline),
-        };
-        let booted = booted.map_err(|error| {
+        let starter = Starter { prepared: &prepared, started: &started, deadline, lans: &lans };
+        let booted = starter.start(&mut timeline).map_err(|error| {
             own_disks.keep_none();
             timeline.fail();
             let mut report = prospect.clone();
             report.failed(&timeline, &error);
             Box::new(FailedStart { error, report })
         })?;
-        let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
+        let Booted { handle, connection, ready, setup, shares, came_up, run_dir } = booted;
+        prepared.config.shares = shares;
         let mut vm = Self {
             handle,
             connection,
-            environment: prepared.environment,
-            config: prepared.config,
-            system: prepared.system,
+            environment: prepared.environment.clone(),
             prospect,
             ready,
             setup,
             came_up,
             timeline: Mutex::new(timeline),
-            _leases: prepared.leases,
-            _run_dir: run_dir,
-            _own_disks: own_disks,
+            deadline,
+            run_dir,
+            starts: 1,
+            own_disks: vec![Arc::new(own_disks)],
+            prepared,
         };
-        if let Some(name) = prepared.user
+        vm.prepared.watchers.iter().for_each(|watcher| watcher.ready());
+        if let Some(name) = vm.prepared.user.clone()
             && let Err(error) = vm.become_user(&name)
         {
             // Its disks may be kept; that it does not end in time is not what the user has to know.
@@ -170,10 +177,7 @@ impl Vm {
 
     /// The kernel that it was started with; `None` where an image has started its own.
     pub fn kernel(&self) -> Option<&Kernel> {
-        match &self.system {
-            System::Kernel(known) => Some(&known.0),
-            System::Image(_) => None,
-        }
+        self.prepared.kernel()
     }
 
     /// The running kernel's release, as `uname -r` says it.
@@ -183,7 +187,7 @@ impl Vm {
 
     /// What it is.
     pub fn config(&self) -> &VmConfig {
-        &self.config
+        &self.prepared.config
     }
 
     /// The guest's first serial port.
@@ -238,7 +242,7 @@ impl Vm {
             Err(lost) => Err(self.lost(lost)),
         };
         // Where all is written back, nothing is gained by watching the guest power itself off.
-        let result = match &self.system {
+        let result = match &self.prepared.system {
             System::Image(_) if self.keeps_writes() => result.and_then(|()| self.power_off()),
             _ => result,
         };
@@ -253,7 +257,7 @@ impl Vm {
 
     /// Whether what it writes to its disks is there after it.
     fn keeps_writes(&self) -> bool {
-        self.config.disks.iter().any(|disk| match disk.writes {
+        self.prepared.config.disks.iter().any(|disk| match disk.writes {
             DiskWrites::Kept => true,
             DiskWrites::Cloned(_) => disk.keep.is_some(),
             DiskWrites::Discarded | DiskWrites::Refused => false,

@@ -11,4 +11,4 @@ pub use environment::{Environment, GuestUser};
 pub use streams::{ChildStderr, ChildStdin, ChildStdout};
 pub use vmlab_wire::message::TerminalSize;
 
-pub(crate) use connection::{Connection, Greeting, Lost};
+pub(crate) use connection::{Connection, Greeting, Held, Lost};
