@@ -26,6 +26,7 @@ need e2fsprogs /usr/sbin/mke2fs
 need btrfs-progs mkfs.btrfs
 need xfsprogs mkfs.xfs
 need f2fs-tools mkfs.f2fs
+need fio fio
 need gpg gpg
 need gpg-agent gpg-agent
 need shellcheck shellcheck
@@ -171,6 +172,7 @@ once_only=(
     new_disks::blocks_are_shared
     power_cuts::power_cuts_find
     rust_tests::cargo_tests
+    served_disks::
     snapshots_apart::
     snapshots::a_pc_with_two_nodes
     snapshots::a_restored_guest_is_as

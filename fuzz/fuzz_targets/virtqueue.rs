@@ -3,18 +3,14 @@
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::ptr;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
-use virtio_queue::{Queue, QueueT};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmlab_devices::fs::{Fs, Server};
-use vmlab_devices::{Device, Interrupt, Turn, VirtQueue};
 use vmlab_fuse::testing::{Answers, Fake, init};
-use vmlab_fuzz::ring::{AVAILABLE, Act, REGIONS, SIZE, TABLE, USED, acts};
+use vmlab_fuzz::ring::{REGIONS, play, queue};
 
 /// Before, between and behind the regions of memory.
 const GUARD: usize = 0x1000;
@@ -76,69 +72,19 @@ impl Block {
     }
 }
 
-struct Interrupts;
-
-impl Interrupt for Interrupts {
-    fn signal(&self) {}
-}
-
 fuzz_target!(|data: &[u8]| {
     let Some((&[how, next], data)) = data.split_first_chunk() else { return };
     let memory = Block::get().guest();
-    let mut queue = Queue::new(SIZE).expect("a power of two");
-    for (set, at) in [
-        (Queue::try_set_desc_table_address as fn(&mut _, _) -> _, TABLE),
-        (Queue::try_set_avail_ring_address, AVAILABLE),
-        (Queue::try_set_used_ring_address, USED),
-    ] {
-        set(&mut queue, GuestAddress(at.into())).expect("an aligned address");
-    }
-    queue.set_event_idx(how & 1 != 0);
-    queue.set_ready(true);
     // Rings wrap around.
     let begin = if how & 2 != 0 { u16::MAX - u16::from(next % 8) } else { 0 };
-    queue.set_next_avail(begin);
-    queue.set_next_used(begin);
-    let place = GuestAddress(u64::from(AVAILABLE) + 2);
-    memory.write_obj(begin, place).expect("in memory");
-
-    let shared = GuestMemoryAtomic::new(memory.clone());
-    let queue = VirtQueue::new(queue, shared, Arc::new(Interrupts));
+    let queue = queue(&memory, how & 1 != 0, begin);
     let answers = Answers { read_only: how & 4 != 0, ..Default::default() };
     let fake = Fake::new(answers, &[b'x'; 0x6000]).expect("a file in memory");
     let device = Fs::new(Server::new(fake), "tag", 1);
     assert_eq!(init(u64::MAX).serve(device.server(), 64).map(|reply| reply.error), Some(0));
 
-    let mutex = Mutex::new(());
-    let serve = || loop {
-        let mut turn = Turn::take(&mutex);
-        if device.process(usize::from(how & 8 != 0), &queue, &mut turn).is_err() {
-            return false;
-        }
-        // One that hands its turn over may leave requests behind.
-        if turn.held() {
-            return true;
-        }
-    };
-    let mut works = true;
-    for act in acts(data) {
-        match act {
-            Act::Write(address, bytes) => {
-                // What is outside of memory is left out, as is the rest of what leads out of it.
-                let _ = memory.write(bytes, GuestAddress(address.into()));
-            }
-            Act::Kick => works = serve(),
-        }
-        if !works {
-            break;
-        }
-    }
-    works = works && serve();
+    play(data, &memory, &device, (usize::from(how & 8 != 0), &queue));
     assert!(Block::get().is_untouched(), "written outside of the guest's memory");
-    let ring = queue.ring();
-    if works {
-        assert_eq!(ring.next_used(), ring.next_avail(), "a request that was not given back");
-    }
     let size = device.server().filesystem().content().map_or(0, |content| content.len());
     assert!(size <= REGIONS[0] + REGIONS[1], "{size} bytes were written to a file");
 });

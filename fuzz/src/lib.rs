@@ -46,8 +46,14 @@ pub fn input(requests: &[Request]) -> Vec<u8> {
     out
 }
 
-/// Where things are in the memory of the guests of `virtqueue` and `blk`.
+/// The ring of the guests of `virtqueue` and `blk`, and what they do with it.
 pub mod ring {
+    use std::sync::{Arc, Mutex};
+
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+    use vmlab_devices::{Device, Interrupt, Turn, VirtQueue};
+
     /// The descriptors of a ring, a power of two.
     pub const SIZE: u16 = 16;
     /// The table of descriptors.
@@ -90,6 +96,64 @@ pub mod ring {
             Some(Act::Write(u16::from_le_bytes([a, b]), bytes))
         };
         std::iter::from_fn(next).take(MAX_ACTS)
+    }
+
+    struct Interrupts;
+
+    impl Interrupt for Interrupts {
+        fn signal(&self) {}
+    }
+
+    /// A ring that is set up, with or without event indices, whose indices begin here.
+    pub fn queue(memory: &GuestMemoryMmap, event_idx: bool, begin: u16) -> VirtQueue {
+        let mut queue = Queue::new(SIZE).expect("a power of two");
+        for (set, at) in [
+            (Queue::try_set_desc_table_address as fn(&mut _, _) -> _, TABLE),
+            (Queue::try_set_avail_ring_address, AVAILABLE),
+            (Queue::try_set_used_ring_address, USED),
+        ] {
+            set(&mut queue, GuestAddress(at.into())).expect("an aligned address");
+        }
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        queue.set_next_avail(begin);
+        queue.set_next_used(begin);
+        let place = GuestAddress(u64::from(AVAILABLE) + 2);
+        memory.write_obj(begin, place).expect("in memory");
+        VirtQueue::new(queue, GuestMemoryAtomic::new(memory.clone()), Arc::new(Interrupts))
+    }
+
+    /// Does to a device's queue what the input says, and has all requests served. Each has to be given back, unless
+    /// the ring breaks.
+    pub fn play(
+        data: &[u8],
+        memory: &GuestMemoryMmap,
+        device: &dyn Device,
+        (index, queue): (usize, &VirtQueue),
+    ) {
+        let mutex = Mutex::new(());
+        let serve = || loop {
+            let mut turn = Turn::take(&mutex);
+            if device.process(index, queue, &mut turn).is_err() {
+                return false;
+            }
+            // One that hands its turn over may leave requests behind.
+            if turn.held() {
+                return true;
+            }
+        };
+        let works = acts(data).all(|act| match act {
+            Act::Write(address, bytes) => {
+                // What is outside of memory is left out, as is the rest of what leads out of it.
+                let _ = memory.write(bytes, GuestAddress(address.into()));
+                true
+            }
+            Act::Kick => serve(),
+        });
+        if works && serve() {
+            let ring = queue.ring();
+            assert_eq!(ring.next_used(), ring.next_avail(), "a request that was not given back");
+        }
     }
 
     /// The other way round.

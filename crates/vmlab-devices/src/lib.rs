@@ -18,6 +18,7 @@ pub mod fs;
 pub mod net;
 mod queue;
 pub mod rng;
+pub mod sparse;
 mod transfer;
 pub mod transport;
 mod workers;

@@ -1,13 +1,15 @@
 //! The threads that serve a queue.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 use crate::device::Device;
@@ -80,7 +82,8 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Ends the threads. When it returns, no request is being served.
+    /// Ends the threads. When it returns, no request is being served. Those that slept, to take their time, were
+    /// woken.
     pub fn stop(self) {}
 }
 
@@ -94,6 +97,30 @@ impl Drop for Workers {
     }
 }
 
+thread_local! {
+    /// What this thread serves.
+    static SERVED: RefCell<Option<Arc<Shared>>> = const { RefCell::new(None) };
+}
+
+/// Lets the calling thread sleep, for a request that is to take its time. If it serves a queue, it is woken when that
+/// is stopped, for whoever stops a queue waits for its requests.
+pub(crate) fn sleep_until(end: Instant) {
+    let left = || end.saturating_duration_since(Instant::now());
+    SERVED.with_borrow(|served| {
+        let Some(shared) = served else { return thread::sleep(left()) };
+        let mut stop = [PollFd::new(&shared.stop, PollFlags::IN)];
+        while !left().is_zero() {
+            // A time that is beyond the kernel's is none.
+            let timeout = Timespec::try_from(left()).ok();
+            match poll(&mut stop, timeout.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => {}
+                // An error is none that is known.
+                Ok(_) | Err(_) => return,
+            }
+        }
+    });
+}
+
 impl Shared {
     fn end(&self) {
         self.queue.set_stopped(true);
@@ -101,7 +128,8 @@ impl Shared {
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
     }
 
-    fn run(&self, on_fault: &OnFault) {
+    fn run(self: Arc<Self>, on_fault: &OnFault) {
+        SERVED.set(Some(Arc::clone(&self)));
         let fault = match catch_unwind(AssertUnwindSafe(|| self.serve())) {
             Ok(Ok(())) => return,
             Ok(Err(fault)) => fault,

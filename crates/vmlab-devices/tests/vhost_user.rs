@@ -85,6 +85,17 @@ impl Monitor {
         self.call.read().unwrap();
     }
 
+    /// Asks a disk for a sector.
+    fn read_sector(&self, number: u64) {
+        use vm_memory::Bytes;
+        let header = [&0u64.to_le_bytes()[..], &number.to_le_bytes()].concat();
+        self.driver.memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();
+        self.driver.describe(0, (BUFFERS, 16, driver::NEXT, 1));
+        self.driver.describe(1, (BUFFERS + 512, 513, WRITE, 0));
+        self.driver.offer(0);
+        self.kick.write(1).unwrap();
+    }
+
     fn ask(&self, interrupts: u64) {
         self.driver.describe(0, (BUFFERS, 32, WRITE, 0));
         // The event index asks for an interrupt with every request.
@@ -266,7 +277,6 @@ fn a_ring_goes_on_where_it_was_stopped() {
 #[test]
 fn a_disk_gives_its_configuration_and_serves_each_queue() {
     use vhost::vhost_user::message::VhostUserConfigFlags;
-    use vm_memory::Bytes;
     use vmlab_devices::blk::{Blk, Options, Source};
 
     let file = tempfile::tempfile().unwrap();
@@ -287,18 +297,70 @@ fn a_disk_gives_its_configuration_and_serves_each_queue() {
     let (_, config) = monitor.frontend.get_config(34, 2, flags, &[0; 2]).unwrap();
     assert_eq!(config, [2, 0]);
     monitor.start();
-    let driver = &monitor.driver;
-    let header = [&0u64.to_le_bytes()[..], &63u64.to_le_bytes()].concat();
-    driver.memory.write_slice(&header, GuestAddress(BUFFERS)).unwrap();
-    driver.describe(0, (BUFFERS, 16, driver::NEXT, 1));
-    driver.describe(1, (BUFFERS + 512, 513, WRITE, 0));
-    driver.offer(0);
-    monitor.kick.write(1).unwrap();
+    monitor.read_sector(63);
     monitor.interrupted();
-    assert_eq!(driver.used(), [(0, 513)]);
-    assert_eq!(driver.bytes(BUFFERS + 512, 512), [7; 512]);
+    assert_eq!(monitor.driver.used(), [(0, 513)]);
+    assert_eq!(monitor.driver.bytes(BUFFERS + 512, 512), [7; 512]);
     drop(monitor.frontend);
     monitor.served.wait().unwrap();
+}
+
+#[test]
+fn a_request_that_sleeps_is_woken_by_every_end_of_its_queue() {
+    use vmlab_devices::blk::{Blk, Options, Source};
+
+    let faults = vec!["delay=60s:read".parse().unwrap()];
+    // Even one sector is 8 minutes of it.
+    let throttle = Some("bps=1".parse().unwrap());
+    let slow = [
+        Options { faults, ..Options::default() },
+        Options { throttle, queues: 2, ..Options::default() },
+    ];
+    let ends: [fn(Monitor) -> Driver; 3] = [
+        |monitor| {
+            assert_eq!(monitor.frontend.get_vring_base(0).unwrap(), 1);
+            monitor.served.stop().unwrap();
+            monitor.driver
+        },
+        |monitor| {
+            drop(monitor.frontend);
+            monitor.served.wait().unwrap();
+            monitor.driver
+        },
+        |monitor| {
+            monitor.served.stop().unwrap();
+            monitor.driver
+        },
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, [9; 1024]).unwrap();
+    let open = |options| {
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        Blk::open(Source::Kept(file), "disk", options)
+    };
+    for options in &slow {
+        for end in ends {
+            let mut monitor = monitor_of(Arc::new(open(options).unwrap()));
+            monitor.start();
+            monitor.read_sector(1);
+            // The thread that waits for the next request asks for a kick, behind the one that was taken.
+            let begin = Instant::now();
+            while monitor.driver.number(USED + 4 + 8 * u64::from(SIZE)) != 1 {
+                assert!(begin.elapsed().as_secs() < PATIENCE.tv_sec as u64, "it is not taken");
+                std::thread::yield_now();
+            }
+            assert_eq!(monitor.driver.used(), []);
+            assert!(open(options).is_err(), "it is in use");
+            let begin = Instant::now();
+            let driver = end(monitor);
+            assert!(begin.elapsed().as_secs() < 5, "{:?}", begin.elapsed());
+            // It was done, and nothing is in use any more.
+            assert_eq!(driver.used(), [(0, 513)]);
+            assert_eq!(driver.bytes(BUFFERS + 512, 513), [&[9; 512][..], &[0]].concat());
+            open(options).unwrap();
+        }
+    }
 }
 
 #[test]

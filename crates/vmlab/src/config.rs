@@ -551,6 +551,11 @@ pub(crate) fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
             let format = format.name();
             return Err(ConfigError::ServedFormat { path: path.clone(), format });
         }
+        if let Some(blk::Options { queues, .. }) = *serve
+            && !(1..=blk::MAX_QUEUES).contains(&queues)
+        {
+            return Err(ConfigError::Queues { serial: serial.clone(), queues });
+        }
     }
     Ok(())
 }

@@ -26,6 +26,7 @@ mod power_cuts;
 mod repeat;
 mod report;
 mod rust_tests;
+mod served_disks;
 mod signals;
 mod snapshots;
 mod snapshots_apart;

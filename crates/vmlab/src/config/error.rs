@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 use vmlab_artifacts::Arch;
+use vmlab_devices::blk::MAX_QUEUES;
 
 use super::{MAX_COMMAND_LINE, MAX_CPUS, MAX_MEMORY, MAX_SERIAL, MAX_TAG, MIN_MEMORY, Topology};
 use crate::units::Bytes;
@@ -133,6 +134,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// Its format.
         format: &'static str,
+    },
+    /// A disk that vmlab itself is to serve, with no queue or too many.
+    #[error("the disk {serial} cannot have {queues} queues: from 1 to {MAX_QUEUES} are possible")]
+    Queues {
+        /// Its name.
+        serial: String,
+        /// How many were asked for.
+        queues: u16,
     },
     /// Kernel arguments too long.
     #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]

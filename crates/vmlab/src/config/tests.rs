@@ -121,6 +121,15 @@ fn disks_are_checked() {
     assert!(build(&[served(ImageFormat::Raw)]).is_ok());
     let error = build(&[served(ImageFormat::Qcow2)]).unwrap_err();
     assert!(matches!(error, ConfigError::ServedFormat { format: "qcow2", .. }), "{error}");
+    let queues = |queues| {
+        let options = blk::Options { queues, ..Default::default() };
+        build(&[DiskDevice { serve: Some(options), ..one.clone() }])
+    };
+    assert!(queues(1).is_ok() && queues(blk::MAX_QUEUES).is_ok());
+    for bad in [0, 17, u16::MAX] {
+        let error = queues(bad).unwrap_err();
+        assert!(matches!(error, ConfigError::Queues { queues, .. } if queues == bad), "{error}");
+    }
     let gone = DiskDevice { path: dir.path().join("gone"), ..one };
     assert!(matches!(build(&[gone]), Err(ConfigError::File { what: "disk", .. })));
 }

@@ -7,9 +7,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{OFlags, SeekFrom, copy_file_range, ioctl_ficlone, seek};
-use rustix::io::Errno;
+use rustix::fs::{OFlags, ioctl_ficlone};
 use serde::Serialize;
+use vmlab_devices::sparse;
 
 use crate::Error;
 use crate::config::{DiskDevice, DiskWrites};
@@ -125,14 +125,14 @@ fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
     let wanted = mode == CloneMode::Copy || disk.keep.is_some();
     let made = match mode {
         CloneMode::Copy => copy(&from, &file).map(|()| true),
-        CloneMode::Reflink => ioctl_ficlone(&file, &from).map(|()| true),
+        CloneMode::Reflink => ioctl_ficlone(&file, &from).map(|()| true).map_err(Into::into),
         _ if ioctl_ficlone(&file, &from).is_ok() => Ok(true),
-        _ if !wanted && data(&from).map_err(|e| failed("read", "", e))? > AUTO_COPY_MAX => {
+        _ if !wanted && sparse::data(&from).map_err(|e| failed("read", "", e))? > AUTO_COPY_MAX => {
             Ok(false)
         }
         _ => match copy(&from, &file) {
             // The layer takes what is written only, and may be on another disk.
-            Err(Errno::NOSPC | Errno::DQUOT) if !wanted => Ok(false),
+            Err(error) if !wanted && is_full(&error) => Ok(false),
             copied => copied.map(|()| true),
         },
     };
@@ -147,9 +147,9 @@ fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
                 CloneMode::Reflink => {
                     let hint = "; its file system cannot share blocks, or the copy is on another \
                                 one: clone=auto does without";
-                    failed("share the blocks of", hint, error.into())
+                    failed("share the blocks of", hint, error)
                 }
-                _ => failed("copy", "; clone=overlay takes no space at first", error.into()),
+                _ => failed("copy", "; clone=overlay takes no space at first", error),
             })
         }
     }
@@ -184,7 +184,7 @@ impl SavedDisk {
             let to = OpenOptions::new().write(true).open(&self.path)?;
             // What is a hole in what was saved has to be one again.
             to.set_len(0)?;
-            Ok(replicate(&self.content, &to)?)
+            replicate(&self.content, &to)
         };
         restore().map_err(|source| Error::Io {
             what: "bring back what was on the disk",
@@ -196,8 +196,17 @@ impl SavedDisk {
 }
 
 /// Shares a file's blocks with an empty one, or copies its data.
-fn replicate(from: &File, to: &File) -> rustix::io::Result<()> {
+fn replicate(from: &File, to: &File) -> io::Result<()> {
     ioctl_ficlone(to, from).or_else(|_| copy(from, to))
+}
+
+fn copy(from: &File, to: &File) -> io::Result<()> {
+    to.set_len(from.metadata()?.len())?;
+    sparse::copy(from, to)
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Where another process finds a file that has no other name, for as long as it is open.
@@ -222,67 +231,4 @@ fn unnamed(beside: &Path) -> io::Result<File> {
         OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags).open(dir)
     };
     open(dir).or_else(|_| open(&std::env::temp_dir())).or_else(|_| open(Path::new("/var/tmp")))
-}
-
-/// The pieces of a file that are no holes: where each begins and ends.
-pub(super) fn pieces(file: &File) -> impl Iterator<Item = rustix::io::Result<(u64, u64)>> {
-    let next = move |from: u64| match seek(file, SeekFrom::Data(from)) {
-        Ok(start) => Some(seek(file, SeekFrom::Hole(start)).map(|end| (start, end))),
-        Err(Errno::NXIO) => None,
-        Err(error) => Some(Err(error)),
-    };
-    let mut at = Some(0);
-    std::iter::from_fn(move || {
-        let piece = next(at?);
-        at = piece.and_then(Result::ok).map(|(_, end)| end);
-        piece
-    })
-}
-
-/// How many bytes of a file are no holes.
-pub(super) fn data(file: &File) -> io::Result<u64> {
-    Ok(pieces(file).map(|piece| piece.map(|(start, end)| end - start)).sum::<Result<_, _>>()?)
-}
-
-/// Copies the data, and never reads a hole.
-pub(super) fn copy(from: &File, to: &File) -> rustix::io::Result<()> {
-    let size = from.metadata().map_err(|_| Errno::IO)?.len();
-    rustix::fs::ftruncate(to, size)?;
-    for piece in pieces(from) {
-        let (start, end) = piece?;
-        let (mut read, mut write) = (start, start);
-        while read < end {
-            let left = usize::try_from(end - read).unwrap_or(usize::MAX);
-            match copy_file_range(from, Some(&mut read), to, Some(&mut write), left) {
-                // It was cut meanwhile.
-                Ok(0) => return Err(Errno::IO),
-                Ok(_) => {}
-                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
-                    copy_by_hand(from, to, read, end)?;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The same where the kernel does not do it between these filesystems.
-fn copy_by_hand(from: &File, to: &File, start: u64, end: u64) -> rustix::io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = start;
-    while at < end {
-        let part = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
-        let count = rustix::io::pread(from, &mut buffer[..part], at)?;
-        if count == 0 {
-            return Err(Errno::IO);
-        }
-        let mut done = 0;
-        while done < count {
-            done += rustix::io::pwrite(to, &buffer[done..count], at + done as u64)?;
-        }
-        at += count as u64;
-    }
-    Ok(())
 }

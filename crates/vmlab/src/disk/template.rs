@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,8 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::cache::{Flaw, Leases};
 use vmlab_artifacts::{Bound, Cache, ContentKey, Kind};
+use vmlab_devices::sparse;
 
-use super::clone::{data, pieces};
 use super::{Disk, Mkfs, content, filesystem};
 use crate::config::DiskWrites;
 use crate::units::Bytes;
@@ -279,7 +280,7 @@ fn check(entry: &Path, depth: Depth) -> Result<(), Flaw> {
     if let Some(name) = &about.filesystem {
         filesystem::look(&disk, name, size)?;
     }
-    if depth == Depth::Content || data(&disk)? <= READ_AT_LOOKUP {
+    if depth == Depth::Content || sparse::data(&disk)? <= READ_AT_LOOKUP {
         let found = digest(&disk)?;
         if found != about.sha256 {
             return Err(format!("its content has the SHA-256 {found}, not {}", about.sha256).into());
@@ -300,8 +301,8 @@ fn digest(disk: &File) -> io::Result<String> {
     const BLOCK: usize = 4096;
     let mut key = ContentKey::new("disk-data-1");
     let mut buffer = vec![0; 1 << 20];
-    for piece in pieces(disk) {
-        let (start, end) = piece?;
+    for piece in sparse::pieces(disk) {
+        let Range { start, end } = piece?;
         let mut at = start / BLOCK as u64 * BLOCK as u64;
         while at < end {
             let part = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));

@@ -3,12 +3,12 @@
 use std::io;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Backend, Buffers, Sectors};
 use crate::blk::config::SECTOR;
 use crate::blk::options::{ParseError, Words, number};
+use crate::workers::sleep_until;
 
 /// The longest delay. A guest takes a disk for hung after 30 s, and may want to see that once.
 const MAX_DELAY: Duration = Duration::from_secs(60);
@@ -19,7 +19,7 @@ const MAX_DELAY: Duration = Duration::from_secs(60);
 pub enum FaultKind {
     /// It fails, and nothing is done.
     Fail,
-    /// It is done, so much later.
+    /// It is done, so much later, or when its queue is stopped.
     Delay(Duration),
     /// It is done as if all were well, but in each sector one bit is another one.
     Corrupt,
@@ -247,7 +247,7 @@ impl<B: Backend> Faulty<B> {
             }
         }
         if let Some(FaultKind::Delay(time)) = fault {
-            thread::sleep(time);
+            sleep_until(Instant::now() + time);
         }
         fault
     }

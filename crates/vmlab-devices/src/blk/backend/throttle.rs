@@ -4,11 +4,11 @@ use std::io;
 use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Backend, Buffers, Sectors};
 use crate::blk::options::{ParseError, Words, number};
+use crate::workers::sleep_until;
 
 /// What a bucket holds without a burst size of its own: what comes in this time. A guest that makes one request
 /// after the other gets its rate so far as neither it nor the host stops for longer, and whoever measures for two
@@ -162,18 +162,18 @@ impl<B: Backend> Throttled<B> {
         Self { below, start: Instant::now(), buckets: Mutex::new(buckets) }
     }
 
+    /// Waits until a request may begin. That is a point in time, so that what one is late by does not add up.
     fn wait(&self, bytes: u64) {
-        let wait = {
+        let (now, wait) = {
             let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
             let now = self.start.elapsed();
             let take = |bucket: &mut Option<Bucket>, tokens| {
                 bucket.as_mut().map_or(Duration::ZERO, |bucket| bucket.take(now, tokens))
             };
-            take(&mut buckets.0, 1).max(take(&mut buckets.1, bytes))
+            (now, take(&mut buckets.0, 1).max(take(&mut buckets.1, bytes)))
         };
-        if !wait.is_zero() {
-            thread::sleep(wait);
-        }
+        // No more than 2^64 ns, of which clocks have twice as many.
+        sleep_until(self.start + now + wait);
     }
 }
 

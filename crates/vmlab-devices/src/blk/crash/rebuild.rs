@@ -1,15 +1,14 @@
 //! The disk that a power cut leaves, as a file.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-
-use rustix::io::Errno;
 
 use super::log::{Change, Log};
 use super::states::CrashState;
 use crate::blk::backend::{Backend, Buffers, RawFile, Sectors};
 use crate::blk::config::SECTOR;
+use crate::sparse;
 
 /// A state that cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +38,8 @@ pub fn rebuild(base: &Path, log: &Log, state: &CrashState, to: &Path) -> Result<
     }
     let new = File::options().read(true).write(true).create_new(true).open(to);
     let new = new.map_err(error("cannot make", to))?;
-    copy(&from, &new, log.capacity() * SECTOR).map_err(error("cannot copy to", to))?;
+    let copied = new.set_len(log.capacity() * SECTOR).and_then(|()| sparse::copy(&from, &new));
+    copied.map_err(error("cannot copy to", to))?;
     let disk = RawFile::new(new).map_err(error("cannot write", to))?;
     apply(&disk, log, state).map_err(error("cannot write", to))
 }
@@ -62,35 +62,6 @@ fn apply(disk: &RawFile, log: &Log, state: &CrashState) -> io::Result<()> {
             }
             Change::Flush { .. } => {}
         }
-    }
-    Ok(())
-}
-
-/// Copies what is data in a file, which then has `length` bytes at least.
-fn copy(mut from: &File, mut to: &File, length: u64) -> io::Result<()> {
-    let end = from.seek(SeekFrom::End(0))?;
-    to.set_len(end.max(length))?;
-    let mut at = 0;
-    while at < end {
-        let data = match rustix::fs::seek(from, rustix::fs::SeekFrom::Data(at)) {
-            Ok(data) => data,
-            // The rest is a hole.
-            Err(Errno::NXIO) => break,
-            // Nobody knows of holes here.
-            Err(Errno::INVAL) => at,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = match rustix::fs::seek(from, rustix::fs::SeekFrom::Hole(data)) {
-            Ok(hole) => hole,
-            Err(Errno::INVAL) => end,
-            Err(error) => return Err(error.into()),
-        };
-        from.seek(SeekFrom::Start(data))?;
-        to.seek(SeekFrom::Start(data))?;
-        if io::copy(&mut from.take(hole - data), &mut to)? < hole - data {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        at = hole;
     }
     Ok(())
 }

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek, sendfile};
-use rustix::io::Errno;
+use rustix::fs::{MemfdFlags, memfd_create};
+use vmlab_devices::sparse;
 
 use super::command::MemoryUse;
 use crate::config::VmConfig;
@@ -61,22 +61,7 @@ impl Ram {
 impl Copy {
     /// Copies all but the holes.
     pub(super) fn run(&self) -> io::Result<()> {
-        let mut at = 0;
-        loop {
-            at = match seek(&self.from, SeekFrom::Data(at)) {
-                Ok(at) => at,
-                Err(Errno::NXIO) => return Ok(()),
-                Err(e) => return Err(e.into()),
-            };
-            let end = seek(&self.from, SeekFrom::Hole(at))?;
-            seek(&self.to, SeekFrom::Start(at))?;
-            while at < end {
-                let rest = usize::try_from(end - at).unwrap_or(usize::MAX);
-                if sendfile(&self.to, &self.from, Some(&mut at), rest)? == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-            }
-        }
+        sparse::copy(&self.from, &self.to)
     }
 }
 
@@ -85,30 +70,4 @@ fn empty(size: u64) -> io::Result<Arc<File>> {
     let file = File::from(memfd_create("vmlab-ram", MemfdFlags::CLOEXEC)?);
     file.set_len(size)?;
     Ok(Arc::new(file))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::FileExt;
-
-    #[test]
-    fn a_copy_has_the_content_and_the_holes() {
-        let from = Arc::new(tempfile::tempfile().unwrap());
-        from.set_len(64 << 20).unwrap();
-        from.write_all_at(b"begin", 4096).unwrap();
-        from.write_all_at(b"end", (64 << 20) - 3).unwrap();
-        let to = empty(64 << 20).unwrap();
-        Copy { from, to: Arc::clone(&to) }.run().unwrap();
-        let at = |offset| {
-            let mut bytes = [0; 3];
-            to.read_exact_at(&mut bytes, offset).unwrap();
-            bytes
-        };
-        assert_eq!(&at(4096), b"beg");
-        assert_eq!(at(1 << 20), [0; 3]);
-        assert_eq!(&at((64 << 20) - 3), b"end");
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&to.metadata().unwrap());
-        assert!(blocks * 512 < 1 << 20, "{blocks} blocks");
-    }
 }

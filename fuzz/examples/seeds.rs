@@ -1,4 +1,4 @@
-//! Writes the inputs to begin with: `cargo run --example fuse_seeds -- corpus`.
+//! Writes the inputs to begin with: `cargo run --example seeds -- corpus`.
 
 use std::path::PathBuf;
 use std::{env, fs, io};
@@ -67,6 +67,61 @@ fn ring_seed(how: u8, requests: &[RawRequest], indirect: bool) -> Vec<u8> {
     out
 }
 
+/// A request of a disk: `VIRTIO_BLK_T_*`, its first sector, its data, and the room for what it gives.
+type BlkRequest = (u32, u64, Vec<u8>, usize);
+
+/// A range of a DISCARD or WRITE_ZEROES.
+fn blk_range(first: u64, count: u32, flags: u32) -> Vec<u8> {
+    [&first.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+}
+
+fn blk_requests() -> Vec<BlkRequest> {
+    let ranges = [blk_range(16, 8, 0), blk_range(40, 8, 0)].concat();
+    vec![
+        (1, 0, vec![b'w'; 4096], 0),
+        (0, 0, Vec::new(), 4096),
+        (1, 120, vec![b'x'; 512], 0),
+        (4, 0, Vec::new(), 0),
+        (11, 0, ranges.clone(), 0),
+        (13, 0, ranges, 0),
+        (13, 0, blk_range(8, 16, 1), 0),
+        (8, 0, Vec::new(), 20),
+        (0, 8, Vec::new(), 8192),
+        (1, 16, vec![b'y'; 8192], 0),
+        (4, 0, Vec::new(), 0),
+    ]
+}
+
+/// Requests of a disk, each behind a kick, or all behind one.
+fn blk_seed(how: u8, requests: &[BlkRequest], at_once: bool) -> Vec<u8> {
+    const HEADERS: u16 = ring::BUFFERS;
+    const STATUS: u16 = ring::BUFFERS + 0x800;
+    const DATA: u16 = ring::BUFFERS + 0x1000;
+    let mut out = vec![how];
+    let mut act = |act: Act<'_>| out.extend(ring::input([act]));
+    for (index, (kind, first, data, room)) in (0_u16..).zip(requests) {
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &first.to_le_bytes()].concat();
+        let place = HEADERS + 16 * index;
+        // With all at once, each has descriptors of its own.
+        let slot = if at_once { 3 * (index % 5) } else { 0 };
+        let mut table = descriptor(place, 16, NEXT, slot + 1);
+        if data.len() + room > 0 {
+            let flags = if *room > 0 { WRITE | NEXT } else { NEXT };
+            table.extend(descriptor(DATA, data.len() + room, flags, slot + 2));
+        }
+        table.extend(descriptor(STATUS, 1, WRITE, 0));
+        act(Act::Write(place, &header));
+        act(Act::Write(DATA, data));
+        act(Act::Write(ring::TABLE + 16 * slot, &table));
+        act(Act::Write(ring::AVAILABLE + 4 + 2 * (index % ring::SIZE), &slot.to_le_bytes()));
+        act(Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()));
+        if !at_once || index % 5 == 4 {
+            act(Act::Kick);
+        }
+    }
+    out
+}
+
 fn main() -> io::Result<()> {
     let corpus = env::args_os().nth(1).map(PathBuf::from).ok_or(io::ErrorKind::InvalidInput)?;
     let samples = samples();
@@ -107,5 +162,17 @@ fn main() -> io::Result<()> {
         fs::write(dir.join(format!("indirect-{number}")), ring_seed(1, sample, true))?;
     }
     fs::write(dir.join("all"), ring_seed(0, samples, false))?;
+
+    let dir = corpus.join("blk");
+    fs::create_dir_all(&dir)?;
+    let requests = blk_requests();
+    // All that a disk can be, without rules for faults and with them.
+    for how in (0..16).flat_map(|how| [0, 1, 3, 4, 7].map(|more| how | more << 4)) {
+        fs::write(dir.join(format!("all-{how}")), blk_seed(how, &requests, false))?;
+        fs::write(dir.join(format!("at-once-{how}")), blk_seed(how, &requests, true))?;
+    }
+    for (number, request) in requests.chunks(1).enumerate() {
+        fs::write(dir.join(format!("one-{number}")), blk_seed(4, request, false))?;
+    }
     Ok(())
 }
