@@ -1,6 +1,6 @@
 //! Records on streams of bytes.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 
 use vmlab_wire::tree::{MAX_DATA, Record, RecordHeader};
 
@@ -8,13 +8,13 @@ use crate::CopyError;
 
 /// Reads records, one at a time.
 pub(crate) struct Records<R> {
-    stream: R,
+    stream: BufReader<R>,
     payload: Vec<u8>,
 }
 
 impl<R: Read> Records<R> {
     pub(crate) fn new(stream: R) -> Self {
-        Self { stream, payload: Vec::new() }
+        Self { stream: BufReader::with_capacity(MAX_DATA, stream), payload: Vec::new() }
     }
 
     /// The next record. A stream that ends before a record says so is broken.

@@ -46,6 +46,9 @@ pub enum HostMessage {
     PowerOff,
     /// Say what the kernel's log has of its boot. Answered by `BootLog`.
     BootLog,
+    /// As `Exec`, but the program is the agent itself, whatever the root has: the first argument is only its
+    /// name, the others are `applet` and what of the agent is to run.
+    ExecAgent(Box<Exec>),
 }
 
 /// What the agent tells the host.

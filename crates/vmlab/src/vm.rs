@@ -308,6 +308,11 @@ impl Vm {
         &self.connection
     }
 
+    /// What commands inherit.
+    pub(crate) fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
     pub(crate) fn lost(&self, lost: Lost) -> Error {
         lost_error(&self.handle, lost, Some(self.came_up))
     }
