@@ -20,6 +20,7 @@ use crate::runs::RunDir;
 use crate::sandbox;
 use crate::snapshot::SnapshotMode;
 use crate::start::Devices;
+use crate::testing::Observer;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::vm::Vm;
@@ -70,6 +71,7 @@ pub struct PreparedVm {
     pub(crate) progress: Arc<dyn Progress + Send>,
     pub(crate) vms: usize,
     pub(crate) run_dir: Option<RunDir>,
+    pub(crate) observer: Option<Observer>,
 }
 
 impl std::fmt::Debug for PreparedVm {

@@ -21,6 +21,7 @@ use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};
 use crate::sync::lock;
+use crate::testing::ObservedVm;
 use crate::timings::{Timeline, millis};
 
 /// How long the hypervisor may take to end after it closed the channel to the agent.
@@ -72,6 +73,7 @@ pub struct Vm {
     _leases: Leases,
     _run_dir: RunDir,
     _own_disks: OwnDisks,
+    observed: Option<Arc<ObservedVm>>,
 }
 
 impl Vm {
@@ -94,6 +96,12 @@ impl Vm {
         }
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let observer = prepared.observer.as_ref();
+        let observed = observer.map(|observer| observer.vm(prepared.kernel()));
+        let started = |vm: &Arc<dyn VmHandle>| {
+            observed.iter().for_each(|observed| observed.started(vm));
+            started(vm);
+        };
         let starter = Starter { prepared: &prepared, started: &started, deadline };
         let booted = match starter.use_snapshot(&mut timeline).transpose() {
             Some(booted) => booted,
@@ -104,6 +112,7 @@ impl Vm {
             timeline.fail();
             let mut report = prospect.clone();
             report.failed(&timeline, &error);
+            observed.iter().for_each(|observed| observed.ended(report.clone()));
             Box::new(FailedStart { error, report })
         })?;
         let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
@@ -121,6 +130,7 @@ impl Vm {
             _leases: prepared.leases,
             _run_dir: run_dir,
             _own_disks: own_disks,
+            observed,
         };
         if let Some(name) = prepared.user
             && let Err(error) = vm.become_user(&name)
@@ -322,6 +332,12 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.connection.close();
         self.handle.kill(ExitReason::Killed);
+        if let Some(observed) = &self.observed {
+            if self.report().phases.iter().all(|phase| phase.phase != Phase::Run) {
+                self.end_phase(Phase::Run);
+            }
+            observed.ended(self.report());
+        }
     }
 }
 
