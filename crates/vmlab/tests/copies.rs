@@ -369,3 +369,21 @@ fn the_kernels_log_has_what_the_console_does_not_show() {
     assert!(events[0].title.starts_with("OOM kill"), "{events:?}");
     vm.shutdown().unwrap();
 }
+
+#[test]
+fn a_system_of_an_image_takes_copies_and_gives_its_log() {
+    // There the agent is a service beside the system's own PID 1.
+    let vm = Vm::builder().image(vmlab::Image::new("debian:12")).accel(AccelChoice::Tcg);
+    let vm = vm.share_cwd(false).start().unwrap();
+    let dir = TempDir::new().unwrap();
+    let from = dir.path().join("from");
+    tree(&from);
+    vm.copy_to(&from, "/var/tmp/tree").unwrap();
+    vm.copy_from("/var/tmp/tree", dir.path().join("to")).unwrap();
+    assert_eq!(picture(&from), picture(&dir.path().join("to")));
+    let before = vm.kernel_log().unwrap();
+    assert!(before.to_string().contains("Linux version "), "{before}");
+    sh(&vm, "echo '<7>said in secret' > /dev/kmsg");
+    assert!(!vm.kernel_log().unwrap().since(&before.mark()).containing("secret").is_empty());
+    vm.shutdown().unwrap();
+}
