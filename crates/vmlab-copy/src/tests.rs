@@ -15,7 +15,7 @@ use vmlab_wire::tree::{MAX_DATA, MAX_DEPTH, Meta};
 
 use super::*;
 
-const META: Meta = Meta { mode: 0o644, mtime_s: 1_000_000_000, mtime_ns: 123_456_789 };
+const META: Meta = Meta { mode: 0o755, mtime_s: 1_000_000_000, mtime_ns: 123_456_789 };
 
 fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds };
@@ -70,7 +70,7 @@ fn tree(at: &Path) {
     sparse.seek(SeekFrom::Start(8 << 20)).unwrap();
     sparse.write_all(b"middle").unwrap();
     sparse.set_len(32 << 20).unwrap();
-    for (name, mode) in [("empty", 0o000), ("large", 0o751), ("a/b", 0o1777), ("a", 0o500)] {
+    for (name, mode) in [("empty", 0o440), ("large", 0o751), ("a/b", 0o1777), ("a", 0o710)] {
         fs::set_permissions(at.join(name), fs::Permissions::from_mode(mode)).unwrap();
     }
     for (n, name) in
@@ -105,6 +105,23 @@ fn trees_are_the_same_on_the_other_side() {
         picture(&from).keys().collect::<Vec<_>>(),
         picture(&dir.path().join("filled")).keys().collect::<Vec<_>>()
     );
+}
+
+#[test]
+fn directories_that_cannot_be_written_to_are_filled_first() {
+    let dir = TempDir::new().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("file"), "x").unwrap();
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(&from, 0o555);
+    let copied = copy(&from, &to);
+    let (left, right) = (picture(&from), picture(&to));
+    [from, to].iter().for_each(|path| mode(path, 0o755));
+    copied.unwrap();
+    assert_eq!(left, right);
 }
 
 #[test]

@@ -96,7 +96,8 @@ impl Vm {
     ///
     /// A guest is not trusted: it can write nothing but what is below the copy, whatever it sends, and whatever
     /// links it has sent before. It can fill the host's disk, and make links that lead anywhere, which are not to
-    /// be followed by who reads the copy.
+    /// be followed by who reads the copy. `host_path` itself is trusted: it should not be in a directory that the
+    /// guest can write to by a share, where a link could be in its place.
     ///
     /// Files that the kernel makes up, as those of `/proc` and `/sys`, are read to their end, whatever size they
     /// say they have.
