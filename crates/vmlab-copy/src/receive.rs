@@ -7,9 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_OMIT,
+};
 use rustix::io::Errno;
-use vmlab_wire::tree::{Doing, MAX_DEPTH, Meta, Record, TreeError};
+use vmlab_wire::tree::{Doing, MAX_DATA, MAX_DEPTH, Meta, Record, TreeError};
 
 use crate::CopyError;
 use crate::stream::{Records, Writer};
@@ -238,18 +240,56 @@ impl<R: Read> Receiver<R> {
         meta: Meta,
     ) -> Result<(), CopyError> {
         let create = |name: &CString| {
-            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             rustix::fs::openat(parent, name, flags | OFlags::NOFOLLOW, Mode::RUSR | Mode::WUSR)
         };
         let (place, file) =
             made(parent, name, create).map_err(|errno| self.failed(Doing::Create, errno))?;
-        let finished = self.content(&file, meta).and_then(|()| {
-            place.take(parent, name).map_err(|errno| self.failed(Doing::Create, errno))
+        let finished = self.content(&file, meta).and_then(|()| match place.take(parent, name) {
+            // A filesystem is mounted on that very file, as in containers and guests on some of /etc.
+            Err(Errno::BUSY) => {
+                self.overwrite(parent, name, &file, meta)?;
+                place.remove(parent, name);
+                Ok(())
+            }
+            taken => taken.map_err(|errno| self.failed(Doing::Create, errno)),
         });
         if finished.is_err() {
             place.remove(parent, name);
         }
         finished
+    }
+
+    /// Puts a file's content into another one, which cannot be replaced.
+    fn overwrite(
+        &self,
+        parent: BorrowedFd<'_>,
+        name: &CString,
+        content: &OwnedFd,
+        meta: Meta,
+    ) -> Result<(), CopyError> {
+        let failed = |errno| self.failed(Doing::Write, errno);
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(parent, name, flags, Mode::empty()).map_err(failed)?;
+        let stat = rustix::fs::fstat(&file).map_err(failed)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(failed(Errno::BUSY));
+        }
+        rustix::fs::ftruncate(&file, 0).map_err(failed)?;
+        let mut buffer = vec![0; MAX_DATA];
+        let mut at = 0;
+        loop {
+            match rustix::io::pread(content, &mut buffer, at) {
+                Ok(0) => break,
+                Ok(count) => {
+                    write_all(&file, &buffer[..count]).map_err(failed)?;
+                    at += count as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        self.set_attributes(&file, meta, FILE_BITS)
     }
 
     fn content(&mut self, file: &OwnedFd, meta: Meta) -> Result<(), CopyError> {
@@ -260,15 +300,10 @@ impl<R: Read> Receiver<R> {
         };
         loop {
             match self.records.next()? {
-                Record::Data(mut bytes) => {
+                Record::Data(bytes) => {
                     length = longer(length, bytes.len() as u64)?;
-                    while !bytes.is_empty() {
-                        match rustix::io::write(file, bytes) {
-                            Ok(count) => bytes = &bytes[count..],
-                            Err(Errno::INTR) => {}
-                            Err(e) => return Err(CopyError::here(Doing::Write, &self.path, e)),
-                        }
-                    }
+                    write_all(file, bytes)
+                        .map_err(|e| CopyError::here(Doing::Write, &self.path, e))?;
                 }
                 Record::Hole(by) => {
                     length = longer(length, by)?;
@@ -310,6 +345,17 @@ impl<R: Read> Receiver<R> {
     }
 }
 
+fn write_all(file: &OwnedFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::write(file, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
 fn times(meta: Meta) -> Timestamps {
     Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
@@ -335,7 +381,7 @@ fn made<T>(
     }
     // Told now, and not when all is there.
     let there = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    if rustix::fs::FileType::from_raw_mode(there.st_mode) == rustix::fs::FileType::Directory {
+    if FileType::from_raw_mode(there.st_mode) == FileType::Directory {
         return Err(Errno::ISDIR);
     }
     let process = rustix::process::getpid().as_raw_nonzero();

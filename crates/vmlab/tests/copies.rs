@@ -129,6 +129,15 @@ fn trees_are_the_same_on_both_sides() {
     sh(&vm, "echo relative > relative");
     vm.copy_from("relative", &filled).unwrap();
     assert_eq!(fs::read(filled.join("relative")).unwrap(), b"relative\n", "{cwd}");
+    // A file that something is mounted on cannot be replaced, but written to.
+    sh(&vm, "cd /root; echo below > a; echo of-a-longer-name > b; mount --bind a b");
+    vm.copy_to(dir.path().join("file"), "/root/b").unwrap();
+    assert_eq!(
+        sh(&vm, "cd /root; cat b; ls -A | grep -c vmlab-copy || true; cat a"),
+        "content0\ncontent"
+    );
+    vm.copy_to(dir.path().join("file"), "/etc/hosts").unwrap();
+    assert_eq!(sh(&vm, "cat /etc/hosts"), "content");
     // What the kernel makes up has no size, and is there all the same.
     vm.copy_from("/proc/version", dir.path()).unwrap();
     let version = fs::read_to_string(dir.path().join("version")).unwrap();
