@@ -390,7 +390,7 @@ fn the_kernels_log_has_what_the_console_does_not_show() {
 fn a_system_of_an_image_takes_copies_and_gives_its_log() {
     // There the agent is a service beside the system's own PID 1.
     let vm = Vm::builder().image(vmlab::Image::new("debian:12")).accel(AccelChoice::Tcg);
-    let vm = vm.share_cwd(false).start().unwrap();
+    let vm = vm.share_cwd(false).user_of_guest("nobody").start().unwrap();
     let dir = TempDir::new().unwrap();
     let from = dir.path().join("from");
     tree(&from);
@@ -399,7 +399,10 @@ fn a_system_of_an_image_takes_copies_and_gives_its_log() {
     assert_eq!(picture(&from), picture(&dir.path().join("to")));
     let before = vm.kernel_log().unwrap();
     assert!(before.to_string().contains("Linux version "), "{before}");
-    sh(&vm, "echo '<7>said in secret' > /dev/kmsg");
+    assert_eq!(sh(&vm, "stat -c %U /var/tmp/tree"), "nobody\n");
+    let write = ["-c", "echo '<7>said in secret' > /dev/kmsg"];
+    let written = vm.command("sh").args(write).user(GuestUser::default()).output().unwrap();
+    assert!(written.status.success(), "{written:?}");
     assert!(!vm.kernel_log().unwrap().since(&before.mark()).containing("secret").is_empty());
     vm.shutdown().unwrap();
 }
