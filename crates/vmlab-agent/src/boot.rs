@@ -66,7 +66,7 @@ fn boot(started_ns: u64) -> Result<(), String> {
     session.note_trouble(trouble);
     done("channel to the host");
     let for_snapshot = command_line.split_whitespace().any(|word| word == SNAPSHOT);
-    session.begin_setup(for_snapshot);
+    session.begin_setup();
     done("kernel's filesystems");
     let devices = match for_snapshot {
         true => Devices::find(),

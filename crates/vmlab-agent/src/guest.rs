@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use vmlab_wire::message::Ready;
 
 use crate::session::{Over, Role, Session};
-use crate::{boot, kernel_log, kmsg, sys};
+use crate::{boot, kernel_log, kmsg, setup, sys};
 
 /// How long the port may take to appear after its driver was loaded.
 const PORT_TRIES: u32 = 100;
@@ -70,6 +70,7 @@ fn serve(port: OwnedFd, started_ns: u64) -> io::Result<Over> {
     // Until here, its unit has put it before all other services that start at this time. Commands are no
     // better than others.
     let _ = rustix::process::setpriority_process(None, 0);
+    setup::release_bridges();
     let mut session = Session::new(Role::Guest, port)?;
     // Its thread has SIGCHLD blocked only now: else that would be the thread's to take, and to ignore.
     kernel_log::copy_to_console();

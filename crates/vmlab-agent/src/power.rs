@@ -21,18 +21,19 @@ const KILL_GRACE: Duration = Duration::from_millis(500);
 const FLUSH_GRACE: Duration = Duration::from_secs(1);
 
 /// Waits until a descriptor is ready or the time is over. Returns false in the latter case.
-fn wait(fd: &OwnedFd, flags: PollFlags, until: Instant) -> bool {
-    let left = until.saturating_duration_since(Instant::now());
-    let timeout = Timespec { tv_sec: left.as_secs() as _, tv_nsec: left.subsec_nanos().into() };
+pub(crate) fn wait(fd: &OwnedFd, flags: PollFlags, until: Option<Instant>) -> bool {
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let timeout = left
+        .map(|left| Timespec { tv_sec: left.as_secs() as _, tv_nsec: left.subsec_nanos().into() });
     let mut fds = [PollFd::new(fd, flags)];
-    matches!(poll(&mut fds, Some(&timeout)), Ok(1..) | Err(rustix::io::Errno::INTR))
+    matches!(poll(&mut fds, timeout.as_ref()), Ok(1..) | Err(rustix::io::Errno::INTR))
 }
 
 /// Waits until a descriptor is readable or the kernel's clock has come to `until_ns`. Returns false
 /// in the latter case.
 pub(crate) fn wait_until(fd: &OwnedFd, until_ns: u64) -> bool {
     let left = Duration::from_nanos(until_ns.saturating_sub(sys::monotonic_ns()));
-    wait(fd, PollFlags::IN, Instant::now() + left)
+    wait(fd, PollFlags::IN, Some(Instant::now() + left))
 }
 
 /// Reaps until no child is left (true) or the time is over (false).
@@ -47,7 +48,7 @@ fn reap_all(signals: &OwnedFd, grace: Duration) -> bool {
                 Reap::None => return true,
             }
         }
-        if !wait(signals, PollFlags::IN, until) {
+        if !wait(signals, PollFlags::IN, Some(until)) {
             return false;
         }
     }
@@ -72,7 +73,7 @@ pub(crate) fn end_all(signals: &OwnedFd) {
 /// Writes what is left for the host, as far as it takes it.
 pub(crate) fn flush(outbox: &mut Outbox, fd: &OwnedFd) {
     let until = Instant::now() + FLUSH_GRACE;
-    while matches!(outbox.flush(fd), Ok(false)) && wait(fd, PollFlags::OUT, until) {}
+    while matches!(outbox.flush(fd), Ok(false)) && wait(fd, PollFlags::OUT, Some(until)) {}
 }
 
 /// Powers the machine off. Returns only when the kernel refuses.

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::{PollFlags, Timespec, epoll};
 use vmlab_wire::message::{Mount, Ready};
 use vmlab_wire::{Frame, GuestMessage, HostMessage, message};
 
@@ -116,9 +116,9 @@ impl Session {
     }
 
     /// Begins the set-up, before the host is told that this agent is ready for it.
-    pub(crate) fn begin_setup(&mut self, for_snapshot: bool) {
+    pub(crate) fn begin_setup(&mut self) {
         let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
-        self.begun = setup::begin(for_snapshot, &mut warn);
+        self.begun = setup::begin(&mut warn);
     }
 
     /// Takes over the devices that may be replaced.
@@ -242,8 +242,49 @@ impl Session {
             HostMessage::BootLog => {
                 self.outbox.message(&GuestMessage::BootLog(boot_log::read()));
             }
+            HostMessage::Attach(disk) => {
+                self.outbox.message(&GuestMessage::Done(setup::take_in(&disk)));
+            }
+            HostMessage::Detach(serial) => {
+                self.outbox.message(&GuestMessage::Done(setup::take_out(&serial)));
+            }
+            HostMessage::Hold(slots) => match setup::hold(&slots) {
+                Ok(devices) => self.hold(&devices)?,
+                Err(failure) => self.outbox.message(&GuestMessage::Done(Err(failure))),
+            },
+            HostMessage::GoOn(_) => return Err(broken("the host let it go on that had not held")),
             HostMessage::PowerOff => return Err(Over::PowerOff),
         }
+        Ok(())
+    }
+
+    /// Says and does nothing until the host lets it go on, so that nothing is on its way in either direction
+    /// while the machine is stopped. Commands go on.
+    fn hold(&mut self, devices: &setup::Devices) -> Result<(), Over> {
+        self.outbox.message(&GuestMessage::Done(Ok(())));
+        while !self.outbox.flush(&self.fd)? {
+            power::wait(&self.fd, PollFlags::OUT, None);
+        }
+        let go_on = loop {
+            match self.inbox.next_frame()? {
+                Some(Frame::Message(payload)) => match message::decode(payload).map_err(broken)? {
+                    HostMessage::GoOn(go_on) => break go_on,
+                    _ => return Err(broken("the host did not let it go on that had held")),
+                },
+                Some(_) => return Err(broken("something on a stream while it held")),
+                None => {}
+            }
+            if self.inbox.receive(&self.fd)? == Received::Nothing {
+                power::wait(&self.fd, PollFlags::IN, None);
+            }
+        };
+        let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
+        let done = match self.role {
+            Role::Init | Role::Guest => setup::go_on(&go_on, devices, &mut warn),
+            // Its clock and devices are those of a host.
+            Role::Service => Ok(()),
+        };
+        self.outbox.message(&GuestMessage::Done(done));
         Ok(())
     }
 

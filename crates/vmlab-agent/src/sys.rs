@@ -59,6 +59,16 @@ pub(crate) fn swap_on(device: &str) -> rustix::io::Result<()> {
     }
 }
 
+/// Has the kernel no longer swap to a device: swapoff(2).
+pub(crate) fn swap_off(device: &str) -> io::Result<()> {
+    let path = std::ffi::CString::new(device)?;
+    // SAFETY: `path` is a string with a NUL at its end, which lives for the call.
+    match unsafe { libc::swapoff(path.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A child that has ended.
 pub(crate) struct Reaped {
     /// Its process id.

@@ -4,11 +4,14 @@
 
 mod host;
 
+use std::time::Duration;
+
 use host::{Agent, Event, Outcome, command, sh};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 use vmlab_wire::message::{
-    Exec, ExecStdio, ExitStatus, StartFailure, StartStage, StderrTo, Stdio, TerminalSize, User,
+    Exec, ExecStdio, ExitStatus, GoOn, StartFailure, StartStage, StderrTo, Stdio, TerminalSize,
+    User,
 };
 use vmlab_wire::{FrameKind, GuestMessage, HostMessage, ProcessId, STREAM_WINDOW};
 
@@ -340,4 +343,47 @@ fn power_off_and_hang_up_end_the_commands() {
         let mut fds = [PollFd::new(&watched, PollFlags::IN)];
         assert_eq!(poll(&mut fds, Some(&PATIENCE)), Ok(1), "the command still runs");
     }
+}
+
+#[test]
+fn while_it_holds_nothing_is_said_and_commands_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start();
+    let marks = dir.path().join("marks").display().to_string();
+    let script = format!("while echo x; do echo x >> {marks}; sleep 0.01; done");
+    let exec = sh(&script);
+    agent.host.start(&exec);
+    agent.host.message(&HostMessage::Hold(Vec::new()));
+    // All that was on its way comes before the answer, and nothing behind it.
+    while !matches!(agent.host.next(), Some(Event::Message(GuestMessage::Done(Ok(()))))) {}
+    let lines = || std::fs::read_to_string(&marks).unwrap_or_default().len();
+    let before = lines();
+    assert!(!agent.host.speaks_within(Duration::from_millis(300)));
+    assert!(lines() > before);
+    let go_on = GoOn { revive: false, clock_ns: 0, entropy: Vec::new() };
+    agent.host.message(&HostMessage::GoOn(go_on));
+    let mut answered = false;
+    let mut said = false;
+    while !(answered && said) {
+        match agent.host.next().unwrap() {
+            Event::Message(GuestMessage::Done(done)) => answered = done == Ok(()),
+            Event::Data(..) => said = true,
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn one_that_does_not_hold_is_not_let_go_on_and_bad_slots_are_told() {
+    let mut agent = Agent::start();
+    agent.host.message(&HostMessage::Hold(vec![31]));
+    let Some(Event::Message(GuestMessage::Done(Err(failure)))) = agent.host.next() else {
+        panic!("it holds without the device")
+    };
+    assert!(failure.step.contains("devices"), "{failure:?}");
+    assert_eq!(agent.host.run(&sh("exit 3"), b"").exited.unwrap().status, ExitStatus::Code(3));
+    let go_on = GoOn { revive: false, clock_ns: 0, entropy: Vec::new() };
+    agent.host.message(&HostMessage::GoOn(go_on));
+    // It ends the session.
+    assert!(agent.host.next().is_none());
 }

@@ -84,7 +84,8 @@ fn crash_states(mut args: CrashArgs) -> Result<Code> {
     let cuts = Cuts { count: args.random, seed: args.seed, tear: args.tear, reorder: args.reorder };
     let quiet = args.vm.quiet;
     let vm = request::builder_for_each(args.vm)?;
-    let power_cuts = PowerCuts { log, disk, at_flushes: true, at_random: cuts };
+    let mut power_cuts = PowerCuts::new(log, disk);
+    power_cuts.at_random = cuts;
     let checked = power_cuts.check(&vm, &args.command, |number, count, checked| {
         let CrashState { cut, durable, survivors } = &checked.state;
         let what = format!(

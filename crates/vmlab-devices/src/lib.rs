@@ -6,6 +6,8 @@
 //! Device (blk, fs, rng)                      requests of a guest
 //! ```
 //!
+//! [`net`] is beside that: what carries frames from one guest to others.
+//!
 //! A transport makes a [`VirtQueue`] of each ring and lets [`Workers`] call the device for it. Everything
 //! that a guest writes is checked on the way: a device sees whole, valid chains only.
 
@@ -13,6 +15,7 @@ pub mod blk;
 mod chain;
 mod device;
 pub mod fs;
+pub mod net;
 mod queue;
 pub mod rng;
 mod transfer;

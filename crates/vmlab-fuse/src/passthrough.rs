@@ -25,6 +25,7 @@ use crate::types::{Name, NodeId};
 
 mod attributes;
 mod creation;
+mod duplicate;
 mod handles;
 mod inode;
 mod io_ops;

@@ -100,6 +100,15 @@ impl<F: FileSystem> Server<F> {
         &self.fs
     }
 
+    /// The same server of another filesystem, for a guest that knows of that what this one's knows.
+    pub fn continued(&self, fs: F) -> Self {
+        Self {
+            fs,
+            flags: AtomicU64::new(self.flags.load(Ordering::Relaxed)),
+            initialised: AtomicBool::new(self.initialised.load(Ordering::Relaxed)),
+        }
+    }
+
     /// Does what a request asks and writes the reply. Returns the reply's length, 0 for none.
     pub fn serve(&self, request: &dyn RequestBytes, reply: &mut dyn ReplyBytes) -> usize {
         let Some((header, opcode)) = header_of(request) else { return 0 };

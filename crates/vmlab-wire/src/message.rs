@@ -46,6 +46,15 @@ pub enum HostMessage {
     PowerOff,
     /// Say what the kernel's log has of its boot. Answered by `BootLog`.
     BootLog,
+    /// Take a disk into use that has just been plugged in. Answered by `Done`.
+    Attach(Disk),
+    /// Take the disk with this serial number out of use, so that it can be unplugged. Answered by `Done`.
+    Detach(String),
+    /// Remember how the devices in these slots behind the bridge are set up. Answered by `Done`, after which the
+    /// agent says and does nothing until `GoOn`, unless that was a failure.
+    Hold(Vec<u8>),
+    /// Go on after `Hold`. Answered by `Done`.
+    GoOn(GoOn),
     /// As `Exec`, but the program is the agent itself, whatever the root has: the first argument is only its
     /// name, the others are `applet` and what of the agent is to run.
     ExecAgent(Box<Exec>),
@@ -75,6 +84,19 @@ pub enum GuestMessage {
     PoweringOff,
     /// The answer to `BootLog`.
     BootLog(BootLog),
+    /// How something went that the host asked for.
+    Done(Result<(), Failure>),
+}
+
+/// What a guest is told that goes on, perhaps where it was stopped long ago.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoOn {
+    /// Other devices have come into the slots that `Hold` named.
+    pub revive: bool,
+    /// Wall-clock time, in nanoseconds since 1970.
+    pub clock_ns: u64,
+    /// Bytes to seed the kernel's random number generator with.
+    pub entropy: Vec<u8>,
 }
 
 /// What a freshly booted agent knows.
@@ -120,6 +142,8 @@ pub struct Setup {
     pub files: Vec<File>,
     /// The network interface's address, when there is one.
     pub network: Option<Network>,
+    /// Interfaces on networks of VMs, which are not the one of `network`.
+    pub lans: Vec<Interface>,
     /// Names of modules to load with `modprobe` once the root is there, with their parameters.
     pub modprobe: Vec<Vec<String>>,
     /// So many virtio-fs devices, the first ones, are others than those that the kernel found.
@@ -232,6 +256,17 @@ pub struct Network {
     pub prefix: u8,
     /// The IPv4 address of the default route.
     pub gateway: [u8; 4],
+}
+
+/// An interface on a network of VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// The device's address, which it is known by.
+    pub mac: [u8; 6],
+    /// The guest's IPv4 address there.
+    pub address: [u8; 4],
+    /// Length of the network's prefix in bits.
+    pub prefix: u8,
 }
 
 /// How the set-up went.

@@ -2,7 +2,7 @@ use thiserror::Error;
 
 /// Version of everything in this crate. Host and agent are built together, so they differ only when
 /// something old is brought back, such as a snapshot; they then refuse each other.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 const MAGIC: [u8; 8] = *b"vmlab\0w\n";
 

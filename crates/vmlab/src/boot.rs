@@ -75,6 +75,8 @@ pub(crate) struct Needs {
     pub(crate) share_via: ShareVia,
     /// There is a disk.
     pub(crate) disk: bool,
+    /// There may be disks later.
+    pub(crate) disk_later: bool,
     /// Its root is on a disk.
     pub(crate) disk_root: bool,
     /// The root cannot be written to and has no place for modules; an overlay can make one.
@@ -271,7 +273,8 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     if needs.overlay {
         required.push((Feature::Overlay, "lay a writable layer over its root"));
     }
-    if needs.disk {
+    let disk_later = needs.disk_later && features.get(Feature::VirtioBlk) != Availability::Absent;
+    if needs.disk || disk_later {
         required.push((Feature::VirtioBlk, "reach its disks"));
     }
     if needs.network {

@@ -16,6 +16,7 @@ use crate::disk::{self, Disk};
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, qemu::Qemu};
 use crate::image::Image;
+use crate::lan::{Lan, Membership, memberships};
 use crate::prepared::{PreparedVm, System};
 use crate::report::Phase;
 use crate::share::{Share, ShareVia};
@@ -86,6 +87,8 @@ pub struct VmBuilder {
     share_via: ShareVia,
     sandbox: bool,
     network: NetworkMode,
+    pluggable: bool,
+    lans: Vec<(Lan, String)>,
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
@@ -128,6 +131,8 @@ impl Default for VmBuilder {
             share_via: ShareVia::Auto,
             sandbox: true,
             network: NetworkMode::None,
+            pluggable: false,
+            lans: Vec::new(),
             hostname: None,
             append: Vec::new(),
             full_console: false,
@@ -261,6 +266,13 @@ impl VmBuilder {
         self
     }
 
+    /// Puts the VM on a network of VMs, as one of its members, whose name is the guest's host name unless that is set
+    /// or it is on another one before. Can be called several times.
+    pub fn lan(mut self, lan: &Lan, member: impl Into<String>) -> Self {
+        self.lans.push((lan.clone(), member.into()));
+        self
+    }
+
     /// The guest's host name; one that no other guest has unless set.
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.hostname = Some(name.into());
@@ -313,6 +325,14 @@ impl VmBuilder {
             Some(dir) if !self.sees(program) => self.share(Share::new(dir).read_only()),
             _ => self,
         }
+    }
+
+    /// Whether disks can be [attached](Vm::attach) and [detached](Vm::detach) while the VM runs, and
+    /// [snapshots](Vm::snapshot) taken of it. It is so for `#[vmlab::test(host)]`, and else not unless set.
+    /// vmlab itself serves all its disks whose format is raw then.
+    pub fn pluggable(mut self, pluggable: bool) -> Self {
+        self.pluggable = pluggable;
+        self
     }
 
     /// What commands inherit; the caller's own unless set.
@@ -370,8 +390,10 @@ impl VmBuilder {
     /// # Errors
     /// When something cannot be had, or the whole cannot work.
     pub fn prepare(self) -> Result<PreparedVm, Error> {
+        let builder = Arc::new(self.clone());
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
+        let lans = memberships(&self.lans)?;
         let environment = self.environment_in_guest()?;
         let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
@@ -379,6 +401,9 @@ impl VmBuilder {
         let leases = Leases::default();
         let since = Instant::now();
         let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;
+        if self.pluggable {
+            disk::serve_all(&mut disks);
+        }
         if let Some(dir) = &self.keep_disks {
             disk::keep_in(dir, &mut disks);
         }
@@ -389,9 +414,10 @@ impl VmBuilder {
             Some(image) if self.kernel.is_none() => {
                 self.image_parts(image, &environment, (&cache, &leases), &mut timeline)?
             }
-            _ => self.kernel_parts(&environment, (&cache, &leases), &mut timeline)?,
+            _ => self.kernel_parts(&environment, &lans, (&cache, &leases), &mut timeline)?,
         };
         let Parts { config, setup, system, accel_reason } = parts;
+        let config = lans.iter().map(Membership::device).fold(config, VmConfigBuilder::lan);
         let mut config = disks
             .into_iter()
             .fold(config, VmConfigBuilder::disk)
@@ -399,6 +425,7 @@ impl VmBuilder {
             .topology(self.topology)
             .sandbox(self.sandbox)
             .network(self.network)
+            .pluggable(self.pluggable)
             .qemu_args(self.qemu_args);
         if let Some(machine) = self.machine {
             config = config.machine(machine);
@@ -422,6 +449,7 @@ impl VmBuilder {
             environment,
             user: self.user,
             accel_reason,
+            lans,
             hypervisor: self.hypervisor,
             timeout: self.timeout,
             boot_timeout: self.boot_timeout.unwrap_or(usual_time),
@@ -434,6 +462,9 @@ impl VmBuilder {
             vms: 1,
             run_dir: None,
             observer: self.observer,
+            builder,
+            disks: self.disks,
+            watchers: Vec::new(),
         })
     }
 

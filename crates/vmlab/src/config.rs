@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
 use vmlab_artifacts::image::ImageFormat;
 use vmlab_devices::blk;
+use vmlab_devices::net::MacAddress;
 
 use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
@@ -151,6 +152,13 @@ pub enum NetworkMode {
     None,
     /// The outside world, through connections that the host's user makes; nothing gets in.
     User,
+}
+
+/// An interface on a network that VMs have to themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct LanDevice {
+    /// Its address, by which the guest tells it from others.
+    pub mac: MacAddress,
 }
 
 /// The byte channel between host and agent.
@@ -324,8 +332,14 @@ pub struct VmConfig {
     pub sandbox: bool,
     /// Network.
     pub network: NetworkMode,
+    /// Interfaces on networks of VMs. Each start brings a port for each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lans: Vec<LanDevice>,
     /// How the agent is reached.
     pub channel: AgentChannel,
+    /// Whether disks can be plugged in and taken out while it runs, and a snapshot taken in the midst of a run.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub pluggable: bool,
     /// Further arguments for QEMU, as they are.
     pub qemu_args: Vec<String>,
 }
@@ -367,7 +381,9 @@ impl VmConfigBuilder {
                 disks: Vec::new(),
                 sandbox: true,
                 network: NetworkMode::None,
+                lans: Vec::new(),
                 channel: AgentChannel::Virtio,
+                pluggable: false,
                 qemu_args: Vec::new(),
             },
         }
@@ -421,9 +437,21 @@ impl VmConfigBuilder {
         self
     }
 
+    /// Adds an interface on a network of VMs.
+    pub fn lan(mut self, lan: LanDevice) -> Self {
+        self.config.lans.push(lan);
+        self
+    }
+
     /// Sets how the agent is reached.
     pub fn channel(mut self, channel: AgentChannel) -> Self {
         self.config.channel = channel;
+        self
+    }
+
+    /// Sets whether something can be plugged in later.
+    pub fn pluggable(mut self, pluggable: bool) -> Self {
+        self.config.pluggable = pluggable;
         self
     }
 
@@ -504,7 +532,7 @@ fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
     }
 }
 
-fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
+pub(crate) fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
     let mut serials = HashSet::new();
     for DiskDevice { serial, path, writes, format, serve, keep: _ } in disks {
         if !is_serial(serial) {

@@ -26,7 +26,7 @@ use crate::units::{Bytes, MIB};
 use crate::{Error, VmBuilder};
 
 pub use clone::CloneMode;
-pub(crate) use clone::{OwnDisks, give_each_its_own};
+pub(crate) use clone::{OwnDisks, SavedDisk, give_each_its_own};
 pub use power_cuts::{Checked, PowerCuts};
 pub(crate) use serving::Serving;
 pub(crate) use template::{CACHE_KIND, MAKING_TIME};
@@ -186,7 +186,7 @@ impl Disk {
     }
 
     /// Its name where it is the disk of this number.
-    fn serial(&self, index: usize) -> String {
+    pub(crate) fn serial(&self, index: usize) -> String {
         self.name.clone().unwrap_or_else(|| format!("disk{index}"))
     }
 
@@ -212,7 +212,7 @@ impl Disk {
     }
 
     /// Refuses what cannot be, before anything is made for it.
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         if let Some(serial) = self.name.as_ref().filter(|name| !is_serial(name)) {
             return Err(self.wrong(ConfigError::Serial { serial: serial.clone() }.to_string()));
         }
@@ -271,7 +271,7 @@ impl Disk {
     }
 
     /// What the guest is to do with it.
-    fn for_guest(&self, index: usize) -> message::Disk {
+    pub(crate) fn for_guest(&self, index: usize) -> message::Disk {
         let used = match (self.place(index), self.mkfs(), &self.mount) {
             (Some(place), mkfs, _) => DiskUse::Mounted(DiskMount {
                 kind: mkfs.map(|mkfs| mkfs.name.clone()),
@@ -294,32 +294,51 @@ pub(crate) fn devices(
 ) -> Result<Vec<DiskDevice>, Error> {
     // All of them before any is made.
     disks.iter().try_for_each(Disk::check)?;
-    let device = |(index, disk): (usize, &Disk)| {
-        let (path, format) = match &disk.source {
-            DiskSource::File(file) => {
-                // What is opened so names no file elsewhere, whatever a guest may have written to it.
-                let DiskImage { path, format, .. } = open_data(file)?;
-                (path, format)
-            }
-            DiskSource::Blank(size, mkfs) => {
-                // Two filesystems with one UUID do not get on with each other in one guest.
-                let alike = |other: &&Disk| *other.made_of() == disk.source;
-                let copy = disks.iter().take(index).filter(alike).count();
-                let wanted = template::Wanted { size: *size, mkfs: mkfs.as_ref(), copy };
-                (wanted.get(builder, (cache, leases))?, ImageFormat::Raw)
-            }
-        };
-        let (serial, writes, keep) = (disk.serial(index), disk.writes, disk.keep.clone());
-        if matches!(writes, DiskWrites::Cloned(_)) && format != ImageFormat::Raw {
-            return Err(disk.wrong(format!(
-                "a {} image cannot be copied for each VM; mode=discard does without",
-                format.name()
-            )));
+    (0..disks.len()).map(|index| device(builder, disks, index, (cache, leases))).collect()
+}
+
+/// The device of one of these disks.
+pub(crate) fn device(
+    builder: &VmBuilder,
+    disks: &[Disk],
+    index: usize,
+    (cache, leases): (&Cache, &Leases),
+) -> Result<DiskDevice, Error> {
+    let disk = &disks[index];
+    let (path, format) = match &disk.source {
+        DiskSource::File(file) => {
+            // What is opened so names no file elsewhere, whatever a guest may have written to it.
+            let DiskImage { path, format, .. } = open_data(file)?;
+            (path, format)
         }
-        let serve = disk.serve.clone();
-        Ok(DiskDevice { serial, path, format, writes, keep, serve })
+        DiskSource::Blank(size, mkfs) => {
+            // Two filesystems with one UUID do not get on with each other in one guest.
+            let alike = |other: &&Disk| *other.made_of() == disk.source;
+            let copy = disks.iter().take(index).filter(alike).count();
+            let wanted = template::Wanted { size: *size, mkfs: mkfs.as_ref(), copy };
+            (wanted.get(builder, (cache, leases))?, ImageFormat::Raw)
+        }
     };
-    disks.iter().enumerate().map(device).collect()
+    let (serial, writes, keep) = (disk.serial(index), disk.writes, disk.keep.clone());
+    if matches!(writes, DiskWrites::Cloned(_)) && format != ImageFormat::Raw {
+        return Err(disk.wrong(format!(
+            "a {} image cannot be copied for each VM; mode=discard does without",
+            format.name()
+        )));
+    }
+    let serve = disk.serve.clone();
+    Ok(DiskDevice { serial, path, format, writes, keep, serve })
+}
+
+/// Has vmlab itself serve all disks that it can. What would be discarded is in a copy, where that can be had
+/// cheaply, so that snapshots can have it.
+pub(crate) fn serve_all(disks: &mut [DiskDevice]) {
+    for disk in disks.iter_mut().filter(|disk| disk.format == ImageFormat::Raw) {
+        disk.serve.get_or_insert_default();
+        if disk.writes == DiskWrites::Discarded {
+            disk.writes = DiskWrites::Cloned(CloneMode::Auto);
+        }
+    }
 }
 
 /// Has all copies that VMs have for themselves stay in a directory, those that have no file of their own.

@@ -18,6 +18,7 @@ use vmlab_vmm::probe::KvmUnusable;
 use crate::config::ConfigError;
 use crate::guest::{CopySide, shown};
 use crate::hypervisor::{ExitReason, HypervisorError};
+use crate::lan::LanError;
 use crate::report::Report;
 use crate::units::BytesError;
 
@@ -78,6 +79,9 @@ pub enum Error {
     /// What was asked for cannot work.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A network of VMs cannot be as it is asked for.
+    #[error(transparent)]
+    Lan(#[from] LanError),
     /// A share was given in a wrong way.
     #[error("`{text}` is not a share: {why}; give HOST[:GUEST][:ro|rw] with absolute guest paths")]
     Share {
@@ -189,6 +193,28 @@ pub enum Error {
         detail: String,
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
+    },
+    /// The guest did not do in time what it was asked for.
+    #[error("the guest did not answer within {} s", after.as_secs())]
+    NoAnswer {
+        /// How long it was waited for.
+        after: Duration,
+        /// What its console had to say, and where all of it is.
+        console: Box<Evidence>,
+    },
+    /// What is recorded of a disk is of one start.
+    #[error(
+        "the VM cannot be started again: its disk `{serial}` is recorded, from its first content on"
+    )]
+    RecordedDisk {
+        /// Its serial number.
+        serial: String,
+    },
+    /// A snapshot cannot have all that a VM is.
+    #[error("no snapshot can be taken of this VM: {why}")]
+    NotInSnapshot {
+        /// What it could not have.
+        why: String,
     },
     /// There is no such program in the guest.
     #[error("{}: command not found in the guest", program.display())]
@@ -372,6 +398,7 @@ impl Error {
             | Self::Ended { console, .. }
             | Self::NotStopped { console, .. }
             | Self::Protocol { console, .. }
+            | Self::NoAnswer { console, .. }
             | Self::Setup { console, .. } => Some(console),
             _ => None,
         }
@@ -399,7 +426,9 @@ impl Error {
     /// What kind of failure it is.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::BootTimeout { .. } | Self::NoWayIn { .. } => ErrorClass::TimeLimit,
+            Self::BootTimeout { .. } | Self::NoWayIn { .. } | Self::NoAnswer { .. } => {
+                ErrorClass::TimeLimit
+            }
             Self::Ended { reason, .. } => match reason {
                 ExitReason::Timeout => ErrorClass::TimeLimit,
                 ExitReason::GuestPanic(_) => ErrorClass::GuestPanic,
@@ -422,12 +451,15 @@ impl Error {
             | Self::NoSuchKind { .. }
             | Self::KernelLacks { .. }
             | Self::Config(_)
+            | Self::Lan(_)
             | Self::Share { .. }
             | Self::Disk { .. }
             | Self::Template { .. }
             | Self::NoMkfs { .. }
             | Self::PowerCuts { .. }
             | Self::Hypervisor(_)
+            | Self::NotInSnapshot { .. }
+            | Self::RecordedDisk { .. }
             | Self::Kvm(_)
             | Self::Io { .. }
             | Self::NotStopped { .. }

@@ -32,6 +32,7 @@ pub mod hypervisor;
 mod identity;
 mod image;
 pub mod kept;
+pub mod lan;
 pub mod prelude;
 mod prepared;
 mod random;
@@ -63,11 +64,12 @@ pub use guest::{
     Child, Command, Environment, ExitStatus, GuestUser, KernelLog, LogLevel, Output, Stdio,
 };
 pub use image::Image;
+pub use lan::{Lan, LanError};
 pub use prepared::PreparedVm;
 pub use runs::RunDir;
 pub use share::{Share, ShareVia};
 pub use snapshot::SnapshotMode;
-pub use vm::Vm;
+pub use vm::{Vm, VmSnapshot};
 pub use vmlab_artifacts as artifacts;
 pub use vmlab_devices::blk;
 pub use vmlab_macros::test;

@@ -13,6 +13,7 @@ use vmlab_wire::message::Setup;
 use crate::config::VmConfig;
 use crate::guest::Environment;
 use crate::hypervisor::{Hypervisor, VmHandle};
+use crate::lan::Membership;
 use crate::random;
 use crate::report::{Phase, Report};
 use crate::rootfs::Identity;
@@ -24,10 +25,10 @@ use crate::testing::Observer;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::vm::Vm;
-use crate::{Error, FailedStart};
+use crate::{Disk, Error, FailedStart, VmBuilder};
 
 /// How much entropy a guest is given before anything runs in it, in bytes.
-const ENTROPY: usize = 64;
+pub(crate) const ENTROPY: usize = 64;
 
 /// What runs in a VM.
 #[derive(Debug, Clone)]
@@ -58,6 +59,8 @@ pub struct PreparedVm {
     /// The user, where only the guest knows who that is.
     pub(crate) user: Option<String>,
     pub(crate) accel_reason: Option<String>,
+    /// What it is on networks of VMs.
+    pub(crate) lans: Vec<Membership>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) boot_timeout: Duration,
@@ -72,6 +75,20 @@ pub struct PreparedVm {
     pub(crate) vms: usize,
     pub(crate) run_dir: Option<RunDir>,
     pub(crate) observer: Option<Observer>,
+    /// Whom it was made by, for what comes later.
+    pub(crate) builder: Arc<VmBuilder>,
+    /// Its disks, also those that are out again.
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) watchers: Vec<Arc<dyn Watcher>>,
+}
+
+/// Who is told of all machines of a VM: it has more than one where it is reset or restored.
+pub(crate) trait Watcher: Send + Sync {
+    /// One runs. It may be there for a snapshot only, or be tried once more.
+    fn started(&self, handle: &Arc<dyn VmHandle>);
+
+    /// The last one is ready for commands.
+    fn ready(&self);
 }
 
 impl std::fmt::Debug for PreparedVm {
@@ -143,6 +160,12 @@ impl PreparedVm {
     /// Keeps the logs of the VM there; in a new directory unless set.
     pub fn logs_in(mut self, dir: RunDir) -> Self {
         self.run_dir = Some(dir);
+        self
+    }
+
+    /// Has all its machines watched.
+    pub(crate) fn watched_by(mut self, watcher: Arc<dyn Watcher>) -> Self {
+        self.watchers.push(watcher);
         self
     }
 

@@ -1,6 +1,7 @@
 //! Files of the root that cannot be in the guest as they are on the host.
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,9 @@ const HOSTNAME: &str = "vmlab-";
 /// Digits behind it: enough for all guests of a host at a time.
 const HOSTNAME_DIGITS: usize = 6;
 
+/// What a file of hosts has at least.
+const NO_HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
+
 /// Digits of a machine id, as machine-id(5) has them.
 const MACHINE_ID_DIGITS: usize = 32;
 
@@ -31,6 +35,8 @@ pub(crate) struct Identity {
     pub(crate) root: Option<PathBuf>,
     /// Its host name, if it is given one.
     pub(crate) hostname: Option<String>,
+    /// Others that it knows by their names.
+    pub(crate) hosts: Vec<(Ipv4Addr, String)>,
     pub(crate) network: NetworkMode,
 }
 
@@ -44,7 +50,7 @@ impl Identity {
             Some(name) => name.clone(),
             None => format!("{HOSTNAME}{}", random::hex(HOSTNAME_DIGITS)?),
         };
-        let mut files = files(self.root.as_deref(), &hostname, self.network);
+        let mut files = files(self.root.as_deref(), &hostname, &self.hosts, self.network);
         if self.root.as_ref().is_none_or(|root| root.join(MACHINE_ID).is_file()) {
             let id = random::hex(MACHINE_ID_DIGITS)?;
             files.push(file(&format!("/{MACHINE_ID}"), 0o444, format!("{id}\n")));
@@ -57,11 +63,18 @@ impl Identity {
 ///
 /// `hostname` is the guest's. Where this process is not root, what sudo and PAM need of files that
 /// only root can read is made up: everybody may become the guest's root, and nobody has a password.
-fn files(root: Option<&Path>, hostname: &str, network: NetworkMode) -> Vec<File> {
+fn files(
+    root: Option<&Path>,
+    hostname: &str,
+    others: &[(Ipv4Addr, String)],
+    network: NetworkMode,
+) -> Vec<File> {
     let mut files = vec![file("/etc/hostname", 0o644, format!("{hostname}\n"))];
     let read = |path| std::fs::read_to_string(root?.join(path)).ok();
-    if let Some(hosts) = read("etc/hosts") {
-        files.push(file("/etc/hosts", 0o644, with_host(&hosts, hostname)));
+    let no_hosts = || (!others.is_empty()).then(|| NO_HOSTS.to_owned());
+    if let Some(hosts) = read("etc/hosts").or_else(no_hosts) {
+        let hosts = with_host(&with_others(&hosts, others), hostname);
+        files.push(file("/etc/hosts", 0o644, hosts));
     }
     match network {
         NetworkMode::User => {
@@ -83,6 +96,28 @@ fn files(root: Option<&Path>, hostname: &str, network: NetworkMode) -> Vec<File>
 
 fn file(path: &str, mode: u32, content: String) -> File {
     File { path: path.as_bytes().to_vec(), mode, content: content.into_bytes() }
+}
+
+/// Adds names to a file of hosts, which has them for no other addresses then.
+fn with_others(hosts: &str, others: &[(Ipv4Addr, String)]) -> String {
+    let is_other = |name: &str| others.iter().any(|(_, other)| other.eq_ignore_ascii_case(name));
+    let mut text = String::new();
+    for line in hosts.lines().filter(|_| !others.is_empty()) {
+        let (entry, comment) = line.split_at(line.find('#').unwrap_or(line.len()));
+        let mut words = entry.split_whitespace();
+        let address = words.next().unwrap_or_default();
+        let names: Vec<&str> = words.clone().filter(|name| !is_other(name)).collect();
+        match names.len() == words.count() {
+            true => text.push_str(line),
+            false if names.is_empty() => continue,
+            false => text.push_str(&format!("{address} {} {comment}", names.join(" "))),
+        }
+        text.push('\n');
+    }
+    for (address, name) in others {
+        text.push_str(&format!("{address} {name}\n"));
+    }
+    if others.is_empty() { hosts.to_owned() } else { text }
 }
 
 fn with_host(hosts: &str, hostname: &str) -> String {
@@ -141,13 +176,31 @@ mod tests {
     }
 
     #[test]
+    fn members_of_a_network_are_known_by_their_addresses_alone() {
+        let others =
+            [([10, 77, 1, 1].into(), "a".to_owned()), ([10, 77, 1, 2].into(), "b".to_owned())];
+        let hosts =
+            "# it\n127.0.0.1 localhost\n127.0.1.1 A\n\n10.0.0.1\tx a y # mine\n::1 localhost";
+        let known = with_others(hosts, &others);
+        let kept = "# it\n127.0.0.1 localhost\n\n10.0.0.1 x y # mine\n::1 localhost\n";
+        assert_eq!(known, format!("{kept}10.77.1.1 a\n10.77.1.2 b\n"));
+        assert_eq!(with_host(&known, "a"), known);
+        assert_eq!(with_others(hosts, &[]), hosts);
+        let files = files(None, "a", &others, NetworkMode::None);
+        let hosts = files.iter().find(|file| file.path == b"/etc/hosts").unwrap();
+        assert!(hosts.content.starts_with(NO_HOSTS.as_bytes()));
+    }
+
+    #[test]
     fn every_guest_is_another() {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("etc")).unwrap();
         let identity = |hostname: Option<&str>| {
             let root = Some(root.path().to_owned());
             let hostname = hostname.map(str::to_owned);
-            Identity { root, hostname, network: NetworkMode::None }.fresh().unwrap()
+            Identity { root, hostname, hosts: Vec::new(), network: NetworkMode::None }
+                .fresh()
+                .unwrap()
         };
         let id = |files: &[File]| {
             let file = files.iter().find(|f| f.path == b"/etc/machine-id")?;
@@ -168,7 +221,7 @@ mod tests {
         std::fs::create_dir(root.path().join("etc")).unwrap();
         std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
         let content = |network| {
-            let files = files(Some(root.path()), "g", network);
+            let files = files(Some(root.path()), "g", &[], network);
             let file = files.into_iter().find(|f| f.path == b"/etc/resolv.conf").unwrap();
             String::from_utf8(file.content).unwrap()
         };

@@ -160,7 +160,10 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     let shares = if config.served_shares().next().is_some() { SHARES } else { 0 };
     config.shares = (0..shares).map(|index| placeholder(index, empty)).collect();
     config.network = NetworkMode::None;
+    config.lans.clear();
     config.disks.clear();
+    // All such VMs are.
+    config.pluggable = false;
     // It restricts the servers of shares.
     config.sandbox = true;
     // Tells the agent. First, so that the user's own arguments have the last word.
@@ -441,7 +444,7 @@ fn load(entry: &Path) -> io::Result<(Snapshot, Greeting)> {
         .collect::<io::Result<_>>()?;
     let (shares, kept) = (manifest.shares, manifest.kept);
     let (state, console) = (state.into(), console.into());
-    Ok((Snapshot { state, memory, console, shares, kept }, manifest.greeting))
+    Ok((Snapshot { state, memory, console, shares, kept, run: None }, manifest.greeting))
 }
 
 #[cfg(test)]

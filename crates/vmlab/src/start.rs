@@ -11,10 +11,11 @@ use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Failure, Ready, SetupReport};
 
 use crate::Error;
-use crate::config::{Accel, NetworkMode, VmConfig};
+use crate::config::{Accel, NetworkMode, ShareDevice, VmConfig};
 use crate::error::{EmulatorFault, ErrorClass};
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
+use crate::lan::{Claim, LanError};
 use crate::prepared::PreparedVm;
 use crate::report::Phase;
 use crate::runs::RunDir;
@@ -51,6 +52,8 @@ pub(crate) struct Booted {
     pub(crate) connection: Arc<Connection>,
     pub(crate) ready: Ready,
     pub(crate) setup: SetupReport,
+    /// The shares that it has, if only to fill places.
+    pub(crate) shares: Vec<ShareDevice>,
     /// How much was on the console when the agent had come up.
     pub(crate) came_up: u64,
     pub(crate) run_dir: RunDir,
@@ -93,9 +96,19 @@ pub(crate) struct Starter<'a, F> {
     /// Is told of each machine as soon as it runs.
     pub(crate) started: &'a F,
     pub(crate) deadline: Option<Instant>,
+    /// Its places on networks of VMs.
+    pub(crate) lans: &'a [Arc<Claim>],
 }
 
 impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
+    /// Has the VM go on from a snapshot where it can, and boot else.
+    pub(crate) fn start(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
+        match self.use_snapshot(timeline)? {
+            Some(booted) => Ok(booted),
+            None => self.boot(timeline),
+        }
+    }
+
     /// Boots the VM with all that the run needs.
     pub(crate) fn boot(&self, timeline: &mut Timeline) -> Result<Booted, Error> {
         let prepared = self.prepared;
@@ -105,7 +118,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         self.boot_twice(|| {
             let run_dir = prepared.run_dir()?;
             let begin = (&config, Origin::Boot, run_dir.path());
-            let machine = self.start(begin, Connection::open, timeline)?;
+            let machine = self.begin(begin, Connection::open, timeline)?;
             // Into a system that an image has started, the agent has yet to come.
             let ways =
                 starts_itself.then(|| WaysIn::try_all(&machine.handle, prepared.boot_timeout));
@@ -124,7 +137,8 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let setup = machine.set_up(None, came_up, timeline);
             let setup = setup.map_err(|error| machine.failed(error))?;
             let Machine { handle, connection, .. } = machine;
-            Ok(Booted { handle, connection, ready, setup, came_up, run_dir })
+            let shares = config.shares.clone();
+            Ok(Booted { handle, connection, ready, setup, shares, came_up, run_dir })
         })
     }
 
@@ -204,7 +218,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         self.boot_twice(|| {
             let run_dir = RunDir::create()?;
             let begin = (&config, Origin::BootForSnapshot, run_dir.path());
-            let machine = self.start(begin, Connection::listen, timeline)?;
+            let machine = self.begin(begin, Connection::listen, timeline)?;
             let ready = machine.ready().map_err(|error| machine.failed(error))?;
             timeline.guest_ready(&ready);
             timeline.end(Phase::Boot);
@@ -240,14 +254,32 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let resume = |socket| Connection::resume(socket, greeting);
         let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
-        let machine = self.start((config, origin, run_dir.path()), resume, timeline)?;
+        let machine = self.begin((config, origin, run_dir.path()), resume, timeline)?;
         let devices = Some(Devices::of(config, kept));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
-        Ok(Booted { handle, connection, ready, setup, came_up: 0, run_dir })
+        let shares = config.shares.clone();
+        Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
     }
 
-    fn start(
+    /// Has a machine go on in the midst of a run, as its devices are.
+    pub(crate) fn go_on(
+        &self,
+        origin: Origin,
+        connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
+        timeline: &mut Timeline,
+    ) -> Result<(Arc<dyn VmHandle>, Arc<Connection>), Error> {
+        let prepared = self.prepared;
+        prepared.begin(timeline, Phase::Restore);
+        let run_dir = prepared.run_dir()?;
+        let config = (&prepared.config, origin, run_dir.path());
+        let machine = self.begin(config, connect, timeline).map_err(|failure| failure.error)?;
+        timeline.end(Phase::Restore);
+        let Machine { handle, connection, .. } = machine;
+        Ok((handle, connection))
+    }
+
+    fn begin(
         &self,
         (config, origin, log_dir): (&VmConfig, Origin, &Path),
         connect: impl FnOnce(UnixStream) -> io::Result<Arc<Connection>>,
@@ -256,10 +288,15 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let prepared = self.prepared;
         let since = Instant::now();
         let (log_dir, deadline) = (log_dir.to_owned(), self.deadline);
-        let options = StartOptions { log_dir, deadline, origin, vms: prepared.vms };
+        // A VM that boots for a snapshot is on no network.
+        let lans = self.lans.iter().take(config.lans.len()).map(Claim::port);
+        let lans = lans.collect::<io::Result<_>>();
+        let lans = lans.map_err(|source| Error::from(LanError::Switch { source }))?;
+        let options = StartOptions { log_dir, deadline, origin, lans, vms: prepared.vms };
         let handle = prepared.hypervisor.start(config, options).map_err(Error::Hypervisor)?;
         timeline.note("hypervisor's start", since);
         (self.started)(&handle);
+        prepared.watchers.iter().for_each(|watcher| watcher.started(&handle));
         let channel =
             handle.take_agent_channel().ok_or_else(|| lost_error(&handle, Lost::Closed, None))?;
         let connection = connect(channel).map_err(|source| Error::Io {
@@ -284,7 +321,10 @@ pub(crate) struct Devices {
 impl Devices {
     fn of(config: &VmConfig, kept: u32) -> Self {
         let shares = config.shares.len().try_into().unwrap_or(u32::MAX);
-        let more = shares > kept || config.network != NetworkMode::None || !config.disks.is_empty();
+        let more = shares > kept
+            || config.network != NetworkMode::None
+            || !config.lans.is_empty()
+            || !config.disks.is_empty();
         Self { revive: kept.min(shares), more }
     }
 }

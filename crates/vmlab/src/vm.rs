@@ -1,11 +1,16 @@
 //! A running VM.
 
+mod again;
+mod control;
+mod snapshot;
+
+pub use snapshot::VmSnapshot;
+
 use std::ffi::OsStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmlab_artifacts::Kernel;
-use vmlab_artifacts::cache::Leases;
 use vmlab_wire::HostMessage;
 use vmlab_wire::message::{Accounts, Ready, SetupReport};
 
@@ -16,7 +21,8 @@ use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
-use crate::prepared::{PreparedVm, System};
+use crate::lan::Membership;
+use crate::prepared::{PreparedVm, System, Watcher};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};
@@ -63,16 +69,17 @@ pub struct Vm {
     handle: Arc<dyn VmHandle>,
     connection: Arc<Connection>,
     environment: Environment,
-    config: VmConfig,
-    system: System,
+    prepared: PreparedVm,
     prospect: Report,
     ready: Ready,
     setup: SetupReport,
     came_up: u64,
     timeline: Mutex<Timeline>,
-    _leases: Leases,
-    _run_dir: RunDir,
-    _own_disks: OwnDisks,
+    deadline: Option<Instant>,
+    /// The logs of its first start; those of others are in parts of it.
+    run_dir: RunDir,
+    starts: u32,
+    own_disks: Vec<Arc<OwnDisks>>,
     observed: Option<Arc<ObservedVm>>,
 }
 
@@ -88,9 +95,11 @@ impl Vm {
     ) -> Result<Self, Box<FailedStart>> {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
+        let failed = |error| Box::new(FailedStart { error, report: prospect.clone() });
+        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>();
+        let lans = lans.map_err(|error| failed(error.into()))?;
         let since = Instant::now();
-        let own_disks = disk::give_each_its_own(&mut prepared.config)
-            .map_err(|error| Box::new(FailedStart { error, report: prospect.clone() }))?;
+        let own_disks = disk::give_each_its_own(&mut prepared.config.disks).map_err(&failed)?;
         if !prepared.config.disks.is_empty() {
             timeline.note("copies of disks", since);
         }
@@ -98,16 +107,10 @@ impl Vm {
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let observer = prepared.observer.as_ref();
         let observed = observer.map(|observer| observer.vm(prepared.kernel()));
-        let started = |vm: &Arc<dyn VmHandle>| {
-            observed.iter().for_each(|observed| observed.started(vm));
-            started(vm);
-        };
-        let starter = Starter { prepared: &prepared, started: &started, deadline };
-        let booted = match starter.use_snapshot(&mut timeline).transpose() {
-            Some(booted) => booted,
-            None => starter.boot(&mut timeline),
-        };
-        let booted = booted.map_err(|error| {
+        let watcher = observed.clone().map(|observed| observed as Arc<dyn Watcher>);
+        prepared.watchers.extend(watcher);
+        let starter = Starter { prepared: &prepared, started: &started, deadline, lans: &lans };
+        let booted = starter.start(&mut timeline).map_err(|error| {
             own_disks.keep_none();
             timeline.fail();
             let mut report = prospect.clone();
@@ -115,24 +118,26 @@ impl Vm {
             observed.iter().for_each(|observed| observed.ended(report.clone()));
             Box::new(FailedStart { error, report })
         })?;
-        let Booted { handle, connection, ready, setup, came_up, run_dir } = booted;
+        let Booted { handle, connection, ready, setup, shares, came_up, run_dir } = booted;
+        prepared.config.shares = shares;
         let mut vm = Self {
             handle,
             connection,
-            environment: prepared.environment,
-            config: prepared.config,
-            system: prepared.system,
+            environment: prepared.environment.clone(),
             prospect,
             ready,
             setup,
             came_up,
             timeline: Mutex::new(timeline),
-            _leases: prepared.leases,
-            _run_dir: run_dir,
-            _own_disks: own_disks,
+            deadline,
+            run_dir,
+            starts: 1,
+            own_disks: vec![Arc::new(own_disks)],
+            prepared,
             observed,
         };
-        if let Some(name) = prepared.user
+        vm.prepared.watchers.iter().for_each(|watcher| watcher.ready());
+        if let Some(name) = vm.prepared.user.clone()
             && let Err(error) = vm.become_user(&name)
         {
             // Its disks may be kept; that it does not end in time is not what the user has to know.
@@ -180,10 +185,7 @@ impl Vm {
 
     /// The kernel that it was started with; `None` where an image has started its own.
     pub fn kernel(&self) -> Option<&Kernel> {
-        match &self.system {
-            System::Kernel(known) => Some(&known.0),
-            System::Image(_) => None,
-        }
+        self.prepared.kernel()
     }
 
     /// The running kernel's release, as `uname -r` says it.
@@ -193,7 +195,7 @@ impl Vm {
 
     /// What it is.
     pub fn config(&self) -> &VmConfig {
-        &self.config
+        &self.prepared.config
     }
 
     /// The guest's first serial port.
@@ -248,7 +250,7 @@ impl Vm {
             Err(lost) => Err(self.lost(lost)),
         };
         // Where all is written back, nothing is gained by watching the guest power itself off.
-        let result = match &self.system {
+        let result = match &self.prepared.system {
             System::Image(_) if self.keeps_writes() => result.and_then(|()| self.power_off()),
             _ => result,
         };
@@ -263,7 +265,7 @@ impl Vm {
 
     /// Whether what it writes to its disks is there after it.
     fn keeps_writes(&self) -> bool {
-        self.config.disks.iter().any(|disk| match disk.writes {
+        self.prepared.config.disks.iter().any(|disk| match disk.writes {
             DiskWrites::Kept => true,
             DiskWrites::Cloned(_) => disk.keep.is_some(),
             DiskWrites::Discarded | DiskWrites::Refused => false,

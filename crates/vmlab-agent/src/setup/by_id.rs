@@ -23,6 +23,19 @@ pub(super) fn name(serial: &str, disk: &str) -> Step {
     Ok(())
 }
 
+/// Removes all links to a disk and its partitions.
+pub(super) fn forget(disk: &str) {
+    for entry in fs::read_dir(BY_ID).into_iter().flatten().flatten() {
+        let target = fs::read_link(entry.path()).ok();
+        let device = target.as_deref().and_then(Path::file_name).and_then(|name| name.to_str());
+        let of_disk = |name: &str| super::disk::with_partitions(disk).iter().any(|it| it == name);
+        if device.is_some_and(of_disk) {
+            // Where udev is, it has done so already.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// The partitions of a disk: their numbers and the kernel's names of them.
 fn partitions(disk: &str) -> io::Result<Vec<(u32, String)>> {
     let mut partitions = Vec::new();

@@ -98,7 +98,8 @@ pub(super) fn wait_for(serial: &str) -> Option<String> {
     }
 }
 
-fn find(serial: &str) -> Option<String> {
+/// The kernel's name of a disk that is there.
+pub(super) fn find(serial: &str) -> Option<String> {
     fs::read_dir(BLOCK).ok()?.flatten().find_map(|entry| {
         let read = fs::read_to_string(entry.path().join("serial")).ok()?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -106,6 +107,14 @@ fn find(serial: &str) -> Option<String> {
         let ready = read.trim_end() == serial && File::open(format!("/dev/{name}")).is_ok();
         ready.then_some(name)
     })
+}
+
+/// The names of a disk and of its partitions.
+pub(super) fn with_partitions(disk: &str) -> Vec<String> {
+    let entries = fs::read_dir(Path::new(BLOCK).join(disk)).into_iter().flatten().flatten();
+    let partitions = entries.filter(|entry| entry.path().join("partition").exists());
+    let names = partitions.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.chain([disk.to_owned()]).collect()
 }
 
 /// The partitions of a disk, the largest first, as its root is there; the disk itself where it has none.

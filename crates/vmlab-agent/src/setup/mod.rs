@@ -16,7 +16,7 @@ mod upper;
 use std::fmt::Display;
 
 use rustix::io::Errno;
-use vmlab_wire::message::{Failure, Mount, RootMode, Setup, SetupReport};
+use vmlab_wire::message::{Disk, Failure, GoOn, Mount, RootMode, Setup, SetupReport};
 
 use crate::exec::OwnFilesystems;
 use crate::sys::monotonic_ns;
@@ -52,14 +52,38 @@ pub(crate) struct Done {
 }
 
 pub(crate) use clean::make_clean;
-pub(crate) use revive::Devices;
+pub(crate) use disks::take_out;
+pub(crate) use revive::{Devices, release_bridges};
+
+/// Takes a disk into use that has just been plugged in.
+pub(crate) fn take_in(disk: &Disk) -> Step {
+    system::find_devices()?;
+    disks::set_up(std::slice::from_ref(disk)).inspect_err(|_| {
+        // The host takes it out. What has not appeared need not be forgotten.
+        let _ = take_out(&disk.serial);
+    })
+}
+
+/// Makes a guest good for the present, that was stopped at some time: `devices` are those that were replaced.
+pub(crate) fn go_on(go_on: &GoOn, devices: &Devices, warn: &mut dyn FnMut(String)) -> Step {
+    system::clock(go_on.clock_ns, warn);
+    if go_on.revive {
+        let revived = devices.revive(devices.count());
+        revived.map_err(|e| failed_io("go on with its devices", &e, ""))?;
+    }
+    system::entropy(&go_on.entropy, warn);
+    Ok(())
+}
+
+/// Remembers the devices in these slots behind the bridge.
+pub(crate) fn hold(slots: &[u8]) -> Result<Devices, Failure> {
+    Devices::at(slots).map_err(|e| failed_io("look at its devices", &e, ""))
+}
 
 /// Does what is the same for every guest, before the host says what this one is to be. Where VMs are
 /// restored, it was done before the snapshot. `warn` is as for [`run`].
-pub(crate) fn begin(for_snapshot: bool, warn: &mut dyn FnMut(String)) -> Step {
-    if for_snapshot {
-        revive::release_bridges();
-    }
+pub(crate) fn begin(warn: &mut dyn FnMut(String)) -> Step {
+    release_bridges();
     network::loopback(warn);
     pseudo::mount_kernels_own()
 }
@@ -169,8 +193,12 @@ pub(crate) fn run(
     }
     system::hostname(&setup.hostname, warn);
     done("hostname");
+    if !setup.lans.is_empty() {
+        network::configure_lans(&setup.lans, warn)?;
+        done("networks of VMs");
+    }
     if let Some(network) = &setup.network {
-        network::configure(network, warn)?;
+        network::configure(network, &setup.lans, warn)?;
         done("network");
     }
     load_modules(setup, &mut done)?;

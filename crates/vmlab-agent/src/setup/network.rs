@@ -1,11 +1,11 @@
-//! Network interfaces: loopback, and a static address.
+//! Network interfaces: loopback, and static addresses.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netlink};
-use vmlab_wire::message::{Failure, Network};
+use vmlab_wire::message::{Failure, Interface, Network};
 
 use super::{Step, failed_io};
 use crate::power;
@@ -69,6 +69,24 @@ impl Configurator {
         self.ioctl(number, &mut request)
     }
 
+    /// Gives an interface its address and takes it up, until it passes packets.
+    fn bring_up(
+        &self,
+        name: &str,
+        (address, prefix): ([u8; 4], u8),
+        warn: &mut dyn FnMut(String),
+    ) -> io::Result<()> {
+        let mask = u32::MAX.checked_shl(32u32.saturating_sub(prefix.into())).unwrap_or(0);
+        self.address(name, libc::SIOCSIFADDR as _, address)?;
+        self.address(name, libc::SIOCSIFNETMASK as _, mask.to_be_bytes())?;
+        let events = link_events()?;
+        self.up(name)?;
+        if !wait_running(self, &events, name)? {
+            warn(format!("the network interface {name} does not come up"));
+        }
+        Ok(())
+    }
+
     fn default_route(&self, gateway: [u8; 4]) -> io::Result<()> {
         // SAFETY: all zeros is a valid rtentry.
         let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
@@ -120,33 +138,61 @@ fn wait_running(c: &Configurator, events: &OwnedFd, name: &str) -> io::Result<bo
     Ok(true)
 }
 
-/// Gives the guest's first interface its address and route.
-pub(super) fn configure(network: &Network, warn: &mut dyn FnMut(String)) -> Step {
-    let Some(name) = interface() else {
-        return Err(Failure {
-            step: "find the network interface".to_string(),
-            detail: "there is none (is virtio_net in the kernel or its initramfs?)".to_string(),
-            errno: None,
-        });
-    };
-    let mask = u32::MAX.checked_shl(32u32.saturating_sub(network.prefix.into())).unwrap_or(0);
+/// Gives the guest's first interface that is on none of `lans` its address and route.
+pub(super) fn configure(
+    network: &Network,
+    lans: &[Interface],
+    warn: &mut dyn FnMut(String),
+) -> Step {
+    let of_lan = |(_, mac): &(String, String)| lans.iter().any(|lan| *mac == written(lan.mac));
+    let name = interfaces().into_iter().find(|found| !of_lan(found));
+    let (name, _) = name.ok_or_else(|| missing("the network interface"))?;
     let configured = Configurator::new().and_then(|c| {
-        c.address(&name, libc::SIOCSIFADDR as _, network.address)?;
-        c.address(&name, libc::SIOCSIFNETMASK as _, mask.to_be_bytes())?;
-        let events = link_events()?;
-        c.up(&name)?;
-        c.default_route(network.gateway)?;
-        if !wait_running(&c, &events, &name)? {
-            warn(format!("the network interface {name} does not come up"));
-        }
-        Ok(())
+        c.bring_up(&name, (network.address, network.prefix), warn)?;
+        c.default_route(network.gateway)
     });
     configured.map_err(|e| failed_io(format!("configure the network interface {name}"), &e, ""))
 }
 
-/// The first interface that belongs to a device.
-fn interface() -> Option<String> {
-    let entries = fs::read_dir("/sys/class/net").ok()?;
+/// Gives interfaces on networks of VMs their addresses.
+pub(super) fn configure_lans(lans: &[Interface], warn: &mut dyn FnMut(String)) -> Step {
+    let found = interfaces();
+    for lan in lans {
+        let wanted = written(lan.mac);
+        let name = found.iter().find(|(_, mac)| *mac == wanted).map(|(name, _)| name);
+        let name = name.ok_or_else(|| missing(&format!("the network interface {wanted}")))?;
+        let configured =
+            Configurator::new().and_then(|c| c.bring_up(name, (lan.address, lan.prefix), warn));
+        configured
+            .map_err(|e| failed_io(format!("configure the network interface {name}"), &e, ""))?;
+    }
+    Ok(())
+}
+
+fn missing(what: &str) -> Failure {
+    Failure {
+        step: format!("find {what}"),
+        detail: "it is not there (is virtio_net in the kernel or its initramfs?)".to_string(),
+        errno: None,
+    }
+}
+
+/// An interface's address as the kernel writes it.
+fn written(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// The interfaces that belong to a device, with their addresses, in the order of their names.
+fn interfaces() -> Vec<(String, String)> {
+    let Ok(entries) = fs::read_dir("/sys/class/net") else { return Vec::new() };
     let with_device = entries.flatten().filter(|entry| entry.path().join("device").exists());
-    with_device.map(|entry| entry.file_name().to_string_lossy().into_owned()).min()
+    let mut found: Vec<_> = with_device
+        .filter_map(|entry| {
+            let mac = fs::read_to_string(entry.path().join("address")).ok()?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            Some((name, mac.trim_end().to_string()))
+        })
+        .collect();
+    found.sort();
+    found
 }

@@ -6,11 +6,13 @@
 //! what it had set them to: PCI configuration, MSI-X table, and the virtio registers (virtio 1.2, 4.1.4).
 //! That takes a guest without KVM a fraction of what finding the devices anew would.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 /// Where the kernel lists the devices that its virtio-fs driver has.
@@ -76,6 +78,7 @@ struct Device {
 }
 
 struct Queue {
+    enabled: bool,
     size: u16,
     vector: u16,
     addresses: [u32; common::QUEUE_ADDRESS_WORDS as usize],
@@ -101,7 +104,10 @@ struct Registers {
     offset: u32,
 }
 
-/// The devices of the virtio-fs driver, in the order of their places.
+/// Where the kernel lists all PCI devices.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// Devices that may be replaced, in the order of their places.
 #[derive(Default)]
 pub(crate) struct Devices(Vec<Device>);
 
@@ -110,7 +116,7 @@ const HOTPLUG: &str = "/sys/bus/pci/drivers/shpchp";
 
 /// Takes all bridges from the driver that would act on devices being plugged in and taken out: in its own
 /// time it finds that they are there already, and switches their places off.
-pub(super) fn release_bridges() {
+pub(crate) fn release_bridges() {
     let Ok(entries) = fs::read_dir(HOTPLUG) else { return };
     for entry in entries.flatten() {
         if entry.path().is_symlink() && entry.file_name() != "module" {
@@ -121,9 +127,18 @@ pub(super) fn release_bridges() {
 }
 
 impl Devices {
-    /// Reads how the driver has set them up. None at all if that cannot be done for all.
+    /// Those of the virtio-fs driver, as it has set them up. None at all if that cannot be done for all.
     pub(crate) fn find() -> Self {
         Self(find().unwrap_or_default())
+    }
+
+    /// Those in these slots behind the bridge, as their drivers have set them up.
+    pub(crate) fn at(slots: &[u8]) -> io::Result<Self> {
+        let device = |slot: &u8| {
+            let path = behind_bridge(*slot)?.ok_or_else(|| invalid("a slot is empty"))?;
+            Device::read(&path)
+        };
+        slots.iter().map(device).collect::<io::Result<_>>().map(Self)
     }
 
     /// How many there are.
@@ -132,9 +147,25 @@ impl Devices {
     }
 
     /// Sets up the first `count` of the devices that have come in their places.
-    pub(super) fn revive(&self, count: u32) -> io::Result<()> {
+    pub(crate) fn revive(&self, count: u32) -> io::Result<()> {
         self.0.iter().take(count as usize).try_for_each(Device::revive)
     }
+}
+
+/// The device in a slot behind a bridge; there is one bridge.
+fn behind_bridge(slot: u8) -> io::Result<Option<PathBuf>> {
+    // `0000:01:1f.0`, in a directory of the same form.
+    let function = format!(":{slot:02x}.0");
+    let is_device =
+        |name: &OsStr| name.as_bytes().iter().filter(|byte| **byte == b':').count() == 2;
+    for entry in fs::read_dir(PCI_DEVICES)?.flatten() {
+        let path = fs::canonicalize(entry.path())?;
+        let inner = path.parent().and_then(Path::file_name).is_some_and(is_device);
+        if inner && entry.file_name().as_bytes().ends_with(function.as_bytes()) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 fn find() -> io::Result<Vec<Device>> {
@@ -224,14 +255,16 @@ impl Queue {
         for (at, word) in (common::QUEUE_ADDRESSES..).step_by(4).zip(&mut addresses) {
             *word = registers.read32(at)?;
         }
-        if registers.read16(common::QUEUE_ENABLE)? != 1 {
-            return Err(invalid("a queue is not in use"));
-        }
+        let enabled = registers.read16(common::QUEUE_ENABLE)? == 1;
         let size = registers.read16(common::QUEUE_SIZE)?;
-        Ok(Self { size, vector: registers.read16(common::QUEUE_MSIX)?, addresses })
+        Ok(Self { enabled, size, vector: registers.read16(common::QUEUE_MSIX)?, addresses })
     }
 
     fn restore(&self, registers: &Registers, index: u16) -> io::Result<()> {
+        // A disk may have more of them than the driver uses.
+        if !self.enabled {
+            return Ok(());
+        }
         registers.write16(common::QUEUE_SELECT, index)?;
         registers.write16(common::QUEUE_SIZE, self.size)?;
         registers.write16(common::QUEUE_MSIX, self.vector)?;

@@ -128,6 +128,15 @@ impl Host {
         }
     }
 
+    /// Whether anything comes in that time.
+    pub fn speaks_within(&mut self, time: std::time::Duration) -> bool {
+        let mut byte = [0];
+        self.socket.set_read_timeout(Some(time)).unwrap();
+        let peeked = rustix::net::recv(&self.socket, &mut byte, rustix::net::RecvFlags::PEEK);
+        self.socket.set_read_timeout(None).unwrap();
+        peeked != Err(rustix::io::Errno::AGAIN)
+    }
+
     pub fn data(&mut self, stream: StreamId, data: &[u8]) {
         self.send.entry(stream).or_default().sent(data.len());
         let mut out = Vec::new();

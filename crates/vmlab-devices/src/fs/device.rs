@@ -2,10 +2,12 @@
 
 use std::io;
 use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmlab_fuse::abi::{self, Opcode};
-use vmlab_fuse::{FileSystem, Server};
+use vmlab_fuse::{FileSystem, Passthrough, Server};
 
 use crate::chain::Chain;
 use crate::device::{Device, QueueKind};
@@ -45,6 +47,18 @@ impl<F: FileSystem> Fs<F> {
     /// The server.
     pub fn server(&self) -> &Server<F> {
         &self.server
+    }
+}
+
+impl Fs<Passthrough> {
+    /// The same device for another guest, which goes on where this one is: see [`Passthrough::duplicate`].
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub fn duplicate(&self, durable: Arc<AtomicBool>) -> io::Result<Self> {
+        let fs = self.server.filesystem().duplicate(durable)?;
+        let server = self.server.continued(fs);
+        Ok(Self { server, tag: self.tag, request_queues: self.request_queues })
     }
 }
 

@@ -30,8 +30,12 @@ pub(super) struct Open {
 impl Open {
     /// A regular file, opened with these flags.
     pub(super) fn file(inode: Arc<Inode>, fd: OwnedFd, flags: OFlags) -> Self {
-        let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
-        Self::new(inode, Arc::new(fd), Kind::File { writable })
+        Self::file_of(inode, Arc::new(fd), flags.intersects(OFlags::WRONLY | OFlags::RDWR))
+    }
+
+    /// A regular file whose descriptor others use as well.
+    pub(super) fn file_of(inode: Arc<Inode>, fd: Arc<OwnedFd>, writable: bool) -> Self {
+        Self::new(inode, fd, Kind::File { writable })
     }
 
     /// A directory: a descriptor of it, and its entries.
@@ -54,6 +58,10 @@ impl Open {
 
     pub(super) fn writable(&self) -> bool {
         matches!(self.kind, Kind::File { writable: true })
+    }
+
+    pub(super) fn is_directory(&self) -> bool {
+        matches!(self.kind, Kind::Directory(_))
     }
 
     pub(super) fn entries(&self) -> Result<MutexGuard<'_, Stream>> {
@@ -116,6 +124,19 @@ impl Handles {
     pub(super) fn directory(&self, node: NodeId, handle: Handle) -> Result<Arc<Open>> {
         let open = self.any(node, handle)?;
         if matches!(open.kind, Kind::Directory(_)) { Ok(open) } else { Err(Errno::BADF) }
+    }
+
+    /// All that are open.
+    pub(super) fn all(&self) -> Vec<(Handle, Arc<Open>)> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.iter().map(|(handle, open)| (*handle, Arc::clone(open))).collect()
+    }
+
+    /// Another table that goes on from here, with others for those that are open.
+    pub(super) fn with(&self, open: impl Iterator<Item = (Handle, Open)>) -> Self {
+        let open = open.map(|(handle, open)| (handle, Arc::new(open))).collect();
+        let next = AtomicU64::new(self.next.load(Ordering::Relaxed));
+        Self { open: RwLock::new(open), next, most: self.most }
     }
 
     pub(super) fn remove(&self, handle: Handle) {

@@ -121,6 +121,32 @@ impl Inode {
         }
     }
 
+    /// The same inode for another table, without a place. Of its descriptor, what handles and the cache have of
+    /// it is theirs to add.
+    fn copy(&self, pins: &Pins) -> Self {
+        let state = self.state();
+        let pinned = state.kept.as_ref().filter(|kept| kept.pinned.is_some());
+        let kept = pinned.map(|kept| Kept {
+            fd: Arc::clone(&kept.fd),
+            cached: false,
+            pinned: Some(Arc::clone(&pins.0)),
+            opens: 0,
+        });
+        let state = State { place: None, forgotten: state.forgotten, kept };
+        let number = |from: &AtomicU64| AtomicU64::new(from.load(Ordering::SeqCst));
+        Self {
+            id: self.id,
+            key: self.key,
+            kind: self.kind,
+            births: self.births,
+            lookups: number(&self.lookups),
+            children: number(&self.children),
+            used: AtomicBool::new(false),
+            bare: AtomicBool::new(self.bare.load(Ordering::Relaxed)),
+            state: Mutex::new(state),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing that can panic runs while it is locked.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -363,6 +389,44 @@ impl Inodes {
             drop((in_maps, by_key));
             next = inode.forgotten().and_then(Place::leave);
         }
+    }
+
+    /// All inodes once more, and what each of them and of `open` has become. To be called while nothing is
+    /// done with them.
+    pub(super) fn duplicate<'a>(
+        &self,
+        root: &Arc<OwnedFd>,
+        pins: &Pins,
+        open: impl Iterator<Item = &'a Arc<Inode>>,
+    ) -> (Self, HashMap<*const Inode, Arc<Inode>>) {
+        let maps = self.read();
+        let mut copies: HashMap<*const Inode, Arc<Inode>> = HashMap::new();
+        let mut found: Vec<Arc<Inode>> = maps.nodes.values().map(Arc::clone).collect();
+        found.extend(open.map(Arc::clone));
+        let mut at = 0;
+        while let Some(inode) = found.get(at) {
+            let parent = inode.place().ok().map(|place| place.parent);
+            copies.entry(Arc::as_ptr(inode)).or_insert_with(|| Arc::new(inode.copy(pins)));
+            found.extend(parent.filter(|parent| !copies.contains_key(&Arc::as_ptr(parent))));
+            at += 1;
+        }
+        for inode in &found {
+            let place = inode.place().ok();
+            let Some(copy) = copies.get(&Arc::as_ptr(inode)) else { continue };
+            copy.state().place = place.and_then(|Place { parent, name }| {
+                let parent = Arc::clone(copies.get(&Arc::as_ptr(&parent))?);
+                Some(Place { parent, name })
+            });
+        }
+        let copied = |inode: &Arc<Inode>| copies.get(&Arc::as_ptr(inode)).map(Arc::clone);
+        let nodes = maps.nodes.iter().filter_map(|(id, inode)| Some((*id, copied(inode)?)));
+        let keys = maps.keys.iter().filter_map(|(key, inode)| Some((*key, copied(inode)?)));
+        let maps = Maps { nodes: nodes.collect(), keys: keys.collect() };
+        if let Some(inode) = maps.nodes.get(&NodeId::ROOT) {
+            inode.opened(root);
+        }
+        let next = AtomicU64::new(self.next.load(Ordering::Relaxed));
+        (Self { maps: RwLock::new(maps), next, most: self.most }, copies)
     }
 
     /// How many there are.

@@ -32,6 +32,11 @@ pub(super) struct Stream {
 }
 
 impl Stream {
+    /// The entries of a directory that was opened to be read.
+    pub(super) fn new(directory: OwnedFd) -> Result<Self> {
+        Ok(Self { dir: Dir::new(directory)?, at: Some(0), pending: None })
+    }
+
     fn seek(&mut self, offset: u64) -> Result<()> {
         if self.at != Some(offset) {
             self.at = None;
@@ -144,8 +149,7 @@ impl Passthrough {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let open = |more| openat(&fd, c".", flags | more, Mode::empty());
         let entries = self.without_atime(open)?;
-        let stream = Stream { dir: Dir::new(entries)?, at: Some(0), pending: None };
-        Ok(Listing { inode, fd, stream })
+        Ok(Listing { inode, fd, stream: Stream::new(entries)? })
     }
 
     pub(super) fn open_directory(&self, node: NodeId) -> Result<Opened> {

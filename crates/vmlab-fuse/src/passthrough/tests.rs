@@ -18,6 +18,7 @@ use crate::types::{Caller, Handle};
 
 mod adversarial;
 mod directories;
+mod duplicate;
 mod files;
 mod metadata;
 mod mounts;

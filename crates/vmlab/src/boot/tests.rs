@@ -4,6 +4,7 @@ mod remembered;
 
 const NEEDS: Needs = Needs {
     disk: false,
+    disk_later: false,
     disk_root: false,
     overlay: true,
     network: false,

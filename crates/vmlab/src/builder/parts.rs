@@ -20,6 +20,7 @@ use crate::disk;
 use crate::guest::Environment;
 use crate::hypervisor::Capabilities;
 use crate::image::{Image, ROOT_DISK};
+use crate::lan::Membership;
 use crate::prepared::{ImageSystem, System};
 use crate::report::Phase;
 use crate::rootfs::{Identity, guest_bytes};
@@ -71,6 +72,7 @@ impl VmBuilder {
     pub(super) fn kernel_parts(
         &self,
         environment: &Environment,
+        lans: &[Membership],
         (cache, leases): (&Cache, &Leases),
         timeline: &mut Timeline,
     ) -> Result<Parts, Error> {
@@ -110,7 +112,8 @@ impl VmBuilder {
             Some(_) => None,
             None => Some(absolute(&self.root)?),
         };
-        let setup = self.setup(&mut plan, environment, &kernel, root.as_deref())?;
+        let mut setup = self.setup(&mut plan, environment, &kernel, root.as_deref())?;
+        setup.lans = lans.iter().map(Membership::interface).collect();
         let mut config = VmConfigBuilder::new(prepared.boot)
             .accel(accel)
             .machine(machine)
@@ -121,7 +124,13 @@ impl VmBuilder {
         if let Some(disk) = disk {
             config = config.disk(disk);
         }
-        let identity = Identity { root, hostname: self.hostname.clone(), network: self.network };
+        let named = || lans.first().map(|lan| lan.name().to_owned());
+        let identity = Identity {
+            root,
+            hostname: self.hostname.clone().or_else(named),
+            hosts: lans.iter().flat_map(Membership::hosts).collect(),
+            network: self.network,
+        };
         let system = System::Kernel(Box::new((kernel, identity)));
         Ok(Parts { config, setup, system, accel_reason })
     }
@@ -181,6 +190,7 @@ impl VmBuilder {
         let given = [
             (!self.append.is_empty(), "arguments for the kernel"),
             (self.fast, "the fast boot"),
+            (!self.lans.is_empty(), "a place on a network of VMs"),
             (self.root_mode.is_some(), "another way to write to its root"),
             (self.machine == Some(Machine::Microvm), "the machine microvm"),
         ];
@@ -238,8 +248,9 @@ impl VmBuilder {
         Needs {
             overlay: self.chosen_root_mode() == RootMode::Overlay,
             disk: self.image.is_some() || !self.disks.is_empty(),
+            disk_later: self.pluggable,
             disk_root: self.image.is_some(),
-            network: self.network != NetworkMode::None,
+            network: self.network != NetworkMode::None || !self.lans.is_empty(),
             share_via: self.share_via,
             modules_place: self.chosen_root_mode() == RootMode::ReadOnly
                 && self.image.is_none()
@@ -305,6 +316,7 @@ impl VmBuilder {
             disks: disk::for_guest(&self.disks),
             files: Vec::new(),
             network: (self.network == NetworkMode::User).then_some(USER_NETWORK),
+            lans: Vec::new(),
             modprobe: self.modules.clone(),
             revive: 0,
             accounts: self.user.is_some(),

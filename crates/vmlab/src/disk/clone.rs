@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::Error;
-use crate::config::{DiskDevice, DiskWrites, VmConfig};
+use crate::config::{DiskDevice, DiskWrites};
 
 /// More than this many bytes are not copied unless that is asked for: the copy would take longer than most
 /// runs, and an overlay takes nothing.
@@ -70,13 +70,13 @@ impl OwnDisks {
     }
 }
 
-/// Makes the copies of all disks that the VM is to have for itself, and names them in its configuration.
+/// Makes the copies of all disks that the VM is to have for itself, and names them in their configurations.
 ///
 /// # Errors
 /// One cannot be made.
-pub(crate) fn give_each_its_own(config: &mut VmConfig) -> Result<OwnDisks, Error> {
+pub(crate) fn give_each_its_own(disks: &mut [DiskDevice]) -> Result<OwnDisks, Error> {
     let mut own = OwnDisks::default();
-    for disk in &mut config.disks {
+    for disk in disks {
         let DiskWrites::Cloned(mode) = disk.writes else { continue };
         let made = cloned(disk, mode).inspect_err(|_| own.keep_none())?;
         match made {
@@ -153,6 +153,51 @@ fn cloned(disk: &DiskDevice, mode: CloneMode) -> Result<Option<File>, Error> {
             })
         }
     }
+}
+
+/// What a disk of the VM's own has on it at one moment, to be brought back later.
+#[derive(Debug)]
+pub(crate) struct SavedDisk {
+    path: PathBuf,
+    content: File,
+}
+
+impl SavedDisk {
+    /// Saves what is in the file of a disk that nobody writes to.
+    pub(crate) fn of(path: &Path) -> Result<Self, Error> {
+        let save = || {
+            let content = unnamed(&std::fs::canonicalize(path).unwrap_or_else(|_| path.into()))?;
+            replicate(&File::open(path)?, &content)?;
+            Ok(Self { path: path.to_owned(), content })
+        };
+        save().map_err(|source| Error::Io {
+            what: "save what is on the disk",
+            path: path.to_owned(),
+            source,
+            hint: "",
+        })
+    }
+
+    /// Brings it back.
+    pub(crate) fn restore(&self) -> Result<(), Error> {
+        let restore = || {
+            let to = OpenOptions::new().write(true).open(&self.path)?;
+            // What is a hole in what was saved has to be one again.
+            to.set_len(0)?;
+            Ok(replicate(&self.content, &to)?)
+        };
+        restore().map_err(|source| Error::Io {
+            what: "bring back what was on the disk",
+            path: self.path.clone(),
+            source,
+            hint: "",
+        })
+    }
+}
+
+/// Shares a file's blocks with an empty one, or copies its data.
+fn replicate(from: &File, to: &File) -> rustix::io::Result<()> {
+    ioctl_ficlone(to, from).or_else(|_| copy(from, to))
 }
 
 /// Where another process finds a file that has no other name, for as long as it is open.

@@ -5,19 +5,25 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use tempfile::TempDir;
 use vmlab_artifacts::Cache;
 use vmlab_artifacts::cache::Leases;
+use vmlab_devices::blk::Options;
 use vmlab_devices::blk::crash::{CrashState, Cuts, Log, at_flushes, at_random, rebuild};
 
 use super::clone::unnamed_path;
 use super::{Disk, DiskSource};
 use crate::config::DiskWrites;
 use crate::error::chain;
-use crate::{Error, Stdio, VmBuilder};
+use crate::{Error, Stdio, Vm, VmBuilder};
 
 /// As much of what a check says as is kept of each state, in bytes.
 const OUTPUT_MAX: u64 = 64 * 1024;
+
+/// How many random cuts there are unless it is said.
+const RANDOM: usize = 50;
 
 /// The states that a power cut could have left of a disk whose changes were recorded, and a check of each.
 #[derive(Debug, Clone)]
@@ -30,6 +36,8 @@ pub struct PowerCuts {
     pub at_flushes: bool,
     /// Cuts at random places, with what was not flushed dropped at random.
     pub at_random: Cuts,
+    /// The directory of a log that nobody else is to have.
+    _dir: Option<Arc<TempDir>>,
 }
 
 /// What came of one state.
@@ -44,6 +52,68 @@ pub struct Checked {
 }
 
 impl PowerCuts {
+    /// Cuts of a disk that was recorded in this log: behind each flush, and [fifty](Self::at_random) at random.
+    pub fn new(log: impl Into<PathBuf>, disk: Disk) -> Self {
+        let at_random = Cuts { count: RANDOM, ..Cuts::default() };
+        Self { log: log.into(), disk, at_flushes: true, at_random, _dir: None }
+    }
+
+    /// Records what happens to a disk: starts a VM with it, has `write` do what it does there, and ends the VM.
+    ///
+    /// ```no_run
+    /// # let builder = vmlab::Vm::builder();
+    /// use vmlab::disk::PowerCuts;
+    /// use vmlab::units::{Bytes, MIB};
+    /// use vmlab::{Disk, Vm};
+    ///
+    /// let disk = Disk::blank(Bytes(64 * MIB)).filesystem("ext4").named("data");
+    /// let sh = |vm: &Vm, script: &str| vm.exec(["sh", "-ec", script]);
+    /// let cuts = PowerCuts::record(&builder, disk, |vm| {
+    ///     sh(vm, "cd /mnt/data; echo old > a; sync; echo new > b; mv b a; sync")
+    /// })?;
+    /// // Nobody has flushed the new file before it took the place of the old one.
+    /// let states = cuts.check_by(&builder, |vm| {
+    ///     let content = sh(vm, "cat /mnt/data/a 2> /dev/null || echo old").map_err(|e| e.to_string())?;
+    ///     match content.stdout_text().as_str() {
+    ///         "old\n" | "new\n" => Ok(()),
+    ///         other => Err(format!("it has {other:?}")),
+    ///     }
+    /// })?;
+    /// assert!(states.iter().any(|state| state.failure.is_some()));
+    /// # Ok::<(), vmlab::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `write`; when the VM does not start, or the log cannot be written.
+    pub fn record<T, E: From<Error>>(
+        vm: &VmBuilder,
+        disk: Disk,
+        write: impl FnOnce(&mut Vm) -> Result<T, E>,
+    ) -> Result<Self, E> {
+        let dir = tempfile::tempdir().map_err(no_directory)?;
+        let log = dir.path().join("log");
+        let recorded =
+            Options { record: Some(log.clone()), ..disk.serve.clone().unwrap_or_default() };
+        let mut vm = vm.clone().disk(disk.clone().served(recorded)).start()?;
+        write(&mut vm)?;
+        vm.shutdown()?;
+        Ok(Self { _dir: Some(Arc::new(dir)), ..Self::new(log, disk) })
+    }
+
+    /// Checks each state that differs from those before, as [`check`](Self::check) does, by what `check` does with a
+    /// VM that has the disk as it would be, and no other. An error of `check` is why the state does not pass.
+    ///
+    /// # Errors
+    /// When the log or the disk cannot be read, or a VM not be started for another reason than its disk.
+    pub fn check_by(
+        &self,
+        vm: &VmBuilder,
+        mut check: impl FnMut(&mut Vm) -> Result<(), String>,
+    ) -> Result<Vec<Checked>, Error> {
+        let check = |vm: &mut Vm| Ok((check(vm).err(), String::new()));
+        self.check_states(vm, check, |_, _, _| {})
+    }
+
     /// Checks each state that differs from those before: boots a VM with the disk as it would be, mounts it and runs
     /// `check`. A filesystem that cannot be mounted does not pass. `each` is told of each, with its number and how
     /// many there are.
@@ -54,6 +124,15 @@ impl PowerCuts {
         &self,
         vm: &VmBuilder,
         check: &[OsString],
+        each: impl FnMut(usize, usize, &Checked),
+    ) -> Result<Vec<Checked>, Error> {
+        self.check_states(vm, |vm| run(vm, check), each)
+    }
+
+    fn check_states(
+        &self,
+        vm: &VmBuilder,
+        mut check: impl FnMut(&mut Vm) -> Result<Found, Error>,
         mut each: impl FnMut(usize, usize, &Checked),
     ) -> Result<Vec<Checked>, Error> {
         let wrong = |error: &dyn std::error::Error| Error::PowerCuts {
@@ -70,12 +149,7 @@ impl PowerCuts {
         let cache = vm.cache()?;
         let base = self.base(vm, (&cache, &leases))?;
         let states = self.states(&log);
-        let dir = tempfile::tempdir().map_err(|source| Error::Io {
-            what: "make a directory for disks in",
-            path: std::env::temp_dir(),
-            source,
-            hint: "",
-        })?;
+        let dir = tempfile::tempdir().map_err(no_directory)?;
         let mut all = Vec::new();
         for (number, state) in states.iter().enumerate() {
             let file = dir.path().join("disk.raw");
@@ -84,7 +158,7 @@ impl PowerCuts {
             let io = |source| Error::Io { what: "use", path: file.clone(), source, hint: "" };
             let held = File::options().read(true).write(true).open(&file).map_err(io)?;
             std::fs::remove_file(&file).map_err(io)?;
-            let (failure, output) = self.look(vm, check, &unnamed_path(&held))?;
+            let (failure, output) = self.look(vm, &mut check, &unnamed_path(&held))?;
             let checked = Checked { state: state.clone(), failure, output };
             each(number + 1, states.len(), &checked);
             all.push(checked);
@@ -112,9 +186,9 @@ impl PowerCuts {
     fn look(
         &self,
         vm: &VmBuilder,
-        check: &[OsString],
+        check: &mut impl FnMut(&mut Vm) -> Result<Found, Error>,
         file: &Path,
-    ) -> Result<(Option<String>, String), Error> {
+    ) -> Result<Found, Error> {
         let disk = Disk {
             source: DiskSource::File(file.to_owned()),
             writes: DiskWrites::Kept,
@@ -123,30 +197,40 @@ impl PowerCuts {
             was: Some(self.disk.source.clone()),
             ..self.disk.clone()
         };
-        let vm = match vm.clone().first_disk(disk).start() {
-            Ok(vm) => vm,
+        match vm.clone().first_disk(disk).start() {
+            Ok(mut vm) => check(&mut vm),
             // A guest that breaks over its disk is what is looked for.
             Err(
                 error @ (Error::Setup { .. } | Error::Ended { .. } | Error::BootTimeout { .. }),
-            ) => {
-                return Ok((Some(chain(&error)), String::new()));
-            }
-            Err(error) => return Err(error),
-        };
-        let [program, arguments @ ..] = check else { return Ok((None, String::new())) };
-        let command = vm.command(program).args(arguments).stdin(Stdio::Null).merge_stderr();
-        let mut child = command.spawn()?;
-        let mut said = Vec::new();
-        if let Some(mut stdout) = child.stdout.take() {
-            // The rest has to go somewhere. What cannot be read, the end tells.
-            let _ = stdout.by_ref().take(OUTPUT_MAX).read_to_end(&mut said);
-            let _ = io::copy(&mut stdout, &mut io::sink());
-        }
-        let said = String::from_utf8_lossy(&said).into_owned();
-        match child.wait() {
-            Ok(status) => Ok(((!status.success()).then(|| status.to_string()), said)),
-            Err(error @ Error::Ended { .. }) => Ok((Some(chain(&error)), said)),
+            ) => Ok((Some(chain(&error)), String::new())),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Why a state does not pass, and what the check said.
+type Found = (Option<String>, String);
+
+fn no_directory(source: io::Error) -> Error {
+    let path = std::env::temp_dir();
+    Error::Io { what: "make a directory for disks in", path, source, hint: "" }
+}
+
+/// Runs a command that checks the disk.
+fn run(vm: &Vm, check: &[OsString]) -> Result<Found, Error> {
+    let [program, arguments @ ..] = check else { return Ok((None, String::new())) };
+    let command = vm.command(program).args(arguments).stdin(Stdio::Null).merge_stderr();
+    let mut child = command.spawn()?;
+    let mut said = Vec::new();
+    if let Some(mut stdout) = child.stdout.take() {
+        // The rest has to go somewhere. What cannot be read, the end tells.
+        let _ = stdout.by_ref().take(OUTPUT_MAX).read_to_end(&mut said);
+        let _ = io::copy(&mut stdout, &mut io::sink());
+    }
+    let said = String::from_utf8_lossy(&said).into_owned();
+    match child.wait() {
+        Ok(status) => Ok(((!status.success()).then(|| status.to_string()), said)),
+        Err(error @ Error::Ended { .. }) => Ok((Some(chain(&error)), said)),
+        Err(error) => Err(error),
     }
 }

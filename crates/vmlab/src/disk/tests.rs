@@ -241,7 +241,7 @@ mod clones {
             let disk = sparse(&entry.join("disk.raw"));
             let disk = DiskDevice { writes: DiskWrites::Cloned(mode), ..disk };
             let mut config = config(dir.path(), disk.clone());
-            let own = give_each_its_own(&mut config).unwrap();
+            let own = give_each_its_own(&mut config.disks).unwrap();
             let copy = &config.disks[0].path;
             assert_ne!(*copy, disk.path);
             let file = File::options().read(true).write(true).open(copy).unwrap();
@@ -269,11 +269,11 @@ mod clones {
         let keep = dir.path().join("new/kept.raw");
         let disk = DiskDevice { keep: Some(keep.clone()), ..sparse(&dir.path().join("disk")) };
         let mut one = config(dir.path(), disk.clone());
-        drop(give_each_its_own(&mut one).unwrap());
+        drop(give_each_its_own(&mut one.disks).unwrap());
         assert_eq!(one.disks[0].path, keep);
         assert!(std::fs::read(&keep).unwrap().starts_with(b"first"));
         // What is there is not written over.
-        let error = give_each_its_own(&mut config(dir.path(), disk)).unwrap_err();
+        let error = give_each_its_own(&mut config(dir.path(), disk).disks).unwrap_err();
         assert!(crate::error::chain(&error).contains("File exists"), "{error}");
     }
 
@@ -282,7 +282,7 @@ mod clones {
         let dir = tempfile::tempdir().unwrap();
         let keep = dir.path().join("kept.raw");
         let disk = DiskDevice { keep: Some(keep.clone()), ..sparse(&dir.path().join("disk")) };
-        let own = give_each_its_own(&mut config(dir.path(), disk)).unwrap();
+        let own = give_each_its_own(&mut config(dir.path(), disk).disks).unwrap();
         assert!(keep.exists());
         own.keep_none();
         assert!(!keep.exists());
@@ -296,7 +296,7 @@ mod clones {
             let mut config = config(dir.path(), disk);
             config.disks[0].path = "/dev/null".into();
             config.disks[0].writes = DiskWrites::Cloned(mode);
-            give_each_its_own(&mut config).map(|_| config.disks[0].writes)
+            give_each_its_own(&mut config.disks).map(|_| config.disks[0].writes)
         };
         assert_eq!(null(CloneMode::Auto).unwrap(), DiskWrites::Discarded);
         let error = crate::error::chain(&null(CloneMode::Copy).unwrap_err());
@@ -309,7 +309,7 @@ mod clones {
         let disk = sparse(&dir.path().join("disk"));
         let disk = DiskDevice { writes: DiskWrites::Cloned(CloneMode::Overlay), ..disk };
         let mut config = config(dir.path(), disk.clone());
-        let _own = give_each_its_own(&mut config).unwrap();
+        let _own = give_each_its_own(&mut config.disks).unwrap();
         assert_eq!(
             (&config.disks[0].path, config.disks[0].writes),
             (&disk.path, DiskWrites::Discarded)
@@ -321,7 +321,7 @@ mod clones {
         let dir = tempfile::Builder::new().tempdir_in("/dev/shm").unwrap();
         let disk = sparse(&dir.path().join("disk"));
         let disk = DiskDevice { writes: DiskWrites::Cloned(CloneMode::Reflink), ..disk };
-        let error = give_each_its_own(&mut config(dir.path(), disk)).unwrap_err();
+        let error = give_each_its_own(&mut config(dir.path(), disk).disks).unwrap_err();
         let error = crate::error::chain(&error);
         assert!(error.contains("clone=auto does without"), "{error}");
     }

@@ -47,6 +47,11 @@ pub(crate) struct Greeting {
     pub(crate) warnings: Vec<String>,
 }
 
+/// What is known on a connection whose agent holds: nothing is on its way in either direction. It can be gone on
+/// with any number of times, with a guest that is as this one was then.
+#[derive(Debug, Clone)]
+pub(crate) struct Held(State);
+
 /// A connection to an agent.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -58,11 +63,15 @@ pub(crate) struct Connection {
     outgoing: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct State {
     /// The guest has greeted. On a serial line, what comes before would be echoed.
     greeted: bool,
     queue: VecDeque<Vec<u8>>,
+    /// How much of the queue may still be sent, if not all: the guest holds after that.
+    gate: Option<usize>,
+    /// The answer to what was asked last.
+    done: Option<Result<(), Failure>>,
     ready: Option<Ready>,
     setting_up: bool,
     setup: Option<SetupOutcome>,
@@ -76,21 +85,21 @@ struct State {
     lost: Option<Lost>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Process {
     started: Option<Result<(), StartFailure>>,
     exited: Option<Exited>,
 }
 
 /// A stream to the guest.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Input {
     window: SendWindow,
     stopped: bool,
 }
 
 /// A stream from the guest. It holds at most a window of data.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Output {
     window: ReceiveWindow,
     chunks: VecDeque<Vec<u8>>,
@@ -119,6 +128,20 @@ impl Connection {
         let Greeting { ready, warnings } = greeting;
         let state = State { greeted: true, ready: Some(ready), warnings, ..State::default() };
         Self::start(socket, state.with_preamble())
+    }
+
+    /// Goes on where another connection was held, and sends `first` before all else.
+    pub(crate) fn go_on(
+        socket: UnixStream,
+        held: &Held,
+        first: &HostMessage,
+    ) -> io::Result<Arc<Self>> {
+        let mut bytes = Vec::new();
+        encode(first, &mut bytes).map_err(io::Error::other)?;
+        let mut state = held.0.clone();
+        (state.gate, state.done, state.lost) = (None, None, None);
+        state.queue.push_front(bytes);
+        Self::start(socket, state)
     }
 
     fn start(socket: UnixStream, state: State) -> io::Result<Arc<Self>> {
@@ -155,6 +178,38 @@ impl Connection {
         encode(message, &mut bytes)?;
         self.enqueue(&mut self.lock(), bytes);
         Ok(())
+    }
+
+    /// Sends what the agent answers with `Done`.
+    pub(crate) fn ask(&self, message: &HostMessage) -> Result<(), vmlab_wire::MessageError> {
+        let mut bytes = Vec::new();
+        encode(message, &mut bytes)?;
+        let mut state = self.lock();
+        state.done = None;
+        self.enqueue(&mut state, bytes);
+        if matches!(message, HostMessage::Hold(_)) {
+            state.gate = Some(state.queue.len());
+        }
+        Ok(())
+    }
+
+    /// Waits for the answer to what was asked.
+    pub(crate) fn wait_done(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Result<(), Failure>>, Lost> {
+        self.wait_for(deadline, |state| state.done.take())
+    }
+
+    /// What is known now that the agent holds.
+    pub(crate) fn held(&self) -> Held {
+        Held(self.lock().clone())
+    }
+
+    /// Lets all be sent again, to an agent that did not hold.
+    pub(crate) fn open_gate(&self) {
+        self.lock().gate = None;
+        self.outgoing.notify_all();
     }
 
     /// Waits for the agent's first message.
@@ -359,8 +414,10 @@ impl Connection {
                 let mut state = self.lock();
                 loop {
                     if state.greeted
+                        && state.gate != Some(0)
                         && let Some(bytes) = state.queue.pop_front()
                     {
+                        state.gate = state.gate.map(|left| left - 1);
                         break bytes;
                     }
                     if state.lost.is_some() {
@@ -451,6 +508,7 @@ impl State {
                 GuestMessage::SetupDone(report) => self.set_up(Ok(report)),
                 GuestMessage::SetupFailed(failure) => self.set_up(Err(failure)),
                 GuestMessage::BootLog(log) => _ = self.boot_log.get_or_insert(log),
+                GuestMessage::Done(done) => self.done = Some(done),
                 GuestMessage::PoweringOff => self.powering_off = true,
                 GuestMessage::Warning(text) => {
                     if self.warnings.len() < MAX_WARNINGS {

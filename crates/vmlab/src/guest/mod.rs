@@ -16,4 +16,4 @@ pub use kernel_log::{KernelLog, LogLevel, LogMark, LogRecord};
 pub use streams::{ChildStderr, ChildStdin, ChildStdout};
 pub use vmlab_wire::message::TerminalSize;
 
-pub(crate) use connection::{Connection, Greeting, Lost};
+pub(crate) use connection::{Connection, Greeting, Held, Lost};

@@ -18,9 +18,12 @@ use vmlab_artifacts::Cache;
 
 pub use console::SerialConsole;
 pub(crate) use console::printable;
-pub use snapshot::{Memory, Origin, Snapshot};
+pub(crate) use snapshot::DeviceId;
+pub use snapshot::{Memory, Origin, RunDevices, Snapshot};
 
-use crate::config::{ConfigError, Machine, NetworkMode, ShareTransport, VmConfig};
+pub use crate::lan::LanPort;
+
+use crate::config::{ConfigError, DiskDevice, Machine, NetworkMode, ShareTransport, VmConfig};
 
 /// A program or library that can run VMs.
 ///
@@ -114,11 +117,36 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
     fn shutdown(&self) -> Result<(), HypervisorError>;
 
     /// Stops all CPUs for good and takes a snapshot of a VM that was started for it and has no devices of
-    /// a run yet.
+    /// a run yet, or of a [pluggable](VmConfig::pluggable) one in the midst of a run. The VM is of no more use
+    /// then; another can go on from the snapshot.
     ///
     /// # Errors
     /// When the VM was not started for it, has ended, or does not answer.
     fn snapshot(&self) -> Result<Snapshot, HypervisorError>;
+
+    /// The slots behind the bridge whose devices a snapshot replaces, which the guest has to know of before
+    /// and after it.
+    fn replaced_slots(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Plugs a disk into a [pluggable](VmConfig::pluggable) VM. The guest is not told.
+    ///
+    /// # Errors
+    /// When the disk cannot be used, there is no room for it, or the VM has ended.
+    fn attach_disk(&self, disk: &DiskDevice) -> Result<(), HypervisorError> {
+        let _ = disk;
+        Err(HypervisorError::NotPluggable)
+    }
+
+    /// Takes a disk out, by its serial number. The guest is not asked. Its file is free when this returns.
+    ///
+    /// # Errors
+    /// When there is no such disk, or the VM has ended.
+    fn detach_disk(&self, serial: &str) -> Result<(), HypervisorError> {
+        let _ = serial;
+        Err(HypervisorError::NotPluggable)
+    }
 
     /// Says that the VM is about to end: what the guest writes back from now on has to reach the host, but
     /// need not wait for the host's disks and for all that others write to them.
@@ -137,6 +165,9 @@ pub struct StartOptions {
     pub deadline: Option<Instant>,
     /// How it begins.
     pub origin: Origin,
+    /// One for each of the configuration's [`lans`](VmConfig::lans), in their order, to be dropped when the VM has
+    /// ended.
+    pub lans: Vec<Arc<LanPort>>,
     /// How many VMs of this process may run at the same time. What each has of the process's open files
     /// is divided by that.
     pub vms: usize,
@@ -152,12 +183,16 @@ pub struct Capabilities {
     pub shares: Vec<ShareTransport>,
     /// Networks it can have.
     pub networks: Vec<NetworkMode>,
+    /// Whether it can be on networks of VMs.
+    pub lans: bool,
     /// Whether arguments can be handed through to QEMU.
     pub qemu_args: bool,
     /// Whether it can be stopped and continued.
     pub pause: bool,
     /// Whether snapshots can be taken and restored.
     pub snapshot: bool,
+    /// Whether VMs can be [pluggable](VmConfig::pluggable).
+    pub pluggable: bool,
 }
 
 impl Capabilities {
@@ -173,6 +208,8 @@ impl Capabilities {
                 config.shares.iter().all(|share| self.shares.contains(&share.transport)),
             ),
             ("this network", self.networks.contains(&config.network)),
+            ("devices that are plugged in later", self.pluggable || !config.pluggable),
+            ("networks of VMs", self.lans || config.lans.is_empty()),
             ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
         ];
         match needs.iter().find(|(_, can)| !can) {
@@ -313,6 +350,21 @@ pub enum HypervisorError {
     Disk {
         /// What it said.
         said: String,
+    },
+    /// Nothing can be plugged into the VM.
+    #[error("nothing can be plugged into this VM, as it was not started so (VmBuilder::pluggable)")]
+    NotPluggable,
+    /// It has no more places for devices.
+    #[error("there is no more room for devices: {most} fit")]
+    Full {
+        /// How many there are.
+        most: u32,
+    },
+    /// A disk is not there.
+    #[error("no disk `{serial}` is plugged in")]
+    NoSuchDisk {
+        /// Its serial number.
+        serial: String,
     },
     /// A command to a running VM failed.
     #[error("the VM did not take the command `{command}`: {said}")]

@@ -4,6 +4,9 @@ use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 
+use vmlab_devices::fs::{Fs, Passthrough};
+use vmlab_devices::net::MacAddress;
+
 /// A VM at one moment: its memory, the state of its devices, and what its console had said.
 #[derive(Clone)]
 pub struct Snapshot {
@@ -17,6 +20,30 @@ pub struct Snapshot {
     pub shares: u32,
     /// How many of them, the first ones, the guest can go on with when others have come in their places.
     pub kept: u32,
+    /// What it had of a run; `None` where it was taken before the run's devices came.
+    pub run: Option<Arc<RunDevices>>,
+}
+
+/// The devices of a run as they were in the midst of it.
+#[derive(Debug)]
+pub struct RunDevices {
+    /// Where each was plugged in.
+    pub(crate) places: Vec<(u32, DeviceId)>,
+    /// The file servers, by the tags of their shares.
+    pub(crate) shares: Vec<(String, Arc<Fs<Passthrough>>)>,
+}
+
+/// Tells the devices of a run apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DeviceId {
+    /// A share, by its tag.
+    Share(String),
+    /// The network.
+    Network,
+    /// A port on a network of VMs, by its address.
+    Lan(MacAddress),
+    /// A disk, by its serial number.
+    Disk(String),
 }
 
 /// The content of some RAM.
@@ -45,6 +72,7 @@ pub enum Origin {
     Boot,
     /// Its kernel boots, and a snapshot can be taken of it.
     BootForSnapshot,
-    /// It goes on where another was stopped. Its shares and its network are its own, and new to the guest.
+    /// It goes on where another was stopped. Its devices of a run are its own: new to the guest, unless the
+    /// snapshot was taken in the midst of a run, whose devices it then has.
     Snapshot(Snapshot),
 }

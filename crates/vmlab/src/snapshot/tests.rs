@@ -5,12 +5,13 @@ use std::time::{Duration, SystemTime};
 
 use tempfile::TempDir;
 use vmlab_artifacts::Arch;
+use vmlab_devices::net::MacAddress;
 use vmlab_wire::message::Ready;
 
 use super::*;
 use crate::config::{
-    Accel, AgentChannel, Caching, KernelBoot, Machine, ShareDevice, ShareTransport, Topology,
-    VmConfigBuilder,
+    Accel, AgentChannel, Caching, KernelBoot, LanDevice, Machine, ShareDevice, ShareTransport,
+    Topology, VmConfigBuilder,
 };
 use crate::hypervisor::{Capabilities, HypervisorError, ProbeReport, StartOptions, VmHandle};
 use crate::units::{Bytes, MIB};
@@ -42,6 +43,7 @@ fn snapshot(seed: u8) -> Snapshot {
         memory: vec![node(PAGE), node(LENGTH / 2)],
         console: format!("the console of {seed}\n").into_bytes().into(),
         shares: 2,
+        run: None,
         kept: u32::from(seed % 3),
     }
 }
@@ -450,6 +452,7 @@ fn what_a_run_brings_is_not_in_the_key() {
         world.config(|config| config.share(another())),
         world.config(|config| served(config).share(another())),
         world.config(|config| served(config).network(NetworkMode::User)),
+        world.config(|config| served(config).lan(LanDevice { mac: MacAddress([2; 6]) })),
         world.config(|config| served(config).sandbox(false)),
     ] {
         assert_eq!(world.key(&config), usual, "{config:?}");

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::observed::{Observed, Observer};
@@ -148,7 +148,7 @@ fn in_a_vm(
     ran: &mut Ran,
     run: impl FnOnce(&mut Vm, &mut Ran) -> Result<Body, Error>,
 ) -> Body {
-    let watch = Watch::default();
+    let watch = Arc::new(Watch::default());
     // Nothing is known of a kernel that is an image's own.
     let debug_info = prepared.kernel().map(|kernel| DebugInfo::of(kernel, std::env::current_dir()));
     let prepared = match logs(test) {
@@ -157,11 +157,12 @@ fn in_a_vm(
     };
     // The harness runs as many tests at once.
     let tests = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = prepared.one_of(tests).start_watched(|vm| watch.vm(vm));
+    let watched = prepared.one_of(tests).watched_by(Arc::<Watch>::clone(&watch));
+    let started = watched.start_watched(|_| {});
     let mut vm = match started {
         Ok(vm) => vm,
         Err(failed) => {
-            ran.events = decoded(watch, debug_info.as_ref());
+            ran.events = decoded(&watch, debug_info.as_ref());
             ran.report = Some(failed.report);
             return lost(&failed.error, ran);
         }
@@ -176,7 +177,7 @@ fn in_a_vm(
     ran.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
     ran.report = Some(vm.report());
     drop(vm);
-    ran.events = decoded(watch, debug_info.as_ref());
+    ran.events = decoded(&watch, debug_info.as_ref());
     match (ended, stopped) {
         (Err(error), _) => lost(&error, ran),
         // What it wrote may not have arrived.
@@ -186,7 +187,7 @@ fn in_a_vm(
 }
 
 /// What a kernel said of itself until its end.
-fn decoded(watch: Watch, debug_info: Option<&DebugInfo>) -> Vec<KernelEvent> {
+fn decoded(watch: &Watch, debug_info: Option<&DebugInfo>) -> Vec<KernelEvent> {
     let mut events = watch.finish();
     if let Some(info) = debug_info {
         decode_reports(info, &mut events);

@@ -7,6 +7,7 @@ use vmlab_artifacts::Kernel;
 use crate::DebugInfo;
 use crate::events::KernelEvent;
 use crate::hypervisor::VmHandle;
+use crate::prepared::Watcher;
 use crate::report::Report;
 use crate::runner::{Watch, decode_reports};
 use crate::sync::lock;
@@ -21,7 +22,7 @@ pub(crate) struct Observer {
 #[derive(Debug)]
 pub(crate) struct ObservedVm {
     kernel: Option<Kernel>,
-    watch: Mutex<Option<Watch>>,
+    watch: Watch,
     report: Mutex<Option<Report>>,
 }
 
@@ -38,7 +39,7 @@ impl Observer {
     pub(crate) fn vm(&self, kernel: Option<&Kernel>) -> Arc<ObservedVm> {
         let vm = Arc::new(ObservedVm {
             kernel: kernel.cloned(),
-            watch: Mutex::new(Some(Watch::default())),
+            watch: Watch::default(),
             report: Mutex::new(None),
         });
         lock(&self.vms).push(Arc::clone(&vm));
@@ -51,14 +52,17 @@ impl Observer {
     }
 }
 
-impl ObservedVm {
-    /// Its machine runs, perhaps not for the first time.
-    pub(crate) fn started(&self, vm: &Arc<dyn VmHandle>) {
-        if let Some(watch) = &*lock(&self.watch) {
-            watch.vm(vm);
-        }
+impl Watcher for ObservedVm {
+    fn started(&self, handle: &Arc<dyn VmHandle>) {
+        self.watch.started(handle);
     }
 
+    fn ready(&self) {
+        self.watch.ready();
+    }
+}
+
+impl ObservedVm {
     /// It has ended, or never came up.
     pub(crate) fn ended(&self, report: Report) {
         *lock(&self.report) = Some(report);
@@ -66,9 +70,11 @@ impl ObservedVm {
 
     fn seen(&self) -> Observed {
         let report = lock(&self.report).take();
-        let watch = lock(&self.watch).take().unwrap_or_default();
         // The console of a VM that somebody still has does not end.
-        let mut events = if report.is_some() { watch.finish() } else { watch.so_far() };
+        let mut events = match &report {
+            Some(_) => self.watch.finish(),
+            None => self.watch.so_far(),
+        };
         if let Some(kernel) = &self.kernel {
             decode_reports(&DebugInfo::of(kernel, std::env::current_dir()), &mut events);
         }

@@ -98,7 +98,7 @@ impl Plan {
         let expect = expect_event.map(str::parse::<EventKind>).transpose();
         Ok(Self {
             // Events are read from the console.
-            vm: vm.full_console(true),
+            vm: vm.full_console(true).pluggable(channel.is_none()),
             program,
             other_kernel,
             timeout: timeout.unwrap_or(TEST_TIME),

@@ -224,6 +224,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         // The protocol has no message for the used index: what is in the ring counts.
         let next = queue.used_idx(&*memory, std::sync::atomic::Ordering::Relaxed).map_err(other)?;
         queue.set_next_used(next.0);
+        // No request is in progress. The monitor begins with 0 where a device has come in the place of another,
+        // and the guest goes on with its ring.
+        queue.set_next_avail(next.0);
         Ok(())
     }
 

@@ -304,3 +304,45 @@ fn a_deadline_is_kept() {
     let soon = Some(Instant::now() + Duration::from_millis(20));
     assert_eq!(connection.wait_ready(soon), Ok(None));
 }
+
+#[test]
+fn a_connection_that_is_held_goes_on_elsewhere_as_it_was() {
+    let (connection, mut peer) = Peer::greeted();
+    let process = connection.new_process(false, &[Stdio::Stdout]);
+    connection.send(&HostMessage::Signal(process, 1)).unwrap();
+    connection.ask(&HostMessage::Hold(vec![1])).unwrap();
+    // What comes after that waits.
+    connection.send(&HostMessage::Signal(process, 2)).unwrap();
+    assert_eq!(peer.next(), Got::Message(HostMessage::Signal(process, 1)));
+    assert_eq!(peer.next(), Got::Message(HostMessage::Hold(vec![1])));
+    peer.send(&GuestMessage::Done(Ok(())));
+    assert_eq!(connection.wait_done(soon()), Ok(Some(Ok(()))));
+    let held = connection.held();
+    connection.close();
+
+    // More than once, and each time with what waited.
+    for _ in 0..2 {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+        let first = HostMessage::AdjustClock(5);
+        let connection = Connection::go_on(ours, &held, &first).unwrap();
+        let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
+        assert_eq!(peer.next(), Got::Message(first));
+        assert_eq!(peer.next(), Got::Message(HostMessage::Signal(process, 2)));
+        // The guest's commands and streams are known.
+        peer.data(process.stream(Stdio::Stdout), b"said");
+        let said = connection.read_output(process.stream(Stdio::Stdout));
+        assert_eq!(said, Ok(Some(b"said".to_vec())));
+        assert_eq!(connection.new_process(false, &[]), ProcessId(process.0 + 1));
+    }
+}
+
+#[test]
+fn an_agent_that_does_not_hold_hears_what_waited() {
+    let (connection, mut peer) = Peer::greeted();
+    connection.ask(&HostMessage::Hold(vec![])).unwrap();
+    connection.send(&HostMessage::BootLog).unwrap();
+    assert_eq!(peer.next(), Got::Message(HostMessage::Hold(vec![])));
+    connection.open_gate();
+    assert_eq!(peer.next(), Got::Message(HostMessage::BootLog));
+}

@@ -1,18 +1,15 @@
 //! The QEMU command line for a [`VmConfig`].
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use serde_json::{Value, json};
-
-use vmlab_devices::blk;
-
+use super::devices::{PLUG_BUS, devices, disk_id, lan_id, share_id};
 use crate::config::{
     Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
     ShareTransport, Topology, VmConfig,
 };
+use crate::hypervisor::DeviceId;
 use crate::units::MIB;
 
 /// Name of the virtio port that the agent looks for.
@@ -20,14 +17,6 @@ const AGENT_PORT: &str = "vmlab";
 
 /// The same of the port that qemu-guest-agent looks for.
 const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
-
-/// Where devices are plugged into VMs that go on from a snapshot. QEMU does not load the state of a VM that
-/// has a `vhost-user-fs` device, and its boards take none on their root bus later. A conventional bridge has
-/// 31 places and is cheap for a guest to boot with.
-const PLUG_BUS: &str = "plug";
-
-/// Requests that a guest may have under way on one share.
-const FS_QUEUE_SIZE: u16 = 1024;
 
 /// The descriptors that QEMU inherits.
 #[derive(Debug, Clone)]
@@ -40,12 +29,24 @@ pub(super) struct Descriptors {
     /// Connections to servers of ours: one for each share over virtio-fs, then one for each disk that is served
     /// here, in their order.
     pub(super) servers: Vec<RawFd>,
+    /// Datagram sockets of ports on networks of VMs.
+    pub(super) lans: Vec<RawFd>,
     /// Where RAM is a file of ours: one for each NUMA node, and whether QEMU keeps its changes to itself.
     pub(super) memory: Option<(Vec<RawFd>, MemoryUse)>,
     /// The VM goes on from a snapshot, whose state will be named by QMP.
     pub(super) incoming: bool,
     /// The kernel for a guest that goes on from a snapshot and resets itself.
     pub(super) reset_kernel: Option<RawFd>,
+    /// Devices that the VM begins with behind the bridge, as their state is part of the snapshot's.
+    pub(super) on_bridge: Vec<(u32, DeviceId)>,
+}
+
+impl Descriptors {
+    /// Whether devices are behind the bridge, where they can be plugged in and taken out. Firmware finds its
+    /// disks without.
+    pub(super) fn plugs(&self, config: &VmConfig) -> bool {
+        self.memory.is_some() && config.boot.kernel().is_some()
+    }
 }
 
 /// What becomes of a guest's changes to a file that is its RAM.
@@ -74,7 +75,7 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
             args.option("-kernel", format!("/proc/self/fd/{kernel}"));
         }
     } else {
-        if fds.memory.is_some() {
+        if fds.plugs(config) {
             // Its devices are plugged in before it runs.
             args.flags(&["-S"]);
         }
@@ -112,9 +113,11 @@ pub(super) fn arguments(config: &VmConfig, fds: &Descriptors, cpu_log: &Path) ->
         args.option("-device", format!("pci-bridge,id={PLUG_BUS},chassis_nr=1,shpc=on"));
     }
     backends(&mut args, config, fds);
-    if fds.memory.is_none() {
-        for device in devices(config) {
+    for device in devices(config) {
+        if !fds.plugs(config) {
             args.option("-device", device.to_string());
+        } else if let Some((place, _)) = fds.on_bridge.iter().find(|(_, id)| *id == device.id) {
+            args.option("-device", device.behind_bridge(*place));
         }
     }
     // The only trace that a triple fault leaves under TCG.
@@ -278,17 +281,18 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
             ShareTransport::NineP => {
                 let read_only = if share.read_only { ",readonly=on" } else { "" };
                 let path = escaped(&share.path);
+                let id = share_id(index);
                 args.option(
                     "-fsdev",
                     format!(
-                        "local,id=share{index},path={path},security_model={model},\
+                        "local,id={id},path={path},security_model={model},\
                          multidevs=remap{read_only}"
                     ),
                 );
             }
             ShareTransport::VirtioFs => {
                 if let Some(fd) = servers.next() {
-                    args.option("-chardev", format!("socket,id=share{index},fd={fd}"));
+                    args.option("-chardev", format!("socket,id={},fd={fd}", share_id(index)));
                 }
             }
         }
@@ -297,10 +301,14 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         NetworkMode::None => {}
         NetworkMode::User => args.option("-netdev", "user,id=net"),
     }
-    for (index, disk) in config.disks.iter().enumerate() {
+    for (index, fd) in fds.lans.iter().enumerate().take(config.lans.len()) {
+        // `dgram` is the same, and newer than 7.1.
+        args.option("-netdev", format!("socket,id={},fd={fd}", lan_id(index)));
+    }
+    for disk in &config.disks {
         if disk.serve.is_some() {
             if let Some(fd) = servers.next() {
-                args.option("-chardev", format!("socket,id=disk{index},fd={fd}"));
+                args.option("-chardev", format!("socket,id={},fd={fd}", disk_id(&disk.serial)));
             }
             continue;
         }
@@ -312,103 +320,10 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
             DiskWrites::Refused => ",readonly=on",
         };
         let (path, format) = (escaped(&disk.path), disk.format.name());
-        let drive =
-            format!("if=none,id=disk{index},discard=unmap,format={format}{how},file={path}");
+        let id = disk_id(&disk.serial);
+        let drive = format!("if=none,id={id},discard=unmap,format={format}{how},file={path}");
         args.option("-drive", drive);
     }
-}
-
-/// The name of the device that is plugged in at a place.
-pub(super) fn plug_id(place: u32) -> String {
-    format!("plug{place}")
-}
-
-/// A device that a run brings: its driver and properties. None of their values has a comma.
-pub(super) struct Device {
-    driver: &'static str,
-    properties: Vec<(&'static str, String)>,
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.driver)?;
-        self.properties.iter().try_for_each(|(name, value)| write!(f, ",{name}={value}"))
-    }
-}
-
-impl Device {
-    /// The arguments of `device_add` that plug it in at a place, from 0 on.
-    pub(super) fn to_plug(&self, place: u32) -> Value {
-        // The bridge has no slot of number 0.
-        let slot = format!("{:#x}", place + 1);
-        let id = plug_id(place);
-        let mut arguments = json!({"driver": self.driver, "bus": PLUG_BUS, "addr": slot, "id": id});
-        for (name, value) in &self.properties {
-            arguments[name] = match value.parse::<u64>() {
-                Ok(number) => number.into(),
-                Err(_) => value.as_str().into(),
-            };
-        }
-        arguments
-    }
-}
-
-/// The devices that a run brings, in their order.
-pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
-    let mut devices = Vec::new();
-    for (index, share) in config.shares.iter().enumerate() {
-        let id = format!("share{index}");
-        let tag = share.tag.clone();
-        devices.push(match share.transport {
-            ShareTransport::NineP => Device {
-                driver: "virtio-9p-pci",
-                properties: vec![("fsdev", id), ("mount_tag", tag)],
-            },
-            ShareTransport::VirtioFs => Device {
-                driver: "vhost-user-fs-pci",
-                properties: vec![
-                    ("chardev", id),
-                    ("tag", tag),
-                    ("queue-size", FS_QUEUE_SIZE.to_string()),
-                ],
-            },
-        });
-    }
-    match config.network {
-        NetworkMode::None => {}
-        NetworkMode::User => devices.push(Device {
-            driver: "virtio-net-pci",
-            properties: vec![("netdev", "net".to_owned()), ("romfile", String::new())],
-        }),
-    }
-    for (index, disk) in config.disks.iter().enumerate() {
-        let id = format!("disk{index}");
-        let (driver, mut properties) = match &disk.serve {
-            Some(options) => (
-                "vhost-user-blk-pci",
-                vec![
-                    ("chardev", id),
-                    ("num-queues", options.queues.to_string()),
-                    ("queue-size", blk::QUEUE_SIZE.to_string()),
-                ],
-            ),
-            // Where the host's disk is full, QEMU would stop the VM until somebody looks after it.
-            None => (
-                "virtio-blk-pci",
-                vec![
-                    ("drive", id),
-                    ("serial", disk.serial.clone()),
-                    ("werror", "report".to_owned()),
-                    ("rerror", "report".to_owned()),
-                ],
-            ),
-        };
-        if index == 0 && config.boot.kernel().is_none() {
-            properties.push(("bootindex", "0".to_owned()));
-        }
-        devices.push(Device { driver, properties });
-    }
-    devices
 }
 
 #[cfg(test)]
@@ -416,9 +331,10 @@ mod tests {
     use super::*;
     use vmlab_artifacts::image::ImageFormat;
 
-    use crate::config::{Caching, DiskDevice, KernelBoot, ShareDevice, VmConfigBuilder};
+    use crate::config::{Caching, DiskDevice, KernelBoot, LanDevice, ShareDevice, VmConfigBuilder};
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
+    use vmlab_devices::net::MacAddress;
 
     fn line(change: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Vec<String> {
         // Any readable file will do: nothing is started.
@@ -440,9 +356,11 @@ mod tests {
             qmp: 9,
             guest_agent,
             servers,
+            lans: vec![20, 21],
             memory: None,
             incoming: false,
             reset_kernel: None,
+            on_bridge: Vec::new(),
         };
         let words = arguments(config, &fds, Path::new("/logs/cpu.log"));
         words.into_iter().map(|word| word.into_string().unwrap()).collect()
@@ -522,7 +440,8 @@ mod tests {
         assert!(drives[2].contains("format=raw,readonly=on,"), "{drives:?}");
         let devices = values(&line, "-device");
         assert!(
-            devices.contains(&"virtio-blk-pci,drive=disk1,serial=two,werror=report,rerror=report"),
+            devices
+                .contains(&"virtio-blk-pci,drive=disk-two,serial=two,werror=report,rerror=report"),
             "{devices:?}"
         );
     }
@@ -554,7 +473,7 @@ mod tests {
         assert_eq!(values(&line, "-smbios"), ["type=11,value=a,,b"]);
         let devices = values(&line, "-device");
         for wanted in [
-            "virtio-blk-pci,drive=disk0,serial=root,werror=report,rerror=report,bootindex=0",
+            "virtio-blk-pci,drive=disk-root,serial=root,werror=report,rerror=report,bootindex=0",
             "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
         ] {
             assert!(devices.contains(&wanted), "{wanted}: {devices:?}");
@@ -617,15 +536,15 @@ mod tests {
             transport: ShareTransport::VirtioFs,
             caching: Caching::Coherent,
         };
-        let options = blk::Options { queues: 3, ..Default::default() };
+        let options = vmlab_devices::blk::Options { queues: 3, ..Default::default() };
         let disks = |config: VmConfigBuilder| {
             config.disk(disk("a", None)).disk(disk("b", Some(options.clone())))
         };
         let line = line(|config| disks(config).share(share));
         assert!(values(&line, "-chardev").contains(&"socket,id=share0,fd=10"), "{line:?}");
-        assert!(values(&line, "-chardev").contains(&"socket,id=disk1,fd=11"), "{line:?}");
+        assert!(values(&line, "-chardev").contains(&"socket,id=disk-b,fd=11"), "{line:?}");
         assert_eq!(values(&line, "-drive").len(), 1, "{line:?}");
-        let device = "vhost-user-blk-pci,chardev=disk1,num-queues=3,queue-size=256";
+        let device = "vhost-user-blk-pci,chardev=disk-b,num-queues=3,queue-size=256";
         assert!(values(&line, "-device").contains(&device), "{line:?}");
         assert!(values(&line, "-object")[0].ends_with(",share=on"), "{line:?}");
     }
@@ -642,5 +561,15 @@ mod tests {
         assert!(values(&line(|config| config), "-netdev").is_empty());
         let line = line(|config| config.network(NetworkMode::User));
         assert_eq!(values(&line, "-netdev"), ["user,id=net"]);
+    }
+
+    #[test]
+    fn networks_of_vms_are_sockets_and_known_by_their_addresses() {
+        let lan = |last| LanDevice { mac: MacAddress([0x02, 0x76, 10, 77, 1, last]) };
+        let line = line(|config| config.network(NetworkMode::User).lan(lan(1)).lan(lan(2)));
+        let sockets = ["user,id=net", "socket,id=lan0,fd=20", "socket,id=lan1,fd=21"];
+        assert_eq!(values(&line, "-netdev"), sockets);
+        let device = "virtio-net-pci,netdev=lan1,mac=02:76:0a:4d:01:02,romfile=";
+        assert!(values(&line, "-device").contains(&device), "{line:?}");
     }
 }

@@ -13,7 +13,8 @@ use vmlab_devices::fs::{self, CachePolicy, Fs, Passthrough, PassthroughConfig};
 use vmlab_devices::transport::vhost_user::{self, Served};
 
 use super::super::HypervisorError;
-use crate::config::{Caching, DiskDevice, DiskWrites, ShareDevice, VmConfig};
+use super::devices::{disk_id, share_id};
+use crate::config::{Caching, DiskDevice, DiskWrites, ShareDevice, ShareTransport, VmConfig};
 use crate::error::chain;
 
 /// Queues for requests of one share.
@@ -22,18 +23,34 @@ const REQUEST_QUEUES: u32 = 1;
 /// With fewer descriptors than this, a server would open the same directories again and again.
 const FEWEST_DESCRIPTORS: usize = 16;
 
-/// Servers that wait for their connections, each with what it is for a person.
-pub(super) struct Servers(Vec<(String, Arc<dyn Device>)>);
+/// Servers that wait for their connections.
+pub(super) struct Servers {
+    waiting: Vec<Waiting>,
+    /// Those of shares, by their tags.
+    shares: Vec<FileServer>,
+}
+
+/// The file server of a share, by its tag.
+pub(super) type FileServer = (String, Arc<Fs<Passthrough>>);
+
+struct Waiting {
+    id: String,
+    /// What it is for a person.
+    what: String,
+    device: Arc<dyn Device>,
+}
 
 /// A server that is connected.
 pub(super) struct Server {
+    id: String,
     what: String,
     served: Served,
 }
 
 impl Servers {
     /// Opens the directories of all shares over virtio-fs, and the files of disks of our own. A guest's sync(2) waits for the host's disks
-    /// as long as `durable` says so. The process has file servers for so many `vms`.
+    /// as long as `durable` says so. The process has file servers for so many `vms`. Where the guest goes on
+    /// with file servers that it had, those are given in `known`.
     ///
     /// # Errors
     /// One cannot be opened.
@@ -41,24 +58,46 @@ impl Servers {
         config: &VmConfig,
         vms: usize,
         durable: &Arc<AtomicBool>,
+        known: &[FileServer],
     ) -> Result<Self, HypervisorError> {
         let descriptors = descriptors(vms * config.served_shares().count());
-        let shares = config.served_shares().map(|share| {
+        let mut servers = Self { waiting: Vec::new(), shares: Vec::new() };
+        for (index, share) in config.shares.iter().enumerate() {
+            if share.transport != ShareTransport::VirtioFs {
+                continue;
+            }
             let source = |source| HypervisorError::Share { path: share.path.clone(), source };
-            let device = device(share, config.sandbox, descriptors, durable).map_err(source)?;
-            Ok((format!("the file server of {}", share.path.display()), device))
-        });
-        let disks = config.served_disks().map(|(disk, options)| {
-            let path = disk.path.display();
-            let said = |why: String| HypervisorError::Disk { said: format!("{path}: {why}") };
-            let device: Arc<dyn Device> = Arc::new(open(disk, options).map_err(said)?);
-            Ok((format!("the server of the disk `{}` ({path})", disk.serial), device))
-        });
-        shares.chain(disks).collect::<Result<_, _>>().map(Self)
+            let device = match known.iter().find(|(tag, _)| *tag == share.tag) {
+                Some((_, known)) => duplicate(known, durable),
+                None => device(share, config.sandbox, descriptors, durable),
+            };
+            let device = device.map_err(source)?;
+            servers.shares.push((share.tag.clone(), Arc::clone(&device)));
+            let what = format!("the file server of {}", share.path.display());
+            servers.waiting.push(Waiting { id: share_id(index), what, device });
+        }
+        for (disk, options) in config.served_disks() {
+            servers.waiting.push(Waiting::of_disk(disk, options)?);
+        }
+        Ok(servers)
+    }
+
+    /// The server of a disk alone, in any case one of our own.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(super) fn of_disk(disk: &DiskDevice) -> Result<Self, HypervisorError> {
+        let options = disk.serve.as_ref().ok_or(HypervisorError::NotPluggable)?;
+        Ok(Self { waiting: vec![Waiting::of_disk(disk, options)?], shares: Vec::new() })
     }
 
     pub(super) fn count(&self) -> usize {
-        self.0.len()
+        self.waiting.len()
+    }
+
+    /// The file servers.
+    pub(super) fn file_servers(&self) -> Vec<FileServer> {
+        self.shares.clone()
     }
 
     /// Starts them on their ends of the connections.
@@ -66,20 +105,35 @@ impl Servers {
     /// # Errors
     /// No more threads or descriptors.
     pub(super) fn serve(self, connections: Vec<UnixStream>) -> io::Result<Vec<Server>> {
-        let pairs = self.0.into_iter().zip(connections);
+        let pairs = self.waiting.into_iter().zip(connections);
         pairs
-            .map(|((what, device), connection)| {
-                vhost_user::serve(device, connection).map(|served| Server { what, served })
+            .map(|(Waiting { id, what, device }, connection)| {
+                vhost_user::serve(device, connection).map(|served| Server { id, what, served })
             })
             .collect()
     }
 }
 
+impl Waiting {
+    fn of_disk(disk: &DiskDevice, options: &blk::Options) -> Result<Self, HypervisorError> {
+        let path = disk.path.display();
+        let said = |why: String| HypervisorError::Disk { said: format!("{path}: {why}") };
+        let device = Arc::new(open(disk, options).map_err(said)?);
+        let what = format!("the server of the disk `{}` ({path})", disk.serial);
+        Ok(Self { id: disk_id(&disk.serial), what, device })
+    }
+}
+
 impl Server {
-    /// Waits until it has nobody to serve any more. `ended` says whether that is because QEMU ends, and
-    /// else what happened is said.
+    /// The name of its device's back end.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Waits until it has nobody to serve any more. `ended` says whether that is because QEMU or its device
+    /// goes, and else what happened is said.
     pub(super) fn wait(self, ended: impl FnOnce() -> bool) -> Option<String> {
-        let Self { what, served } = self;
+        let Self { what, served, id: _ } = self;
         match served.wait() {
             Err(error) => Some(format!("{what} ended: {}", chain(&error))),
             Ok(()) if ended() => None,
@@ -101,7 +155,7 @@ fn device(
     sandbox: bool,
     max_descriptors: usize,
     durable: &Arc<AtomicBool>,
-) -> io::Result<Arc<dyn Device>> {
+) -> io::Result<Arc<Fs<Passthrough>>> {
     let cache = match share.caching {
         Caching::Fixed => CachePolicy::Fixed,
         Caching::Coherent => CachePolicy::Coherent,
@@ -121,6 +175,14 @@ fn device(
     };
     let server = fs::Server::new(Passthrough::new(&share.path, config)?);
     Ok(Arc::new(Fs::new(server, &share.tag, REQUEST_QUEUES)))
+}
+
+/// A file server that goes on where another one is, for a guest that does.
+pub(super) fn duplicate(
+    server: &Fs<Passthrough>,
+    durable: &Arc<AtomicBool>,
+) -> io::Result<Arc<Fs<Passthrough>>> {
+    server.duplicate(Arc::clone(durable)).map(Arc::new)
 }
 
 /// The disk, or why there is none.

@@ -28,8 +28,8 @@ impl Ram {
     /// What a VM of that origin needs; `None` where QEMU's own memory will do.
     pub(super) fn of(config: &VmConfig, origin: &Origin) -> io::Result<Option<Self>> {
         let snapshot = match origin {
-            Origin::Boot => return Ok(None),
-            Origin::BootForSnapshot => {
+            Origin::Boot if !config.pluggable => return Ok(None),
+            Origin::Boot | Origin::BootForSnapshot => {
                 let nodes = config.topology.nodes.max(1);
                 let size = config.memory.0 / u64::from(nodes);
                 let files = (0..nodes).map(|_| empty(size)).collect::<io::Result<_>>()?;
@@ -39,7 +39,7 @@ impl Ram {
         };
         let template = snapshot.memory.iter().any(|memory| matches!(memory, Memory::Template(_)));
         let mut ram = Self { files: Vec::new(), usage: MemoryUse::Shared, copies: Vec::new() };
-        if template && config.servers() == 0 {
+        if template && config.servers() == 0 && !config.pluggable {
             // Nobody else looks at this VM's memory, so that the template can be mapped as it is.
             ram.usage = MemoryUse::Private;
         }

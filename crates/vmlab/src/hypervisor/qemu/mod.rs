@@ -1,13 +1,16 @@
 //! VMs run by QEMU.
 
 mod command;
+mod devices;
 mod files;
 mod identity;
 mod memory;
+mod plug;
 mod process;
 mod qmp;
 mod reset_kernel;
 mod sockets;
+mod supervise;
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -105,9 +108,11 @@ impl Hypervisor for Qemu {
             machines: vec![Machine::Microvm, Machine::Q35],
             shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
             networks: vec![NetworkMode::None, NetworkMode::User],
+            lans: true,
             qemu_args: true,
             pause: true,
             snapshot: true,
+            pluggable: true,
         }
     }
 
@@ -135,16 +140,20 @@ impl Hypervisor for Qemu {
     fn command_line(&self, config: &VmConfig) -> Vec<OsString> {
         let program = self.program().unwrap_or_else(|_| PathBuf::from(&self.program));
         let image = config.boot.kernel().is_none();
-        let servers = (7..).take(config.servers()).collect();
+        let mut inherited = 7..;
+        let servers = inherited.by_ref().take(config.servers()).collect();
+        let lans = inherited.take(config.lans.len()).collect();
         let fds = Descriptors {
             console: 3,
             agent: 4,
             qmp: 5,
             guest_agent: image.then_some(6),
             servers,
+            lans,
             memory: None,
             incoming: false,
             reset_kernel: None,
+            on_bridge: Vec::new(),
         };
         let mut line = vec![program.into_os_string()];
         line.extend(arguments(config, &fds, Path::new("cpu.log")));

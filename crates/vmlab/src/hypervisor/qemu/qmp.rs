@@ -1,6 +1,6 @@
 //! The few commands and events of the QEMU Machine Protocol that vmlab needs, typed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, RawFd};
@@ -47,8 +47,10 @@ struct State {
     paused: bool,
     /// The VM's CPUs have been started once.
     resumed: bool,
-    /// Devices that are gone.
-    unplugged: u32,
+    /// Devices that are gone, by their ids.
+    unplugged: HashSet<String>,
+    /// The state of a snapshot has been loaded.
+    loaded: bool,
     closed: bool,
 }
 
@@ -99,10 +101,11 @@ impl Qmp {
         Ok(Self { writer: Mutex::new(writer), state: Mutex::new(state), changed: Condvar::new() })
     }
 
-    /// Sends ahead that RAM which is a file is no part of a snapshot's state.
+    /// Sends ahead that RAM which is a file is no part of a snapshot's state, and that it is to be told when one
+    /// has been loaded.
     pub(super) fn leave_memory_out(&self) -> std::io::Result<()> {
-        let capability = json!([{"capability": "x-ignore-shared", "state": true}]);
-        let arguments = json!({"capabilities": capability});
+        let on = |name: &str| json!({"capability": name, "state": true});
+        let arguments = json!({"capabilities": [on("x-ignore-shared"), on("events")]});
         lock(&self.writer).write_all(command("migrate-set-capabilities", arguments).as_bytes())
     }
 
@@ -162,21 +165,37 @@ impl Qmp {
         }
     }
 
-    /// Waits until so many devices have been taken out of the VM.
+    /// Waits until the state of a snapshot has been loaded. False when QEMU ended before.
+    pub(super) fn wait_loaded(&self) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.loaded || state.closed {
+                return state.loaded;
+            }
+            state = wait(&self.changed, state);
+        }
+    }
+
+    /// Forgets that a device of this id was ever taken out.
+    pub(super) fn forget_unplugged(&self, id: &str) {
+        self.lock().unplugged.remove(id);
+    }
+
+    /// Waits until a device has been taken out of the VM.
     pub(super) fn wait_unplugged(
         &self,
-        count: u32,
+        id: &str,
         deadline: Instant,
     ) -> Result<(), HypervisorError> {
         let failed =
             |said: &str| HypervisorError::Command { command: "device_del", said: said.to_owned() };
         let mut state = self.lock();
-        while state.unplugged < count {
+        while !state.unplugged.contains(id) {
             if state.closed {
                 return Err(failed("it has ended"));
             }
             state = wait_until(&self.changed, state, Some(deadline))
-                .ok_or_else(|| failed("the devices stay"))?;
+                .ok_or_else(|| failed("the device stays"))?;
         }
         Ok(())
     }
@@ -269,8 +288,15 @@ impl Qmp {
                 state.shutdown =
                     Some(serde_json::from_value(reason).unwrap_or(ShutdownCause::Unknown));
             }
-            // Without a name it is a part of a device.
-            Some("DEVICE_DELETED") if line.data.get("device").is_some() => state.unplugged += 1,
+            Some("DEVICE_DELETED") => {
+                // Without a name it is a part of a device.
+                if let Some(id) = line.data.get("device").and_then(Value::as_str) {
+                    state.unplugged.insert(id.to_owned());
+                }
+            }
+            Some("MIGRATION") if line.data.get("status") == Some(&json!("completed")) => {
+                state.loaded = true;
+            }
             Some("STOP") => state.paused = true,
             Some("RESUME") => {
                 state.paused = false;

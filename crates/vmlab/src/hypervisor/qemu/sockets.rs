@@ -13,6 +13,8 @@ use rustix::process::Signal;
 
 use super::command::Descriptors;
 use super::memory::Ram;
+use crate::hypervisor::DeviceId;
+use crate::lan::LanPort;
 
 /// Connections between this process and QEMU: one end of each.
 pub(super) struct Sockets {
@@ -23,6 +25,8 @@ pub(super) struct Sockets {
     pub(super) guest_agent: Option<UnixStream>,
     /// One for each server of ours.
     pub(super) servers: Vec<UnixStream>,
+    /// Ports on networks of VMs, on QEMU's side.
+    pub(super) lans: Vec<Arc<LanPort>>,
     /// The way of a snapshot's state into the VM, for one that goes on from a snapshot.
     pub(super) state: Option<UnixStream>,
 }
@@ -43,22 +47,29 @@ impl Sockets {
         let guest_agent = with_guest_agent.then(UnixStream::pair).transpose()?;
         let (guest_agent, their_guest_agent) = guest_agent.unzip();
         Ok((
-            Self { console, agent, qmp, guest_agent, servers: ours, state },
+            Self { console, agent, qmp, guest_agent, servers: ours, lans: Vec::new(), state },
             Self {
                 console: their_console,
                 agent: their_agent,
                 qmp: their_qmp,
                 guest_agent: their_guest_agent,
                 servers: theirs,
+                lans: Vec::new(),
                 state: their_state,
             },
         ))
     }
 
     /// What QEMU is told of its ends, and of the files that it inherits.
-    pub(super) fn descriptors(&self, ram: Option<&Ram>, kernel: Option<&Arc<File>>) -> Descriptors {
+    pub(super) fn descriptors(
+        &self,
+        ram: Option<&Ram>,
+        kernel: Option<&Arc<File>>,
+        on_bridge: Vec<(u32, DeviceId)>,
+    ) -> Descriptors {
         let files = |ram: &Ram| ram.files.iter().map(AsRawFd::as_raw_fd).collect();
         Descriptors {
+            on_bridge,
             memory: ram.map(|ram| (files(ram), ram.usage)),
             incoming: self.state.is_some(),
             reset_kernel: kernel.map(AsRawFd::as_raw_fd),
@@ -67,6 +78,7 @@ impl Sockets {
             qmp: self.qmp.as_raw_fd(),
             guest_agent: self.guest_agent.as_ref().map(AsRawFd::as_raw_fd),
             servers: self.servers.iter().map(AsRawFd::as_raw_fd).collect(),
+            lans: self.lans.iter().map(|port| port.device().as_raw_fd()).collect(),
         }
     }
 }
@@ -83,6 +95,9 @@ pub(super) fn inherit(command: &mut Command, sockets: Sockets, files: Vec<Arc<Fi
         let more = sockets.servers.iter().chain(&sockets.state).chain(&sockets.guest_agent);
         for socket in [&sockets.console, &sockets.agent, &sockets.qmp].into_iter().chain(more) {
             fcntl_setfd(socket.as_fd(), FdFlags::empty())?;
+        }
+        for port in &sockets.lans {
+            fcntl_setfd(port.device(), FdFlags::empty())?;
         }
         for file in &files {
             fcntl_setfd(file.as_fd(), FdFlags::empty())?;

@@ -1,0 +1,19 @@
+//! Ethernet between guests: a learning switch in this process.
+//!
+//! ```text
+//! device of a VM ── datagram socket ── Port ┐
+//! device of a VM ── datagram socket ── Port ┼── Switch: one thread
+//! device of a VM ── datagram socket ── Port ┘
+//! ```
+//!
+//! The switch knows no hypervisor. One datagram is one frame, from the destination's address to the end of the
+//! payload, without preamble and check sequence: what QEMU's `-netdev dgram` and `-netdev socket` send. The host
+//! has no interface on it, so nothing of the host can be reached, and no rights are needed.
+
+mod frame;
+mod switch;
+mod table;
+
+pub use frame::{MAX_FRAME, MIN_FRAME, MacAddress};
+pub use switch::{Counters, MAX_QUEUED, Port, Switch};
+pub use table::MAX_LEARNED;

@@ -1,0 +1,150 @@
+//! Snapshots in the midst of a run, and going back to them.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmlab_wire::HostMessage;
+use vmlab_wire::message::GoOn;
+
+use crate::config::{DiskDevice, DiskWrites};
+use crate::disk::{OwnDisks, SavedDisk};
+use crate::guest::{Connection, Environment, Held};
+use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot};
+use crate::prepared::{ENTROPY, PreparedVm};
+use crate::start::Booted;
+use crate::{Error, Vm, random};
+
+/// How long a guest may take to hold, and to go on.
+const HOLD_TIME: Duration = Duration::from_secs(60);
+
+/// A VM at one moment: memory, processors, devices, what is on its disks, and which files it has open in
+/// shares. It takes as much memory of the host as the guest used then.
+#[derive(Debug)]
+pub struct VmSnapshot {
+    snapshot: Snapshot,
+    held: Held,
+    prepared: PreparedVm,
+    environment: Environment,
+    disks: Vec<SavedDisk>,
+    own_disks: Vec<Arc<OwnDisks>>,
+}
+
+impl Vm {
+    /// Takes a snapshot of a [pluggable](crate::VmBuilder::pluggable) VM, which then goes on. Commands that run in
+    /// it, in the background, are part of it.
+    ///
+    /// What is in the directories of shares is the host's and no part of it. A guest that goes on from the
+    /// snapshot sees what has become of them.
+    ///
+    /// ```no_run
+    /// # let builder = vmlab::Vm::builder();
+    /// let mut vm = builder.pluggable(true).start()?;
+    /// vm.exec(["sh", "-c", "echo 1 > /tmp/state"])?;
+    /// let snapshot = vm.snapshot()?;
+    /// for input in ["a", "b", "c"] {
+    ///     vm.restore(&snapshot)?;
+    ///     assert_eq!(vm.exec(["cat", "/tmp/state"])?.stdout, b"1\n");
+    ///     vm.exec(["sh", "-c", "echo 2 > /tmp/state", "sh", input])?;
+    /// }
+    /// # Ok::<(), vmlab::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the VM is none of which one can be taken: see [`NotInSnapshot`](Error::NotInSnapshot). When it has
+    /// ended, or the host lacks memory or room for what is on the disks; the VM has then ended, unless it is
+    /// the guest that failed to hold.
+    pub fn snapshot(&mut self) -> Result<VmSnapshot, Error> {
+        self.check_for_snapshot()?;
+        let hold = HostMessage::Hold(self.handle.replaced_slots());
+        self.ask(&hold, HOLD_TIME).inspect_err(|_| self.connection.open_gate())?;
+        let held = self.connection.held();
+        let taken = self.handle.snapshot().map_err(Error::Hypervisor).and_then(|snapshot| {
+            let own = |disk: &&DiskDevice| matches!(disk.writes, DiskWrites::Cloned(_));
+            let disks = self.prepared.config.disks.iter().filter(own);
+            let disks = disks.map(|disk| SavedDisk::of(&disk.path)).collect::<Result<_, _>>()?;
+            Ok((snapshot, disks))
+        });
+        // This machine is done: its devices are out.
+        self.cut_off();
+        let (snapshot, disks) = taken?;
+        let snapshot = VmSnapshot {
+            snapshot,
+            held,
+            prepared: self.prepared.clone(),
+            environment: self.environment.clone(),
+            disks,
+            own_disks: self.own_disks.clone(),
+        };
+        self.go_on_from(&snapshot)?;
+        Ok(snapshot)
+    }
+
+    /// Goes back to a snapshot of this VM, whatever has become of it since: it may even have ended. Its disks
+    /// have what they had then.
+    ///
+    /// # Errors
+    /// When it cannot go on from there. It has ended then.
+    pub fn restore(&mut self, snapshot: &VmSnapshot) -> Result<(), Error> {
+        self.cut_off();
+        self.prepared = snapshot.prepared.clone();
+        self.environment = snapshot.environment.clone();
+        self.own_disks.clone_from(&snapshot.own_disks);
+        snapshot.disks.iter().try_for_each(SavedDisk::restore)?;
+        self.go_on_from(snapshot)
+    }
+
+    fn cut_off(&self) {
+        self.connection.close();
+        self.handle.kill(ExitReason::Killed);
+    }
+
+    fn check_for_snapshot(&self) -> Result<(), Error> {
+        let config = &self.prepared.config;
+        if !config.pluggable {
+            return Err(HypervisorError::NotPluggable.into());
+        }
+        let not = |why: String| Err(Error::NotInSnapshot { why });
+        if config.boot.kernel().is_none() {
+            return not("it starts the system of an image".to_owned());
+        }
+        for DiskDevice { serial, writes, serve, .. } in &config.disks {
+            let why = match (writes, serve) {
+                (_, None) => "is no raw one",
+                (_, Some(options)) if options.record.is_some() => "is recorded",
+                (DiskWrites::Kept, _) => "is a file of the host that is written to",
+                (DiskWrites::Discarded, _) => {
+                    "is too large to be copied for a snapshot (clone=copy does)"
+                }
+                (DiskWrites::Refused | DiskWrites::Cloned(_), _) => continue,
+            };
+            return not(format!("its disk `{serial}` {why}"));
+        }
+        Ok(())
+    }
+
+    fn go_on_from(&mut self, from: &VmSnapshot) -> Result<(), Error> {
+        let mut entropy = vec![0; ENTROPY];
+        random::fill(&mut entropy).map_err(|source| Error::Io {
+            what: "read",
+            path: "the host's random numbers".into(),
+            source,
+            hint: "",
+        })?;
+        let (ready, setup) = (self.ready.clone(), self.setup.clone());
+        let booted = self.begin_again(|starter, timeline| {
+            let origin = Origin::Snapshot(from.snapshot.clone());
+            let connect = |socket| {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let clock_ns = now.as_nanos().try_into().unwrap_or(u64::MAX);
+                let go_on = GoOn { revive: true, clock_ns, entropy };
+                Connection::go_on(socket, &from.held, &HostMessage::GoOn(go_on))
+            };
+            let (handle, connection) = starter.go_on(origin, connect, timeline)?;
+            let run_dir = starter.prepared.run_dir()?;
+            let shares = starter.prepared.config.shares.clone();
+            Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
+        })?;
+        self.go_on_with(booted);
+        self.answer(HOLD_TIME).inspect_err(|_| self.cut_off())
+    }
+}
