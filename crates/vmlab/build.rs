@@ -11,7 +11,9 @@ const PROFILE: &str = "agent";
 fn main() {
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
     let workspace = manifest.join("../..");
-    for dir in ["crates/vmlab-agent", "crates/vmlab-wire", "Cargo.lock", "Cargo.toml"] {
+    for dir in
+        ["crates/vmlab-agent", "crates/vmlab-copy", "crates/vmlab-wire", "Cargo.lock", "Cargo.toml"]
+    {
         println!("cargo::rerun-if-changed={}", workspace.join(dir).display());
     }
     // Linked for the build's own C library, but statically: the guest has its own root. Only a named

@@ -1,8 +1,9 @@
-//! What either end of a session may receive: preamble, frames, messages, credit.
+//! What either end of a session may receive: preamble, frames, messages, credit, trees of files.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use vmlab_wire::frame::MAX_MESSAGE;
+use vmlab_wire::tree::{Record, RecordHeader};
 use vmlab_wire::{Decoder, Frame, FrameHeader, GuestMessage, HostMessage, Preamble, message};
 
 fuzz_target!(|data: &[u8]| {
@@ -14,7 +15,24 @@ fuzz_target!(|data: &[u8]| {
     let whole = frames(data, data.len().max(1));
     let pieces = frames(data, usize::from(piece).max(1));
     assert_eq!(whole, pieces);
+    records(data);
 });
+
+/// Records of a tree: what can be read is written as the same bytes, and no name leads elsewhere.
+fn records(mut data: &[u8]) {
+    while let Some((header, rest)) = data.split_first_chunk() {
+        let Ok(header) = RecordHeader::decode(*header) else { return };
+        let Some((payload, rest)) = rest.split_at_checked(header.payload_len()) else { return };
+        let Ok(record) = Record::decode(header, payload) else { return };
+        if let Record::Dir(_, name) | Record::File(_, name) | Record::Symlink { name, .. } = record {
+            assert!(name != b"." && name != b".." && !name.contains(&b'/') && !name.contains(&0));
+        }
+        let mut again = Vec::new();
+        record.encode(&mut again);
+        assert_eq!(again, data[..again.len()]);
+        data = rest;
+    }
+}
 
 /// All frames of the data, received in pieces of some size, as text; at the end, what is wrong.
 fn frames(data: &[u8], piece: usize) -> Vec<String> {

@@ -24,19 +24,24 @@ const MILESTONES: [(&str, &str); 7] = [
 const MARK: &str = "the host asks for the boot's times";
 
 /// More records than any log buffer has; the mark may have been overwritten.
-const MAX_RECORDS: usize = 1 << 20;
+pub(crate) const MAX_RECORDS: usize = 1 << 20;
 
 /// The longest record that the kernel gives out: `PRINTK_MESSAGE_MAX`, with room for what is in front.
-const MAX_RECORD: usize = 8192;
+pub(crate) const MAX_RECORD: usize = 8192;
 
 /// Reads the log. What cannot be read is not told: it is for measuring only.
 pub(crate) fn read() -> BootLog {
     read_log().unwrap_or_default()
 }
 
-fn read_log() -> io::Result<BootLog> {
+/// The log from its first record on.
+pub(crate) fn open() -> io::Result<File> {
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    let mut log = OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")?;
+    OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")
+}
+
+fn read_log() -> io::Result<BootLog> {
+    let mut log = open()?;
     let now_ns = sys::monotonic_ns();
     kmsg::debug(MARK);
     let mut buffer = vec![0; MAX_RECORD];
@@ -56,7 +61,10 @@ fn read_log() -> io::Result<BootLog> {
 }
 
 /// The next record; `None` at the end. Those that were overwritten while they were read are passed over.
-fn next_record<'a>(log: &mut File, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
+pub(crate) fn next_record<'a>(
+    log: &mut File,
+    buffer: &'a mut [u8],
+) -> io::Result<Option<&'a [u8]>> {
     let count = loop {
         match log.read(buffer) {
             Ok(count) => break count,

@@ -2,9 +2,11 @@
 //!
 //! As PID 1 it loads the modules of its initramfs, opens the channel to the host, makes the guest
 //! ready as the host says and runs commands. With the argument `guest` it does the same in a system that
-//! has a PID 1 of its own. Otherwise it serves commands on its standard input, which is how everything
-//! but the boot is tested without a VM.
+//! has a PID 1 of its own. With `applet`, it is one of its own commands, which copy files and read the
+//! kernel's log. Otherwise it serves commands on its standard input, which is how everything but the boot is
+//! tested without a VM.
 
+mod applet;
 mod boot;
 mod boot_log;
 mod channel;
@@ -25,9 +27,12 @@ fn main() -> ExitCode {
     if rustix::process::getpid().is_init() {
         kmsg::install_panic_hook();
         boot::run(started_ns)
-    } else if std::env::args_os().nth(1).is_some_and(|argument| argument == "guest") {
-        guest::run(started_ns)
     } else {
-        session::serve_stdin(started_ns)
+        let mut arguments = std::env::args_os().skip(1);
+        match arguments.next() {
+            Some(argument) if argument == "guest" => guest::run(started_ns),
+            Some(argument) if argument == applet::WORD => applet::run(arguments),
+            _ => session::serve_stdin(started_ns),
+        }
     }
 }

@@ -12,7 +12,7 @@ use vmlab_wire::message::{Mount, Ready};
 use vmlab_wire::{Frame, GuestMessage, HostMessage, message};
 
 use crate::channel::{ChannelError, Inbox, Outbox, Received};
-use crate::exec::Commands;
+use crate::exec::{Commands, Program};
 use crate::sys::{self, Reap};
 use crate::{boot_log, kmsg, power, setup};
 
@@ -224,7 +224,15 @@ impl Session {
             HostMessage::Exec(_) if !self.ready => {
                 return Err(broken("the host sent a command before the set-up was done"));
             }
-            HostMessage::Exec(exec) => self.commands.start(&exec, &mut self.outbox),
+            HostMessage::ExecAgent(_) if !self.ready => {
+                return Err(broken("the host sent a command before the set-up was done"));
+            }
+            HostMessage::Exec(exec) => {
+                self.commands.start(&exec, Program::Named, &mut self.outbox);
+            }
+            HostMessage::ExecAgent(exec) => {
+                self.commands.start(&exec, Program::Agent, &mut self.outbox);
+            }
             HostMessage::AdjustClock(by_ns) => {
                 let mut warn = |text| self.outbox.message(&GuestMessage::Warning(text));
                 setup::adjust_clock(by_ns, &mut warn);

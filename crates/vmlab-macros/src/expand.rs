@@ -39,8 +39,19 @@ fn argument(function: &ItemFn, attribute: &Attribute) -> Result<Argument> {
             None => Ok(Argument::Nothing),
         };
     };
-    if let Some(second) = inputs.iter().nth(1) {
-        return Err(Error::new_spanned(second, "a test takes one argument at most"));
+    match (inputs.iter().nth(1), inputs.iter().nth(2)) {
+        (Some(second), _) if !attribute.host => {
+            let why = "a test in the guest takes one argument at most; a `&Ctx` has a `recorder()`";
+            return Err(Error::new_spanned(second, why));
+        }
+        (Some(second), _) if !is_shared_reference(second) => {
+            let why = "the second argument of a `host` test is a `&Recorder`";
+            return Err(Error::new_spanned(second, why));
+        }
+        (_, Some(third)) => {
+            return Err(Error::new_spanned(third, "a `host` test takes two arguments at most"));
+        }
+        _ => {}
     }
     let FnArg::Typed(typed) = first else {
         return Err(Error::new_spanned(first, "a test is no method"));
@@ -59,6 +70,11 @@ fn argument(function: &ItemFn, attribute: &Attribute) -> Result<Argument> {
              the host and takes a `&mut Vm` or a `VmBuilder`",
         )),
     }
+}
+
+fn is_shared_reference(argument: &FnArg) -> bool {
+    let FnArg::Typed(typed) = argument else { return false };
+    matches!(&*typed.ty, Type::Reference(reference) if reference.mutability.is_none())
 }
 
 fn check(function: &ItemFn, attribute: &Attribute, argument: Argument) -> Result<()> {
@@ -166,12 +182,21 @@ fn parted(mut function: ItemFn) -> (Vec<syn::Attribute>, ItemFn) {
 
 /// Calls the function, and gives why it failed, if it did.
 fn call(function: &ItemFn, path: &TokenStream, argument: Argument) -> TokenStream {
-    let (parameter, given) = match argument {
+    let recorded = function.sig.inputs.len() > 1;
+    let (parameter, mut given) = match argument {
         Argument::Nothing => (quote!(_: &::vmlab::testing::Ctx), quote!()),
         Argument::Ctx => (quote!(ctx: &::vmlab::testing::Ctx), quote!(ctx)),
-        Argument::Vm => (quote!(vm: &mut ::vmlab::Vm), quote!(vm)),
-        Argument::Builder => (quote!(builder: ::vmlab::VmBuilder), quote!(builder)),
+        Argument::Vm => {
+            (quote!(vm: &mut ::vmlab::Vm, _recorder: &::vmlab::testing::Recorder), quote!(vm))
+        }
+        Argument::Builder => (
+            quote!(builder: ::vmlab::VmBuilder, _recorder: &::vmlab::testing::Recorder),
+            quote!(builder),
+        ),
     };
+    if recorded {
+        given = quote!(#given, _recorder);
+    }
     let called = match function.sig.asyncness {
         Some(_) => quote!(::vmlab::testing::block_on(#path(#given))),
         None => quote!(#path(#given)),

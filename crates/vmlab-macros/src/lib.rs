@@ -22,14 +22,17 @@ use proc_macro::TokenStream;
 /// }
 ///
 /// #[vmlab::test(host)]
-/// fn from_the_outside(vm: &mut Vm) -> Result<()> {
+/// fn from_the_outside(vm: &mut Vm, recorder: &Recorder) -> Result<()> {
+///     let since = std::time::Instant::now();
 ///     assert!(vm.exec(["true"])?.status.success());
+///     recorder.measure("round trip", since.elapsed().as_secs_f64() * 1000.0, "ms");
 ///     Ok(())
 /// }
 /// ```
 ///
-/// The function takes nothing or a `&Ctx`; with `host`, a `&mut Vm` that has started, or a `VmBuilder`. It may
-/// be `async`, and returns nothing, a `Result` whose error is `Debug`, or an `ExitCode`.
+/// The function takes nothing or a `&Ctx`; with `host`, a `&mut Vm` that has started, or a `VmBuilder`, and a
+/// `&Recorder` behind either, if it has something to measure. It may be `async`, and returns nothing, a `Result`
+/// whose error is `Debug`, or an `ExitCode`.
 ///
 /// All keys of the attribute are in `docs/rust-tests.md`.
 #[proc_macro_attribute]

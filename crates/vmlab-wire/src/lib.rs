@@ -13,6 +13,7 @@ pub mod flow;
 pub mod frame;
 pub mod message;
 mod preamble;
+pub mod tree;
 
 pub use flow::{FlowError, ReceiveWindow, STREAM_WINDOW, SendWindow};
 pub use frame::{Decoder, Frame, FrameError, FrameHeader, FrameKind, StreamId};

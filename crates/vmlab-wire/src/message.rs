@@ -55,6 +55,9 @@ pub enum HostMessage {
     Hold(Vec<u8>),
     /// Go on after `Hold`. Answered by `Done`.
     GoOn(GoOn),
+    /// As `Exec`, but the program is the agent itself, whatever the root has: the first argument is only its
+    /// name, the others are `applet` and what of the agent is to run.
+    ExecAgent(Box<Exec>),
 }
 
 /// What the agent tells the host.

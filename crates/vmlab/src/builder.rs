@@ -21,6 +21,7 @@ use crate::prepared::{PreparedVm, System};
 use crate::report::Phase;
 use crate::share::{Share, ShareVia};
 use crate::snapshot::SnapshotMode;
+use crate::testing::Observer;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
@@ -102,6 +103,7 @@ pub struct VmBuilder {
     snapshots: SnapshotMode,
     hypervisor: Arc<dyn Hypervisor>,
     progress: Arc<dyn Progress + Send>,
+    observer: Option<Observer>,
 }
 
 impl std::fmt::Debug for VmBuilder {
@@ -145,6 +147,7 @@ impl Default for VmBuilder {
             snapshots: SnapshotMode::default(),
             hypervisor: Arc::new(Qemu::new()),
             progress: Arc::new(Silent),
+            observer: None,
         }
     }
 }
@@ -376,6 +379,12 @@ impl VmBuilder {
         self
     }
 
+    /// Has somebody see the VMs that are made of this.
+    pub(crate) fn observed_by(mut self, observer: Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
     /// Finds and makes everything that the VM needs, without starting it.
     ///
     /// # Errors
@@ -452,6 +461,7 @@ impl VmBuilder {
             progress: self.progress,
             vms: 1,
             run_dir: None,
+            observer: self.observer,
             builder,
             disks: self.disks,
             watchers: Vec::new(),

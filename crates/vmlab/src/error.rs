@@ -16,6 +16,7 @@ use vmlab_artifacts::{CacheError, KernelError, SpecError};
 use vmlab_vmm::probe::KvmUnusable;
 
 use crate::config::ConfigError;
+use crate::guest::{CopySide, shown};
 use crate::hypervisor::{ExitReason, HypervisorError};
 use crate::lan::LanError;
 use crate::report::Report;
@@ -317,6 +318,28 @@ pub enum Error {
         /// Its name.
         target: String,
     },
+    /// A file could not be copied between host and guest.
+    #[error("cannot {doing} {}{}, copying {what}", shown(path), side.words())]
+    Copy {
+        /// What was to be copied, and where.
+        what: String,
+        /// What was being done.
+        doing: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Whose file that is.
+        side: CopySide,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's kernel gave out no log.
+    #[error("the log of the guest's kernel cannot be read")]
+    KernelLog {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The arguments and environment of a command are too large.
     #[error("{}: its arguments and environment are too large", program.display())]
     TooManyArguments {
@@ -461,6 +484,8 @@ impl Error {
             | Self::CachedImage { .. }
             | Self::NotForImages { .. }
             | Self::ShellAmongOthers { .. }
+            | Self::Copy { .. }
+            | Self::KernelLog { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
         }
     }

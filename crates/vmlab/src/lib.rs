@@ -60,7 +60,9 @@ pub use debug_info::DebugInfo;
 pub use disk::Disk;
 pub use error::{EmulatorFault, Error, ErrorClass, Evidence, FailedStart};
 pub use group::Group;
-pub use guest::{Child, Command, Environment, ExitStatus, GuestUser, Output, Stdio};
+pub use guest::{
+    Child, Command, Environment, ExitStatus, GuestUser, KernelLog, LogLevel, Output, Stdio,
+};
 pub use image::Image;
 pub use lan::{Lan, LanError};
 pub use prepared::PreparedVm;

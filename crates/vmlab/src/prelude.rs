@@ -1,6 +1,6 @@
 //! What most tests need.
 
-pub use crate::testing::Ctx;
+pub use crate::testing::{Ctx, Recorder};
 pub use crate::{Error, Lan, Vm, VmBuilder};
 
 /// What a test returns that passes errors of any kind on with `?`.

@@ -21,6 +21,7 @@ use crate::runs::RunDir;
 use crate::sandbox;
 use crate::snapshot::SnapshotMode;
 use crate::start::Devices;
+use crate::testing::Observer;
 use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::vm::Vm;
@@ -73,6 +74,7 @@ pub struct PreparedVm {
     pub(crate) progress: Arc<dyn Progress + Send>,
     pub(crate) vms: usize,
     pub(crate) run_dir: Option<RunDir>,
+    pub(crate) observer: Option<Observer>,
     /// Whom it was made by, for what comes later.
     pub(crate) builder: Arc<VmBuilder>,
     /// Its disks, also those that are out again.

@@ -18,8 +18,10 @@
 //! }
 //!
 //! #[vmlab::test(host)]
-//! fn from_the_outside(vm: &mut Vm) -> Result {
-//!     assert!(vm.exec(["true"])?.status.success());
+//! fn from_the_outside(vm: &mut Vm, recorder: &Recorder) -> Result {
+//!     let status = vm.exec(["true"])?.status;
+//!     assert!(status.success());
+//!     recorder.measure("CPU time", status.cpu_time_us().1 as f64, "µs");
 //!     Ok(())
 //! }
 //! ```
@@ -28,8 +30,10 @@ mod ctx;
 mod defaults;
 mod guest;
 mod host;
+mod observed;
 mod output;
 mod plan;
+mod recorder;
 mod records;
 mod report;
 mod verdict;
@@ -43,7 +47,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 
 pub use ctx::Ctx;
+pub(crate) use observed::{ObservedVm, Observer};
 pub use plan::disk;
+pub use recorder::Recorder;
 pub use report::{MAX_RESULT_FILE, ReadReportsError, read_reports};
 
 use crate::{Vm, VmBuilder};
@@ -210,7 +216,7 @@ pub fn in_guest(test: &Test, body: fn(&Ctx) -> Option<String>) {
 
 /// A test whose body stays on the host, with a VM that has started.
 #[doc(hidden)]
-pub fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
+pub fn with_vm(test: &Test, body: fn(&mut Vm, &Recorder) -> Option<String>) {
     match Place::of(test) {
         Place::Runner => host::left_out(test, STAYS),
         _ => host::with_vm(test, body),
@@ -219,7 +225,7 @@ pub fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
 
 /// A test whose body stays on the host and starts VMs itself.
 #[doc(hidden)]
-pub fn with_builder(test: &Test, body: fn(VmBuilder) -> Option<String>) {
+pub fn with_builder(test: &Test, body: fn(VmBuilder, &Recorder) -> Option<String>) {
     match Place::of(test) {
         Place::Runner => host::left_out(test, STAYS),
         _ => host::with_builder(test, body),

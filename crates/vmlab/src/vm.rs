@@ -22,11 +22,12 @@ use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
 use crate::lan::Membership;
-use crate::prepared::{PreparedVm, System};
+use crate::prepared::{PreparedVm, System, Watcher};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
 use crate::start::{Booted, Starter};
 use crate::sync::lock;
+use crate::testing::ObservedVm;
 use crate::timings::{Timeline, millis};
 
 /// How long the hypervisor may take to end after it closed the channel to the agent.
@@ -79,6 +80,7 @@ pub struct Vm {
     run_dir: RunDir,
     starts: u32,
     own_disks: Vec<Arc<OwnDisks>>,
+    observed: Option<Arc<ObservedVm>>,
 }
 
 impl Vm {
@@ -103,12 +105,17 @@ impl Vm {
         }
         // A limit beyond what the clock can count is none.
         let deadline = prepared.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let observer = prepared.observer.as_ref();
+        let observed = observer.map(|observer| observer.vm(prepared.kernel()));
+        let watcher = observed.clone().map(|observed| observed as Arc<dyn Watcher>);
+        prepared.watchers.extend(watcher);
         let starter = Starter { prepared: &prepared, started: &started, deadline, lans: &lans };
         let booted = starter.start(&mut timeline).map_err(|error| {
             own_disks.keep_none();
             timeline.fail();
             let mut report = prospect.clone();
             report.failed(&timeline, &error);
+            observed.iter().for_each(|observed| observed.ended(report.clone()));
             Box::new(FailedStart { error, report })
         })?;
         let Booted { handle, connection, ready, setup, shares, came_up, run_dir } = booted;
@@ -127,6 +134,7 @@ impl Vm {
             starts: 1,
             own_disks: vec![Arc::new(own_disks)],
             prepared,
+            observed,
         };
         vm.prepared.watchers.iter().for_each(|watcher| watcher.ready());
         if let Some(name) = vm.prepared.user.clone()
@@ -312,6 +320,11 @@ impl Vm {
         &self.connection
     }
 
+    /// What commands inherit.
+    pub(crate) fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
     pub(crate) fn lost(&self, lost: Lost) -> Error {
         lost_error(&self.handle, lost, Some(self.came_up))
     }
@@ -321,6 +334,12 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.connection.close();
         self.handle.kill(ExitReason::Killed);
+        if let Some(observed) = &self.observed {
+            if self.report().phases.iter().all(|phase| phase.phase != Phase::Run) {
+                self.end_phase(Phase::Run);
+            }
+            observed.ended(self.report());
+        }
     }
 }
 

@@ -9,13 +9,24 @@ use std::process::Command;
 /// build script and is no dependency of it.
 const ARROWS: &[(&str, &[&str])] = &[
     ("vmlab-wire", &[]),
+    ("vmlab-copy", &["vmlab-wire"]),
     ("vmlab-fuse", &[]),
     ("vmlab-macros", &[]),
-    ("vmlab-agent", &["vmlab-wire"]),
+    ("vmlab-agent", &["vmlab-wire", "vmlab-copy"]),
     ("vmlab-devices", &["vmlab-fuse"]),
     ("vmlab-artifacts", &[]),
     ("vmlab-vmm", &["vmlab-devices"]),
-    ("vmlab", &["vmlab-wire", "vmlab-artifacts", "vmlab-devices", "vmlab-vmm", "vmlab-macros"]),
+    (
+        "vmlab",
+        &[
+            "vmlab-wire",
+            "vmlab-copy",
+            "vmlab-artifacts",
+            "vmlab-devices",
+            "vmlab-vmm",
+            "vmlab-macros",
+        ],
+    ),
     ("vmlab-cli", &["vmlab"]),
     ("kernel-tests", &["vmlab"]),
 ];

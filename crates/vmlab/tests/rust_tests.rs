@@ -9,7 +9,42 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmlab::prelude::*;
+use vmlab::results::junit;
 use vmlab::testing::read_reports;
+
+/// Tests that measure something, looked at by their neighbours.
+mod measuring {
+    use super::*;
+
+    #[vmlab::test(host, kernel = "debian:6.12", memory = "512M")]
+    #[ignore = "its results are looked at"]
+    fn of_a_vm(vm: &mut Vm, recorder: &Recorder) {
+        recorder.measure("depth", 2.5, "m");
+        recorder.detail("release", vm.release());
+        recorder.measure("ratio", f64::NAN, "%");
+        panic!("what was measured before is kept");
+    }
+
+    #[vmlab::test(host, kernel = "debian:6.12", memory = "512M")]
+    #[ignore = "its results are looked at"]
+    fn of_several_vms(builder: VmBuilder, recorder: &Recorder) -> Result {
+        let first = builder.clone().hostname("one").start()?;
+        let second = builder.start()?;
+        recorder.measure("VMs", 2.0, "");
+        first.shutdown()?;
+        // That this one ends by a panic is what the test wants.
+        let crashed = second.exec(["sh", "-c", "echo c > /proc/sysrq-trigger"]);
+        assert!(matches!(crashed, Err(vmlab::Error::Ended { .. })), "{crashed:?}");
+        Ok(())
+    }
+
+    #[vmlab::test(host, kernel = "debian:6.12", memory = "512M")]
+    #[ignore = "its results are looked at"]
+    fn of_one_vm_of_a_builder(builder: VmBuilder) -> Result {
+        assert!(builder.start()?.exec(["true"])?.status.success());
+        Ok(())
+    }
+}
 
 /// Tests that do not pass, each with a VM of its own.
 mod failing {
@@ -123,13 +158,19 @@ impl Run {
     }
 
     /// What the harness said, and the test's record.
-    fn output(mut self) -> (Output, String, Value) {
+    fn output(self) -> (Output, String, Value) {
+        let (output, said, record, ()) = self.output_and(|| ());
+        (output, said, record)
+    }
+
+    /// The same, and what else can be made of it while the results are there.
+    fn output_and<T>(mut self, then: impl FnOnce() -> T) -> (Output, String, Value, T) {
         let output = self.command.output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
         let record = read_reports(self.reports.path()).map(|results| results.to_json());
         let record = record.map_or(Value::Null, |json| serde_json::from_str(&json).unwrap());
-        (output, said, record["targets"][0].clone())
+        (output, said, record["targets"][0].clone(), then())
     }
 
     /// Fails unless the test does, with all of this in what is said of it.
@@ -306,4 +347,58 @@ fn tests_are_listed_as_their_runners_expect() {
 fn shares_are_read_only_unless_said_otherwise() {
     assert!(Path::new("/mnt/src/lib.rs").is_file());
     assert!(std::fs::write("/mnt/src/new", "").is_err());
+}
+
+/// The names of an attempt's phases.
+fn phases(attempt: &Value) -> Vec<&str> {
+    attempt["phases"].as_array().unwrap().iter().map(|phase| phase[0].as_str().unwrap()).collect()
+}
+
+#[test]
+fn tests_on_the_host_record_what_they_measure() {
+    let run = Run::new("measuring::of_a_vm");
+    let reports = run.reports.path().to_owned();
+    let (output, said, record, text) = run.output_and(|| junit(&read_reports(&reports).unwrap()));
+    assert_eq!(output.status.code(), Some(101), "{said}");
+    let attempt = &record["attempts"][0];
+    let depth = json!([{ "name": "depth", "value": 2.5, "unit": "m" }]);
+    assert_eq!(attempt["measurements"], depth);
+    let release = attempt["release"].as_str().unwrap();
+    assert_eq!(attempt["details"], json!({ "release": release, "ratio": "NaN %" }));
+    assert!(phases(attempt).contains(&"run") && phases(attempt).contains(&"stop"), "{attempt}");
+    let document = roxmltree::Document::parse(&text).unwrap();
+    let property = |name: &str| {
+        let name = format!("rust_tests::measuring::of_a_vm.{name}");
+        let found = document.descendants().find(|node| node.attribute("name") == Some(&*name));
+        found
+            .unwrap_or_else(|| panic!("no {name} in {text}"))
+            .attribute("value")
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(property("measurement.depth"), "2.5 m");
+    assert_eq!(property("detail.release"), format!("\"{release}\""));
+    assert!(property("phase.run").ends_with(" ms"));
+}
+
+#[test]
+fn vms_that_a_test_starts_are_recorded_with_their_events() {
+    let (output, said, record) = Run::new("measuring::of_several_vms").output();
+    assert!(output.status.success(), "{said}");
+    assert_eq!(record["outcome"], "passed");
+    let attempt = &record["attempts"][0];
+    assert_eq!(attempt["measurements"][0]["name"], "VMs");
+    assert_eq!(attempt["events"][0]["title"], "kernel panic: sysrq triggered crash", "{attempt}");
+    let phases = phases(attempt);
+    for wanted in ["VM 1: setup", "VM 1: run", "VM 1: stop", "VM 2: setup", "VM 2: run"] {
+        assert!(phases.contains(&wanted), "no {wanted} in {phases:?}");
+    }
+    assert!(!phases.contains(&"VM 2: stop"), "{phases:?}");
+    assert!(attempt["release"].as_str().unwrap().starts_with("6.12."), "{attempt}");
+    assert!(attempt["notes"][0].as_str().unwrap().starts_with("console of VM 2: "), "{attempt}");
+
+    let (output, said, record) = Run::new("measuring::of_one_vm_of_a_builder").output();
+    assert!(output.status.success(), "{said}");
+    let attempt = &record["attempts"][0];
+    assert!(self::phases(attempt).contains(&"run"), "{attempt}");
 }

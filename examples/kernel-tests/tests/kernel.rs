@@ -85,6 +85,22 @@ fn from_the_outside(vm: &mut Vm) -> Result {
 }
 
 #[vmlab::test(host)]
+fn files_and_the_kernels_log(vm: &mut Vm, recorder: &Recorder) -> Result {
+    vm.copy_to("src", "/root")?;
+    let before = vm.kernel_log()?.mark();
+    let since = std::time::Instant::now();
+    let script = "echo '<4>a warning' > /dev/kmsg; wc -l /root/src/*.rs > /root/lines";
+    assert!(vm.exec(["sh", "-c", script])?.status.success());
+    recorder.measure("script", since.elapsed().as_secs_f64() * 1000.0, "ms");
+    let warnings = vm.kernel_log()?.since(&before).at_least(vmlab::LogLevel::Warning);
+    assert!(!warnings.containing("a warning").is_empty(), "{warnings}");
+    let dir = tempfile::tempdir()?;
+    vm.copy_from("/root/lines", dir.path())?;
+    assert!(fs::read_to_string(dir.path().join("lines"))?.contains("lib.rs"));
+    Ok(())
+}
+
+#[vmlab::test(host)]
 fn several_vms(builder: VmBuilder) -> Result {
     let [one, other] = [builder.clone().start()?, builder.start()?];
     let hostname = |vm: &Vm| Ok::<_, Error>(vm.exec(["uname", "-n"])?.stdout_text());

@@ -42,6 +42,17 @@ pub(crate) struct Commands {
     last_served: StreamId,
     /// Where directories for temporary files may be made.
     own_filesystems: OwnFilesystems,
+    /// This program, which no root has that the guest will be given later.
+    agent: rustix::io::Result<OwnedFd>,
+}
+
+/// What a command executes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// What its first argument names.
+    Named,
+    /// The agent itself.
+    Agent,
 }
 
 /// Marks the epoll events of streams; the stream's id is in the low half.
@@ -59,6 +70,7 @@ impl Commands {
             commands: BTreeMap::new(),
             last_served: StreamId::CONTROL,
             own_filesystems: OwnFilesystems::default(),
+            agent: spawn::this_program(),
         }
     }
 
@@ -68,15 +80,15 @@ impl Commands {
     }
 
     /// Starts a command and answers the host.
-    pub(crate) fn start(&mut self, exec: &Exec, outbox: &mut Outbox) {
+    pub(crate) fn start(&mut self, exec: &Exec, program: Program, outbox: &mut Outbox) {
         let process = exec.process;
-        outbox.message(&match self.try_start(exec) {
+        outbox.message(&match self.try_start(exec, program) {
             Ok(()) => GuestMessage::Started(process),
             Err(failure) => GuestMessage::StartFailed(process, failure),
         });
     }
 
-    fn try_start(&mut self, exec: &Exec) -> Result<(), StartFailure> {
+    fn try_start(&mut self, exec: &Exec, program: Program) -> Result<(), StartFailure> {
         let stdio_failure = |e: rustix::io::Errno| StartFailure {
             stage: StartStage::Stdio,
             errno: e.raw_os_error(),
@@ -93,7 +105,15 @@ impl Commands {
         }
         tmpdir::make(exec, &self.own_filesystems);
         let oom_kills = oom_kills();
-        let pid = spawn::spawn(exec, child)?;
+        let agent = match (program, &self.agent) {
+            (Program::Named, _) => None,
+            (Program::Agent, Ok(agent)) => Some(agent),
+            (Program::Agent, Err(e)) => {
+                let errno = e.raw_os_error();
+                return Err(StartFailure { stage: StartStage::Program, errno });
+            }
+        };
+        let pid = spawn::spawn(exec, agent, child)?;
         self.commands
             .insert(exec.process, Command { pid, stdio: ours, oom_kills, end: End::Running });
         Ok(())

@@ -46,6 +46,8 @@ struct Plan {
     candidates: Vec<CString>,
     /// They come from `PATH`.
     searched: bool,
+    /// The program to execute in their place.
+    opened: Option<RawFd>,
     argv: StringArray,
     /// `/bin/sh`, room for the script's path, and the arguments after the first.
     shell_argv: Vec<*const c_char>,
@@ -102,7 +104,12 @@ fn clamp(resource: u32, limit: libc::rlimit) -> libc::rlimit {
 }
 
 impl Plan {
-    fn new(exec: &Exec, stdio: &ChildStdio, errors: &OwnedFd) -> Result<Self, StartFailure> {
+    fn new(
+        exec: &Exec,
+        opened: Option<&OwnedFd>,
+        stdio: &ChildStdio,
+        errors: &OwnedFd,
+    ) -> Result<Self, StartFailure> {
         let program = exec.argv.first().ok_or(failure(StartStage::Program, libc::EINVAL))?;
         let candidates = candidates(program, &exec.env)?;
         let argv = exec.argv.iter().map(|a| c_string(a)).collect::<Result<Vec<_>, _>>()?;
@@ -122,6 +129,7 @@ impl Plan {
         Ok(Self {
             candidates,
             searched: !program.contains(&b'/'),
+            opened: opened.map(AsRawFd::as_raw_fd),
             argv,
             shell_argv,
             env: StringArray::new(env),
@@ -224,6 +232,14 @@ impl Plan {
 
     /// Executes the first candidate that can be, as execvp(3) does. Returns an error number.
     fn exec(&mut self) -> i32 {
+        if let Some(opened) = self.opened {
+            let (argv, env) = (self.argv.as_ptr(), self.env.as_ptr());
+            let flags = libc::AT_EMPTY_PATH;
+            // SAFETY: the path is a C string; the arrays end with null and point to C strings that live in
+            // `self`.
+            unsafe { libc::syscall(libc::SYS_execveat, opened, c"".as_ptr(), argv, env, flags) };
+            return io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        }
         let mut denied = false;
         let mut last = libc::ENOENT;
         for candidate in &self.candidates {
@@ -307,12 +323,24 @@ extern "C" fn child(plan: *mut libc::c_void) -> i32 {
     unsafe { libc::_exit(127) }
 }
 
+/// This program, to be executed whatever the root is by then.
+pub(crate) fn this_program() -> rustix::io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    rustix::fs::open("/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
+
 /// Starts a command and returns its process id, once it has been executed.
-pub(crate) fn spawn(exec: &Exec, stdio: ChildStdio) -> Result<i32, StartFailure> {
+///
+/// It executes `opened`, if that is given, and else what its first argument names.
+pub(crate) fn spawn(
+    exec: &Exec,
+    opened: Option<&OwnedFd>,
+    stdio: ChildStdio,
+) -> Result<i32, StartFailure> {
     let stdio_failure = |e: rustix::io::Errno| failure(StartStage::Stdio, e.raw_os_error());
     let (report, errors) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(stdio_failure)?;
-    let mut plan = Plan::new(exec, &stdio, &errors)?;
+    let mut plan = Plan::new(exec, opened, &stdio, &errors)?;
     let pid = start(&mut plan);
     if pid < 0 {
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EAGAIN);

@@ -70,9 +70,10 @@ case $how in
     stdin) cat ;;
     *) dd if="$drive" bs=65536 skip="$first" count="$blocks" 2>/dev/null ;;
 esac >"$agent.$$" || fail 5 "cannot copy the agent to $dir"
-# A running program cannot be written to, but its name can be given to another.
+# A running program cannot be written to, but its name can be given to another. Other users cannot come to it
+# here, but the agent runs itself for them.
 # shellcheck disable=SC2015
-chmod 0700 "$agent.$$" && mv -f "$agent.$$" "$agent" || fail 5 "cannot put the agent into $dir"
+chmod 0755 "$agent.$$" && mv -f "$agent.$$" "$agent" || fail 5 "cannot put the agent into $dir"
 
 if [ "$how" = here ]; then
     exec "$agent" guest

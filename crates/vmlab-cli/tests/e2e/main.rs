@@ -22,6 +22,7 @@ mod kernels;
 mod machine;
 mod nested;
 mod new_disks;
+mod other_tests;
 mod power_cuts;
 mod repeat;
 mod report;

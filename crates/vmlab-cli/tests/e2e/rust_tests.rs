@@ -145,6 +145,11 @@ fn results_of_tests_become_reports() {
     let suite = document.descendants().find(|node| node.has_tag_name("testsuite")).unwrap();
     let counts = ["tests", "failures", "skipped"].map(|name| suite.attribute(name).unwrap());
     assert_eq!(counts, ["3", "1", "1"]);
+    let measured = suite
+        .descendants()
+        .find(|node| node.attribute("name") == Some("a::good.measurement.m"))
+        .and_then(|node| node.attribute("value"));
+    assert_eq!(measured, Some("1.5 s"));
     let json = std::fs::read(site.cwd().join("out.json")).unwrap();
     let json: Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(json["targets"][1]["attempts"][0]["measurements"][0]["value"], 1.5);

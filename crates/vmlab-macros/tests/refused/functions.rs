@@ -16,6 +16,12 @@ fn a_vm_of_the_guest(vm: &mut Vm) {}
 #[vm_test]
 fn two_arguments(ctx: &Ctx, more: &Ctx) {}
 
+#[vm_test(host)]
+fn a_recorder_of_its_own(vm: &mut Vm, recorder: Recorder) {}
+
+#[vm_test(host)]
+fn three_arguments(vm: &mut Vm, recorder: &Recorder, more: &Ctx) {}
+
 #[vm_test(host, fail_on = "oops")]
 fn events_of_any_vm(builder: VmBuilder) {}
 

@@ -56,6 +56,8 @@ pub struct Command<'vm> {
     stderr: Stdio,
     merged: bool,
     terminal: Option<TerminalSize>,
+    /// The program is the agent itself.
+    of_agent: bool,
 }
 
 /// How a command ended.
@@ -97,7 +99,17 @@ impl<'vm> Command<'vm> {
             stderr: Stdio::Piped,
             merged: false,
             terminal: None,
+            of_agent: false,
         }
+    }
+
+    /// A command that is a part of the agent, in whatever root the guest has. Nothing of the guest's
+    /// environment applies to it but the user.
+    pub(crate) fn of_agent(vm: &'vm Vm, user: GuestUser) -> Self {
+        let environment = Environment { user, ..Environment::of_system_in("/".into()) };
+        let mut command = Self::new(vm, "vmlab-agent".into(), environment).arg("applet");
+        command.of_agent = true;
+        command
     }
 
     /// Adds an argument.
@@ -198,8 +210,13 @@ impl<'vm> Command<'vm> {
         };
         let program = self.argv[0].clone();
         let cwd = self.environment.cwd;
+        let exec = Box::new(exec);
+        let message = match self.of_agent {
+            true => HostMessage::ExecAgent(exec),
+            false => HostMessage::Exec(exec),
+        };
         connection
-            .send(&HostMessage::Exec(Box::new(exec)))
+            .send(&message)
             .map_err(|source| Error::TooManyArguments { program: program.clone(), source })?;
         match connection.wait_started(process).map_err(|lost| self.vm.lost(lost))? {
             Ok(()) => Ok(child),

@@ -2,12 +2,17 @@
 
 mod command;
 mod connection;
+mod copy;
 mod environment;
+mod kernel_log;
 pub(crate) mod qga;
 mod streams;
 
 pub use command::{Child, ChildControl, Command, ExitStatus, Output, Stdio};
+pub use copy::CopySide;
+pub(crate) use copy::shown;
 pub use environment::{Environment, GuestUser};
+pub use kernel_log::{KernelLog, LogLevel, LogMark, LogRecord};
 pub use streams::{ChildStderr, ChildStdin, ChildStdout};
 pub use vmlab_wire::message::TerminalSize;
 

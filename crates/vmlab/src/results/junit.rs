@@ -2,7 +2,10 @@
 
 use super::counts::name;
 use super::text::{add, escape, escape_line, moment, plain, seconds};
-use super::{AttemptResult, Failure, Outcome, Results, TargetResult};
+use super::{AttemptResult, Failure, Measurement, Outcome, Results, TargetResult};
+
+/// The longest value of a property that a test told, in bytes.
+const MAX_DETAIL: usize = 4096;
 
 /// Results as JUnit XML.
 ///
@@ -60,8 +63,38 @@ fn properties(out: &mut String, results: &Results) {
                 property(&format!("{}.{what}", target.name), value);
             }
         }
+        for (what, value) in last.into_iter().flat_map(measured) {
+            property(&format!("{}.{what}", target.name), &value);
+        }
     }
     out.push_str("    </properties>\n");
+}
+
+/// What an attempt measured and told, and its phases to compare that with, which say little else here.
+fn measured(attempt: &AttemptResult) -> Vec<(String, String)> {
+    let AttemptResult { phases, measurements, details, .. } = attempt;
+    if measurements.is_empty() && details.is_empty() {
+        return Vec::new();
+    }
+    let phase = |(name, ms): &(String, f64)| (format!("phase.{name}"), format!("{ms} ms"));
+    let measurement = |measured: &Measurement| {
+        let value = format!("{} {}", measured.value, measured.unit);
+        (format!("measurement.{}", measured.name), value.trim_end().to_owned())
+    };
+    let detail = |(key, value): (&String, &serde_json::Value)| {
+        (format!("detail.{key}"), shortened(value.to_string()))
+    };
+    let phases = phases.iter().map(phase);
+    phases.chain(measurements.iter().map(measurement)).chain(details.iter().map(detail)).collect()
+}
+
+/// As much of a detail as an attribute should have. JSON has all of it.
+fn shortened(mut text: String) -> String {
+    if text.len() > MAX_DETAIL {
+        text.truncate(text.floor_char_boundary(MAX_DETAIL));
+        text.push('…');
+    }
+    text
 }
 
 fn case(out: &mut String, suite: &str, target: &TargetResult) {

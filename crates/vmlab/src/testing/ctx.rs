@@ -1,24 +1,18 @@
 //! What a test in the guest has of its VM.
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use serde::Serialize;
 
-use super::Test;
-use super::records::{self, Record, shortened};
-use crate::results::Measurement;
-use crate::sync::lock;
+use super::{Recorder, Test};
 
 /// A test's view of its VM, in the guest.
 #[derive(Debug)]
 pub struct Ctx {
     kernel: String,
     disks: Vec<(String, PathBuf)>,
-    /// Where records go; `None` where nobody takes them.
-    records: Option<(String, Mutex<File>)>,
+    recorder: Recorder,
 }
 
 /// Unwinds from a test that cannot run.
@@ -39,7 +33,7 @@ impl Ctx {
         Self {
             kernel,
             disks: test.settings.disks.iter().enumerate().map(disk).collect(),
-            records: records.map(|(word, file)| (word, Mutex::new(file))),
+            recorder: Recorder::telling(records),
         }
     }
 
@@ -73,13 +67,14 @@ impl Ctx {
         PathBuf::from(format!("/dev/disk/by-id/virtio-{name}"))
     }
 
+    /// What takes measurements and details, for functions that `host` tests use as well.
+    pub fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
     /// Puts a number that was measured into the test's results, with its unit, such as `ms`.
     pub fn measure(&self, name: &str, value: f64, unit: &str) {
-        self.tell(&Record::Measured(Measurement {
-            name: shortened(name.to_owned()),
-            value,
-            unit: shortened(unit.to_owned()),
-        }));
+        self.recorder.measure(name, value, unit);
     }
 
     /// Puts something else that is worth knowing into the test's results.
@@ -88,29 +83,12 @@ impl Ctx {
     /// When it cannot be JSON, such as a map whose keys are no strings.
     #[track_caller]
     pub fn detail(&self, key: &str, value: impl Serialize) {
-        match serde_json::to_value(value) {
-            Ok(value) => self.tell(&Record::Detail { key: shortened(key.to_owned()), value }),
-            Err(error) => panic!("the detail `{key}` cannot be JSON: {error}"),
-        }
+        self.recorder.detail(key, value);
     }
 
     /// Ends the test, for want of something that it needs. It counts as skipped, and as failed where `CI` is
     /// `true` or `VMLAB_REQUIRE` is `1`.
     pub fn skip(&self, reason: impl Into<String>) -> ! {
         std::panic::resume_unwind(Box::new(Skip(reason.into())))
-    }
-
-    /// Tells the host.
-    pub(super) fn tell(&self, record: &Record) {
-        let Some((channel, file)) = &self.records else { return };
-        let mut file = lock(file);
-        match records::write(&mut *file, channel, record) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
-                panic!("this cannot be told to the host: {error}")
-            }
-            // A host that is gone needs no more; it finds a missing end itself.
-            Err(_) => {}
-        }
     }
 }

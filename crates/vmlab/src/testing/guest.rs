@@ -33,7 +33,7 @@ pub(super) fn report(test: &Test, channel: &str, body: fn(&Ctx) -> Option<String
     };
     let ctx = Ctx::new(test, Some(records));
     flush();
-    ctx.tell(&Record::Began);
+    ctx.recorder().tell(Record::Began);
     remember_places();
     let ended = match panic::catch_unwind(AssertUnwindSafe(|| body(&ctx))) {
         Ok(None) => Ended::Passed,
@@ -53,7 +53,7 @@ pub(super) fn report(test: &Test, channel: &str, body: fn(&Ctx) -> Option<String
     };
     flush();
     let code = if matches!(ended, Ended::Passed | Ended::Skipped(_)) { 0 } else { FAILED };
-    ctx.tell(&Record::Ended(ended));
+    ctx.recorder().tell(Record::Ended(ended));
     std::process::exit(code)
 }
 

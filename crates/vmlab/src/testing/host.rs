@@ -8,11 +8,12 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::observed::{Observed, Observer};
 use super::output::{self, Tail, Told, print_error};
 use super::plan::Plan;
 use super::records::Ended;
 use super::verdict::{Body, Verdict, judge, outcome};
-use super::{Test, report};
+use super::{Recorder, Test, report};
 use crate::error::chain;
 use crate::events::KernelEvent;
 use crate::hypervisor::ExitReason;
@@ -39,6 +40,15 @@ struct Ran {
     details: BTreeMap<String, serde_json::Value>,
     console: String,
     notes: Vec<String>,
+    /// VMs that the body has started, which are its own to judge.
+    others: Vec<Observed>,
+}
+
+impl Ran {
+    fn take(&mut self, told: Told) {
+        self.measurements = told.measurements;
+        self.details = told.details;
+    }
 }
 
 /// A test whose body runs in the guest.
@@ -53,15 +63,21 @@ pub(super) fn in_guest(test: &Test) {
 }
 
 /// A test whose body is given a VM that has started.
-pub(super) fn with_vm(test: &Test, body: fn(&mut Vm) -> Option<String>) {
+pub(super) fn with_vm(test: &Test, body: fn(&mut Vm, &Recorder) -> Option<String>) {
     with_plan(test, None, |_, prepared, ran| {
-        in_a_vm(test, prepared, ran, |vm, _| Ok(on_host(|| body(vm))))
+        in_a_vm(test, prepared, ran, |vm, ran| Ok(on_host(ran, |recorder| body(vm, recorder))))
     });
 }
 
 /// A test whose body starts VMs itself.
-pub(super) fn with_builder(test: &Test, body: fn(VmBuilder) -> Option<String>) {
-    with_plan(test, None, |plan, _, _| on_host(|| body(plan.vm.clone())));
+pub(super) fn with_builder(test: &Test, body: fn(VmBuilder, &Recorder) -> Option<String>) {
+    with_plan(test, None, |plan, _, ran| {
+        let observer = Observer::default();
+        let builder = plan.vm.clone().observed_by(observer.clone());
+        let ended = on_host(ran, |recorder| body(builder, recorder));
+        ran.others = observer.seen();
+        ended
+    });
 }
 
 /// Says that a test cannot run, for want of something that it needs.
@@ -202,8 +218,11 @@ fn lost(error: &Error, ran: &mut Ran) -> Body {
     Body::Lost(of_a_vm(error))
 }
 
-fn on_host(body: impl FnOnce() -> Option<String>) -> Body {
-    match panic::catch_unwind(AssertUnwindSafe(body)) {
+fn on_host(ran: &mut Ran, body: impl FnOnce(&Recorder) -> Option<String>) -> Body {
+    let recorder = Recorder::keeping();
+    let ended = panic::catch_unwind(AssertUnwindSafe(|| body(&recorder)));
+    ran.take(recorder.into_told());
+    match ended {
         Ok(None) => Body::Passed,
         Ok(Some(failure)) => {
             say(&failure);
@@ -263,10 +282,11 @@ fn body_in_guest(
     });
     let mut told = std::mem::take(&mut *lock(&told));
     ran.output = std::mem::take(&mut *lock(&tail));
-    ran.measurements = std::mem::take(&mut told.measurements);
-    ran.details = std::mem::take(&mut told.details);
+    let (ended, began, prelude) =
+        (told.ended.take(), told.began, std::mem::take(&mut told.prelude));
+    ran.take(told);
     let limit = plan.timeout.as_secs_f64();
-    Ok(match (status?, told.ended) {
+    Ok(match (status?, ended) {
         (None, _) => {
             Body::Lost(Failure::Timeout { what: format!("the test took longer than {limit} s") })
         }
@@ -274,7 +294,7 @@ fn body_in_guest(
         (Some(status), Some(Ended::Skipped(reason))) if status.success() => Body::Skipped(reason),
         (Some(_), Some(Ended::Failed(failure))) => Body::Failed(failure),
         (Some(_), Some(Ended::Panicked { message, place })) => Body::Panicked { message, place },
-        (Some(status), _) if told.began => {
+        (Some(status), _) if began => {
             let (killed, memory) = (status.oom_kills(), vm.config().memory);
             let mut how = format!("the test's program ended before the test did: {status}");
             if killed > 0 {
@@ -285,7 +305,7 @@ fn body_in_guest(
             Body::Lost(Failure::Test { how })
         }
         (Some(status), _) => {
-            let said = String::from_utf8_lossy(&told.prelude).trim().to_owned();
+            let said = String::from_utf8_lossy(&prelude).trim().to_owned();
             let message =
                 format!("the program in the guest did not run the test ({status}): {said}");
             Body::Lost(Failure::Infrastructure { message })
@@ -341,6 +361,7 @@ fn conclude(
     if let Verdict::Skipped(reason) = &verdict {
         attempt.notes.insert(0, reason.clone());
     }
+    add_others(&mut attempt, ran.others);
     if let Some(report) = ran.report {
         attempt.release = Some(report.release).filter(|release| !release.is_empty());
         attempt.accel = Some(report.accel.name().to_owned());
@@ -366,6 +387,33 @@ fn conclude(
         // A panic would be what the test should do; without one, it has failed.
         Verdict::Failed(_) if test.settings.should_panic.is_some() => {}
         Verdict::Failed(failure) => panic::resume_unwind(Box::new(failure.to_string())),
+    }
+}
+
+/// Adds what VMs did that the body has started. Where there are several, their numbers tell them apart.
+fn add_others(attempt: &mut AttemptResult, others: Vec<Observed>) {
+    let several = others.len() > 1;
+    for (number, Observed { events, report }) in (1..).zip(others) {
+        attempt.events.extend(events);
+        let Some(report) = report else {
+            attempt.notes.push(format!("VM {number} outlived the test"));
+            continue;
+        };
+        attempt.phases.extend(report.phases.iter().map(|phase| {
+            let name = phase.phase.name();
+            let name = if several { format!("VM {number}: {name}") } else { name.to_owned() };
+            (name, phase.ms)
+        }));
+        let release = Some(report.release).filter(|release| !release.is_empty());
+        attempt.release = attempt.release.take().or(release);
+        attempt.accel.get_or_insert_with(|| report.accel.name().to_owned());
+        match (report.console_log, &attempt.console_log) {
+            (Some(log), None) => attempt.console_log = Some(log),
+            (Some(log), Some(_)) => {
+                attempt.notes.push(format!("console of VM {number}: {}", log.display()));
+            }
+            (None, _) => {}
+        }
     }
 }
 

@@ -22,7 +22,7 @@ const LONGEST_LINE: usize = 64 * 1024;
 const MAX_TOLD: usize = 4 * 1024 * 1024;
 
 /// What a test has told.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Told {
     pub(super) began: bool,
     pub(super) ended: Option<Ended>,
@@ -34,7 +34,7 @@ pub(super) struct Told {
 }
 
 impl Told {
-    fn record(&mut self, record: Record) {
+    pub(super) fn record(&mut self, record: Record) {
         match record {
             Record::Began => self.began = true,
             Record::Ended(ended) => self.ended = Some(ended),

@@ -135,6 +135,33 @@ fn outcomes_are_what_ci_systems_tell_apart() {
 }
 
 #[test]
+fn what_tests_measure_is_among_the_properties_with_their_phases() {
+    let mut target = passed("a");
+    let attempt = &mut target.attempts[0];
+    attempt.measurements =
+        vec![samples::measurement("depth", 2.5, "m"), samples::measurement("n", 3.0, "")];
+    attempt.details = [
+        ("list".to_owned(), serde_json::json!(["a", "b"])),
+        ("long".to_owned(), "ä".repeat(5000).into()),
+    ]
+    .into();
+    let text = junit(&suite(vec![target, passed("b")]));
+    check(&text).unwrap();
+    let document = Document::parse(&text).unwrap();
+    let property = |name: &str| {
+        let found = document.descendants().find(|node| node.attribute("name") == Some(name));
+        found.map(|node| node.attribute("value").unwrap().to_owned())
+    };
+    assert_eq!(property("a.measurement.depth").as_deref(), Some("2.5 m"));
+    assert_eq!(property("a.measurement.n").as_deref(), Some("3"));
+    assert_eq!(property("a.detail.list").as_deref(), Some("[\"a\",\"b\"]"));
+    assert_eq!(property("a.phase.restore").as_deref(), Some("310 ms"));
+    assert!(property("a.detail.long").unwrap().len() < 4200);
+    // Of those that measure nothing, a report for every run of a CI has no need.
+    assert_eq!(property("b.phase.restore"), None);
+}
+
+#[test]
 fn each_attempt_before_the_last_is_a_retry_with_its_own_streams() {
     let error = Failure::Infrastructure { message: "no memory".to_owned() };
     let attempts = vec![

@@ -1,7 +1,9 @@
 //! Results that could have been: one target of each kind that reports tell apart.
 
 use vmlab::events::{EventKind, KernelEvent};
-use vmlab::results::{AttemptResult, Failure, Outcome, Results, TargetResult, VERSION};
+use vmlab::results::{
+    AttemptResult, Failure, Measurement, Outcome, Results, TargetResult, VERSION,
+};
 
 /// 2026-11-21T20:00:00Z.
 pub(crate) const BEGAN_MS: u64 = 1_795_291_200_000;
@@ -60,6 +62,10 @@ pub(crate) fn attempt(failure: Option<Failure>, output: &str) -> AttemptResult {
         output: output.to_owned(),
         ..AttemptResult::default()
     }
+}
+
+pub(crate) fn measurement(name: &str, value: f64, unit: &str) -> Measurement {
+    Measurement { name: name.to_owned(), value, unit: unit.to_owned() }
 }
 
 pub(crate) fn exit_code(code: u8) -> Failure {
@@ -186,6 +192,8 @@ pub(crate) fn hostile() -> TargetResult {
         output_log: Some(HOSTILE.into()),
         kept_files: vec![HOSTILE.into()],
         notes: vec![HOSTILE.to_owned()],
+        measurements: vec![measurement(HOSTILE, f64::MAX, HOSTILE)],
+        details: [(HOSTILE.to_owned(), HOSTILE.into())].into(),
         ..attempt(Some(Failure::Setup { how: HOSTILE.to_owned() }), HOSTILE)
     };
     let failed_otherwise = AttemptResult {

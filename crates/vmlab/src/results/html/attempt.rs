@@ -2,7 +2,7 @@
 
 use super::super::counts::name;
 use super::super::text::{add, counted, duration, escape, escape_line, plain, sane};
-use super::super::{AttemptResult, Failure};
+use super::super::{AttemptResult, Failure, Measurement};
 use super::{attempt_class, share};
 use crate::events::KernelEvent;
 
@@ -23,6 +23,7 @@ pub(super) fn section(out: &mut String, attempt: &AttemptResult, number: usize, 
     }
     facts(out, attempt);
     phases(out, attempt);
+    measured(out, attempt);
     events(out, attempt);
     for note in &attempt.notes {
         let note = escape(plain(note).trim());
@@ -99,6 +100,25 @@ fn phases(out: &mut String, attempt: &AttemptResult) {
         add(out, format_args!("<li><i class=\"{class}\"></i>{name} <b>{took}</b></li>"));
     }
     out.push_str("</ul>\n");
+}
+
+/// What a test measured and told.
+fn measured(out: &mut String, attempt: &AttemptResult) {
+    if attempt.measurements.is_empty() && attempt.details.is_empty() {
+        return;
+    }
+    out.push_str("<dl class=\"facts\">\n");
+    let mut row = |what: &str, value: &str| {
+        let (what, value) = (escape_line(what), escape_line(value));
+        add(out, format_args!("<div><dt>{what}</dt><dd>{value}</dd></div>\n"));
+    };
+    for Measurement { name, value, unit } in &attempt.measurements {
+        row(name, &format!("{value} {unit}"));
+    }
+    for (key, value) in &attempt.details {
+        row(key, &value.to_string());
+    }
+    out.push_str("</dl>\n");
 }
 
 fn phase_class(name: &str) -> &'static str {
