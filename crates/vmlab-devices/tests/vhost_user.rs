@@ -12,7 +12,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmlab_devices::fs::{Fs, Passthrough, PassthroughConfig, Server};
 use vmlab_devices::rng::Rng;
-use vmlab_devices::transport::vhost_user::{Error, Served, serve};
+use vmlab_devices::transport::vhost_user::{Error, Served, serve, serve_on};
 use vmlab_devices::{Device, Fault, QueueError, QueueKind, Turn, VirtQueue};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -38,8 +38,12 @@ fn monitor() -> Monitor {
 }
 
 fn monitor_of(device: Arc<dyn Device>) -> Monitor {
+    monitor_by(|stream| serve(device, stream).unwrap())
+}
+
+fn monitor_by(serve: impl FnOnce(UnixStream) -> Served) -> Monitor {
     let (here, there) = UnixStream::pair().unwrap();
-    let served = serve(device, there).unwrap();
+    let served = serve(there);
     let driver = Driver::new();
     let mut frontend = Frontend::from_stream(here, 2);
     frontend.set_owner().unwrap();
@@ -272,6 +276,29 @@ fn a_ring_goes_on_where_it_was_stopped() {
     monitor.frontend.set_vring_kick(0, &monitor.kick).unwrap();
     monitor.interrupted();
     assert_eq!(monitor.driver.used(), [(0, 32), (0, 32)]);
+}
+
+#[test]
+fn a_device_in_the_place_of_another_goes_on_where_that_one_stopped() {
+    let mut first = monitor();
+    first.start();
+    first.ask(0);
+    first.ask(1);
+    assert_eq!(first.frontend.get_vring_base(0).unwrap(), 2);
+    // A request that came after that.
+    first.driver.describe(0, (BUFFERS, 32, WRITE, 0));
+    first.driver.offer(0);
+
+    let mut second = monitor_by(|stream| serve_on(Arc::new(Rng), stream).unwrap());
+    second.driver = first.driver;
+    second.driver.set(AVAILABLE + 4 + 2 * u64::from(SIZE), 2);
+    // The monitor knows nothing of the first one.
+    second.start();
+    second.interrupted();
+    assert_eq!(second.driver.used(), [(0, 32); 3]);
+    second.ask(3);
+    // It is not so a second time: the monitor knows by then.
+    assert_eq!(second.frontend.get_vring_base(0).unwrap(), 4);
 }
 
 #[test]

@@ -198,7 +198,7 @@ fn a_vm_that_loses_a_disk_ends_with_its_name() {
         .start()
         .unwrap();
     let (pid, words) = qemu_with(&other);
-    let fd = words.iter().find_map(|word| word.strip_prefix("socket,id=disk0,fd=")).unwrap();
+    let fd = words.iter().find_map(|word| word.strip_prefix("socket,id=disk-data,fd=")).unwrap();
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
     let fd = pidfd_getfd(pidfd, fd.parse().unwrap(), PidfdGetfdFlags::empty());
     rustix::net::shutdown(fd.unwrap(), Shutdown::Both).unwrap();

@@ -11,6 +11,9 @@ use crate::sync::lock;
 use crate::timings::Timeline;
 use crate::{Error, Vm};
 
+/// The logs of how many starts of one VM are kept, beside those of the first.
+const KEPT_STARTS: u32 = 32;
+
 /// Whoever watches is known to the VM.
 type Nobody = fn(&Arc<dyn VmHandle>);
 
@@ -76,7 +79,12 @@ impl Vm {
         start: impl FnOnce(&Starter<'_, Nobody>, &mut Timeline) -> Result<Booted, Error>,
     ) -> Result<Booted, Error> {
         self.starts += 1;
-        let logs = self.run_dir.part(&format!("start-{}", self.starts))?;
+        let name = |start: u32| format!("start-{start}");
+        if let Some(old) = self.starts.checked_sub(KEPT_STARTS) {
+            // Whoever goes back to a snapshot thousands of times looks at the last ones. The first has no part.
+            let _ = std::fs::remove_dir_all(self.run_dir.path().join(name(old)));
+        }
+        let logs = self.run_dir.part(&name(self.starts))?;
         let prepared = PreparedVm { run_dir: Some(logs), ..self.prepared.clone() };
         let (nobody, deadline): (Nobody, _) = (|_| {}, self.deadline);
         let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>()?;

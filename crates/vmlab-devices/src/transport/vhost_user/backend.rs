@@ -45,6 +45,8 @@ struct Ring {
     call: Arc<Call>,
     kick: Option<OwnedFd>,
     enabled: bool,
+    /// It has been in use, and is taken up where it was left.
+    goes_on: bool,
     workers: Option<Workers>,
 }
 
@@ -71,16 +73,18 @@ fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
 }
 
 impl Backend {
-    /// A device that is not set up.
+    /// A device that is not set up. `goes_on` is as of [`serve_on`](super::serve_on).
     pub(super) fn new(
         device: Arc<dyn Device>,
+        goes_on: bool,
         on_fault: OnFault,
     ) -> std::result::Result<Self, virtio_queue::Error> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let ring = |max_size| {
             let call = Arc::new(Call::default());
             let queue = VirtQueue::new(Queue::new(max_size)?, memory.clone(), call.clone());
-            Ok(Ring { queue: Arc::new(queue), call, kick: None, enabled: false, workers: None })
+            let (kick, enabled, workers) = Default::default();
+            Ok(Ring { queue: Arc::new(queue), call, kick, enabled, goes_on, workers })
         };
         let rings = device.queues().into_iter().map(|kind| ring(kind.max_size));
         let rings = rings.collect::<std::result::Result<_, _>>()?;
@@ -118,6 +122,11 @@ impl Backend {
             {
                 let mut queue = ring.queue.ring();
                 queue.set_ready(true);
+                if std::mem::take(&mut ring.goes_on) {
+                    // No request was in progress when it was left. The monitor has begun with 0.
+                    let next = queue.next_used();
+                    queue.set_next_avail(next);
+                }
                 if !queue.is_valid(&*memory) {
                     return Err(invalid("a ring is not in the guest's memory"));
                 }
@@ -224,9 +233,6 @@ impl VhostUserBackendReqHandlerMut for Backend {
         // The protocol has no message for the used index: what is in the ring counts.
         let next = queue.used_idx(&*memory, std::sync::atomic::Ordering::Relaxed).map_err(other)?;
         queue.set_next_used(next.0);
-        // No request is in progress. The monitor begins with 0 where a device has come in the place of another,
-        // and the guest goes on with its ring.
-        queue.set_next_avail(next.0);
         Ok(())
     }
 

@@ -56,6 +56,19 @@ pub struct Served {
 /// # Errors
 /// No more threads or descriptors.
 pub fn serve(device: Arc<dyn Device>, stream: UnixStream) -> io::Result<Served> {
+    start(device, false, stream)
+}
+
+/// As [`serve`], to a guest that had such a device in its place and goes on with its queues: each begins where the
+/// used ring ends, instead of where the monitor says.
+///
+/// # Errors
+/// No more threads or descriptors.
+pub fn serve_on(device: Arc<dyn Device>, stream: UnixStream) -> io::Result<Served> {
+    start(device, true, stream)
+}
+
+fn start(device: Arc<dyn Device>, goes_on: bool, stream: UnixStream) -> io::Result<Served> {
     let connection = stream.try_clone()?;
     let first: Arc<Mutex<Option<(usize, Fault)>>> = Arc::default();
     let on_fault: OnFault = {
@@ -68,7 +81,7 @@ pub fn serve(device: Arc<dyn Device>, stream: UnixStream) -> io::Result<Served> 
         })
     };
     let id = device.id();
-    let backend = Backend::new(device, on_fault).map_err(io::Error::other)?;
+    let backend = Backend::new(device, goes_on, on_fault).map_err(io::Error::other)?;
     let thread = thread::Builder::new().name(format!("vhost-user{id}")).spawn(move || {
         let backend = Arc::new(Mutex::new(backend));
         let mut handler = BackendReqHandler::from_stream(stream, backend.clone());

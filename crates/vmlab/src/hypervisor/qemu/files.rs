@@ -28,6 +28,8 @@ pub(super) struct Servers {
     waiting: Vec<Waiting>,
     /// Those of shares, by their tags.
     shares: Vec<FileServer>,
+    /// The guest goes on with devices that it had.
+    goes_on: bool,
 }
 
 /// The file server of a share, by its tag.
@@ -58,10 +60,12 @@ impl Servers {
         config: &VmConfig,
         vms: usize,
         durable: &Arc<AtomicBool>,
-        known: &[FileServer],
+        known: Option<&[FileServer]>,
     ) -> Result<Self, HypervisorError> {
         let descriptors = descriptors(vms * config.served_shares().count());
-        let mut servers = Self { waiting: Vec::new(), shares: Vec::new() };
+        let goes_on = known.is_some();
+        let known = known.unwrap_or_default();
+        let mut servers = Self { waiting: Vec::new(), shares: Vec::new(), goes_on };
         for (index, share) in config.shares.iter().enumerate() {
             if share.transport != ShareTransport::VirtioFs {
                 continue;
@@ -88,7 +92,8 @@ impl Servers {
     /// It cannot be opened.
     pub(super) fn of_disk(disk: &DiskDevice) -> Result<Self, HypervisorError> {
         let options = disk.serve.as_ref().ok_or(HypervisorError::NotPluggable)?;
-        Ok(Self { waiting: vec![Waiting::of_disk(disk, options)?], shares: Vec::new() })
+        let waiting = vec![Waiting::of_disk(disk, options)?];
+        Ok(Self { waiting, shares: Vec::new(), goes_on: false })
     }
 
     pub(super) fn count(&self) -> usize {
@@ -105,10 +110,11 @@ impl Servers {
     /// # Errors
     /// No more threads or descriptors.
     pub(super) fn serve(self, connections: Vec<UnixStream>) -> io::Result<Vec<Server>> {
+        let serve = if self.goes_on { vhost_user::serve_on } else { vhost_user::serve };
         let pairs = self.waiting.into_iter().zip(connections);
         pairs
             .map(|(Waiting { id, what, device }, connection)| {
-                vhost_user::serve(device, connection).map(|served| Server { id, what, served })
+                serve(device, connection).map(|served| Server { id, what, served })
             })
             .collect()
     }

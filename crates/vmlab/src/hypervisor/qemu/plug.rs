@@ -89,9 +89,14 @@ impl QemuVm {
         let device = found.filter(|device| device.served);
         let device =
             device.ok_or_else(|| HypervisorError::NoSuchDisk { serial: serial.to_owned() })?;
-        self.take_out(std::slice::from_ref(&device))?;
+        let backend = disk_id(serial);
+        // Its server's end is that of nothing else.
+        lock(&self.shared.leaving).insert(backend.clone());
+        self.take_out(std::slice::from_ref(&device)).inspect_err(|_| {
+            lock(&self.shared.leaving).remove(&backend);
+        })?;
         lock(&self.plugged).retain(|other| other.place != device.place);
-        self.let_go(&disk_id(serial))
+        self.let_go(&backend)
     }
 
     /// Ends the server of a device that is out.

@@ -93,7 +93,7 @@ impl QemuVm {
         };
         let in_run = !matches!(options.origin, Origin::BootForSnapshot);
         let run = begin.run();
-        let known = run.map_or(&[][..], |run| &run.shares);
+        let known = run.map(|run| &run.shares[..]);
         let servers = Servers::of(config, options.vms, &durable, known)?;
         let file_servers = servers.file_servers();
         let on_bridge = run.map_or_else(Vec::new, |run| run.not_served(config));
