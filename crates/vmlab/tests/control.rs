@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-use std::sync::LazyLock;
+mod common;
+
 use std::time::{Duration, Instant};
 
+use common::Logs;
 use tempfile::TempDir;
 use vmlab::hypervisor::ExitReason;
 use vmlab::units::{Bytes, MIB};
@@ -12,27 +14,14 @@ use vmlab::{AccelChoice, Disk, Error, Share, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
-/// The logs of this program's runs are in a directory of their own.
-static LOGS: LazyLock<TempDir> = LazyLock::new(|| {
-    let dir = TempDir::new().unwrap();
-    // SAFETY: every test comes here before it reads the environment; all reads in this program go
-    // through the standard library, which locks it.
-    unsafe { std::env::set_var("XDG_STATE_HOME", dir.path()) };
-    dir
-});
-
 fn builder() -> VmBuilder {
-    LazyLock::force(&LOGS);
     let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg);
     builder.share_cwd(false).pluggable(true)
 }
 
-/// Runs a script, which has to succeed. Returns what it said.
+/// Runs a script, which has to succeed. Returns what it said, without the end of the line.
 fn sh(vm: &Vm, script: &str) -> String {
-    let output = vm.exec(["sh", "-ec", script]).unwrap();
-    let (said, errors) = (output.stdout_text(), output.stderr_text());
-    assert!(output.status.success(), "{script}: {said}\n{errors}");
-    said.trim_end().to_owned()
+    common::sh(vm, script).trim_end().to_owned()
 }
 
 /// What the kernel has found worth a warning.
@@ -40,6 +29,7 @@ const WARNINGS: &str = "dmesg --level=emerg,alert,crit,err,warn";
 
 #[test]
 fn a_paused_guest_does_nothing() {
+    let _logs = Logs::new();
     let vm = builder().start().unwrap();
     let count =
         "(while :; do echo; done | head -c 100000000 > /tmp/count) >/dev/null 2>&1 & sleep 0.2";
@@ -58,6 +48,7 @@ fn a_paused_guest_does_nothing() {
 
 #[test]
 fn a_reset_guest_has_its_disks_and_nothing_else() {
+    let _logs = Logs::new();
     for mode in [SnapshotMode::Use, SnapshotMode::Never] {
         let disk = Disk::blank(Bytes(64 * MIB)).filesystem("ext4").named("data");
         let mut vm = builder().snapshots(mode).disk(disk).start().unwrap();
@@ -81,6 +72,7 @@ fn a_reset_guest_has_its_disks_and_nothing_else() {
 
 #[test]
 fn disks_come_and_go() {
+    let _logs = Logs::new();
     for mode in [SnapshotMode::Use, SnapshotMode::Never] {
         let kept = TempDir::new().unwrap();
         let first = Disk::blank(Bytes(64 * MIB)).filesystem("ext4").named("first");
@@ -130,6 +122,7 @@ fn disks_come_and_go() {
 
 #[test]
 fn a_guest_goes_back_to_a_snapshot() {
+    let _logs = Logs::new();
     for mode in [SnapshotMode::Use, SnapshotMode::Never] {
         let shared = TempDir::new().unwrap();
         std::fs::write(shared.path().join("host"), "1").unwrap();
@@ -216,6 +209,7 @@ const BUSY: &str = r#"
 
 #[test]
 fn nothing_under_way_is_lost_in_a_snapshot() {
+    let _logs = Logs::new();
     let shared = TempDir::new().unwrap();
     let share: Share = format!("{}:/shared:rw", shared.path().display()).parse().unwrap();
     let disk = Disk::blank(Bytes(128 * MIB)).filesystem("ext4").named("data");
@@ -258,6 +252,7 @@ fn nothing_under_way_is_lost_in_a_snapshot() {
 
 #[test]
 fn what_cannot_be_is_refused_and_said() {
+    let _logs = Logs::new();
     let mut vm = builder().pluggable(false).start().unwrap();
     let plain = "nothing can be plugged into this VM";
     let disk = || Disk::blank(Bytes(64 * MIB)).named("data");
@@ -305,6 +300,7 @@ fn what_cannot_be_is_refused_and_said() {
 
 #[test]
 fn a_guest_keeps_its_network_over_reset_and_restore() {
+    let _logs = Logs::new();
     let net = vmlab::Lan::of(["server", "client"]).unwrap();
     let server = builder().lan(&net, "server").start().unwrap();
     let serve = "mkdir /tmp/www; echo here > /tmp/www/file; \

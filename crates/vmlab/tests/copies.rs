@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::{Logs, sh};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use vmlab::guest::CopySide;
@@ -22,12 +25,6 @@ use vmlab::{AccelChoice, Error, GuestUser, LogLevel, Share, Vm, VmBuilder};
 fn builder(memory: u64) -> VmBuilder {
     let builder = Vm::builder().kernel("debian:6.12").memory(Bytes(memory * MIB));
     builder.accel(AccelChoice::Tcg).share_cwd(false)
-}
-
-fn sh(vm: &Vm, script: &str) -> String {
-    let output = vm.exec(["sh", "-ec", script]).unwrap();
-    assert!(output.status.success(), "{script}: {}", output.stderr_text());
-    output.stdout_text()
 }
 
 fn digest(path: &Path) -> Vec<u8> {
@@ -94,6 +91,7 @@ const FIND: &str = "find . -printf '%P|%y|%m|%T@|%l\\0' | sort -z | sha256sum; \
 
 #[test]
 fn trees_are_the_same_on_both_sides() {
+    let _logs = Logs::new();
     let vm = builder(512).start().unwrap();
     let dir = TempDir::new().unwrap();
     let from = dir.path().join("from");
@@ -154,6 +152,7 @@ fn own_memory_kib() -> u64 {
 
 #[test]
 fn large_files_need_no_more_memory_than_small_ones() {
+    let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let share = dir.path().join("share");
     fs::create_dir(&share).unwrap();
@@ -211,6 +210,7 @@ fn large_files_need_no_more_memory_than_small_ones() {
 
 #[test]
 fn a_guest_without_any_program_is_enough() {
+    let _logs = Logs::new();
     let root = TempDir::new().unwrap();
     let vm = builder(256).rootfs(root.path()).start().unwrap();
     assert!(matches!(vm.exec(["true"]), Err(Error::CommandNotFound { .. })));
@@ -249,6 +249,7 @@ fn fails(result: Result<(), Error>, side: CopySide, wanted: &[&str]) {
 
 #[test]
 fn what_cannot_be_copied_is_named_with_its_reason() {
+    let _logs = Logs::new();
     let vm = builder(512).start().unwrap();
     let dir = TempDir::new().unwrap();
     let at = |name: &str| dir.path().join(name);
@@ -308,6 +309,7 @@ fn what_cannot_be_copied_is_named_with_its_reason() {
 
 #[test]
 fn copies_are_made_by_the_vms_user() {
+    let _logs = Logs::new();
     let nobody = GuestUser { uid: 65534, gid: 65534, groups: Vec::new() };
     let mut environment = vmlab::Environment::of_caller().unwrap();
     environment.user = nobody;
@@ -337,6 +339,7 @@ fn copies_are_made_by_the_vms_user() {
 
 #[test]
 fn the_kernels_log_has_what_the_console_does_not_show() {
+    let _logs = Logs::new();
     let vm = builder(512).start().unwrap();
     let before = vm.kernel_log().unwrap();
     assert!(before.records()[0].text.starts_with("Linux version "), "{before}");
@@ -381,6 +384,7 @@ fn the_kernels_log_has_what_the_console_does_not_show() {
 
 #[test]
 fn a_system_of_an_image_takes_copies_and_gives_its_log() {
+    let _logs = Logs::new();
     // There the agent is a service beside the system's own PID 1.
     let vm = Vm::builder().image(vmlab::Image::new("debian:12")).accel(AccelChoice::Tcg);
     let vm = vm.share_cwd(false).user_of_guest("nobody").start().unwrap();

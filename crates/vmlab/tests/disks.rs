@@ -2,12 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+mod common;
+
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use common::{Logs, sh};
 use rustix::net::Shutdown;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use tempfile::TempDir;
@@ -24,27 +26,9 @@ const KERNEL: &str = "debian:6.12";
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The logs of this program's runs are in a directory of their own.
-static LOGS: LazyLock<TempDir> = LazyLock::new(|| {
-    let dir = TempDir::new().unwrap();
-    // SAFETY: every test comes here before it reads the environment; all reads in this program go
-    // through the standard library, which locks it.
-    unsafe { std::env::set_var("XDG_STATE_HOME", dir.path()) };
-    dir
-});
-
 fn builder(mode: SnapshotMode) -> VmBuilder {
-    LazyLock::force(&LOGS);
     let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg);
     builder.snapshots(mode).share_cwd(false)
-}
-
-/// Runs a script, which has to succeed. Returns what it said.
-fn sh(vm: &Vm, script: &str) -> String {
-    let output = vm.exec(["sh", "-ec", script]).unwrap();
-    let (said, errors) = (output.stdout_text(), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{script}: {said}\n{errors}");
-    said.to_string()
 }
 
 /// Runs a program of the host, and says with what it ended and what it said.
@@ -64,6 +48,7 @@ fn file(dir: &Path, name: &str, mebibytes: usize) -> PathBuf {
 
 #[test]
 fn a_guest_uses_disks_of_our_own() {
+    let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let disk = |name: &str, writes, options: Options| {
         Disk::new(name, file(dir.path(), name, 8)).writes(writes).served(options)
@@ -154,6 +139,7 @@ fn a_guest_uses_disks_of_our_own() {
 
 #[test]
 fn who_writes_to_a_disk_is_alone() {
+    let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let path = file(dir.path(), "disk", 1);
     let served = |writes| Disk::new("data", &path).writes(writes).served(Options::default());
@@ -190,6 +176,7 @@ fn qemu_with(path: &Path) -> (Pid, Vec<String>) {
 
 #[test]
 fn a_vm_that_loses_a_disk_ends_with_its_name() {
+    let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let (data, other) = (file(dir.path(), "data", 1), file(dir.path(), "other", 1));
     let vm = builder(SnapshotMode::Never)
@@ -218,6 +205,7 @@ fn recovered(image: &Path, name: &str) -> String {
 
 #[test]
 fn a_power_cut_loses_what_was_not_synced_alone() {
+    let _logs = Logs::new();
     let dir = TempDir::new().unwrap();
     let base = dir.path().join("base");
     let image = base.to_str().unwrap();

@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+mod common;
+
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{LazyLock, Mutex};
+
 use std::time::{Duration, Instant};
 
+use common::Logs;
 use vmlab::config::NetworkMode;
 use vmlab::lan::MAX_LANS;
 use vmlab::units::{Bytes, MIB};
@@ -25,36 +27,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const AMOUNT: usize = 16 << 20;
 
 const PORT: u16 = 7000;
-
-/// A place for the logs of this program's runs, as long as some test goes on.
-struct Logs;
-
-static TESTS: Mutex<usize> = Mutex::new(0);
-static LOGS: LazyLock<PathBuf> = LazyLock::new(|| {
-    let dir = std::env::temp_dir().join(format!("vmlab-lan-{}", std::process::id()));
-    // SAFETY: every test comes here before it reads the environment; all reads in this program go
-    // through the standard library, which locks it.
-    unsafe { std::env::set_var("XDG_STATE_HOME", &dir) };
-    dir
-});
-
-impl Logs {
-    fn new() -> Self {
-        LazyLock::force(&LOGS);
-        *TESTS.lock().unwrap() += 1;
-        Self
-    }
-}
-
-impl Drop for Logs {
-    fn drop(&mut self) {
-        let mut tests = TESTS.lock().unwrap();
-        *tests -= 1;
-        if *tests == 0 {
-            let _ = std::fs::remove_dir_all(&*LOGS);
-        }
-    }
-}
 
 fn builder() -> VmBuilder {
     let exe = std::env::current_exe().unwrap();

@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
+mod common;
+
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
+use common::Logs;
 use tempfile::TempDir;
 use vmlab::config::{Machine, NetworkMode, VmConfig};
 use vmlab::events::{EventReader, KernelEvent, default_kinds};
@@ -26,37 +28,6 @@ const KERNEL: &str = "debian:6.12";
 
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A place for the logs of this program's runs, as long as some test goes on.
-struct Logs;
-
-static TESTS: Mutex<usize> = Mutex::new(0);
-static LOGS: LazyLock<PathBuf> = LazyLock::new(|| {
-    let dir = std::env::temp_dir().join(format!("vmlab-library-{}", std::process::id()));
-    // SAFETY: every test comes here before it reads the environment; all reads in this program go
-    // through the standard library, which locks it.
-    unsafe { std::env::set_var("XDG_STATE_HOME", &dir) };
-    dir
-});
-
-impl Logs {
-    fn new() -> Self {
-        LazyLock::force(&LOGS);
-        *TESTS.lock().unwrap() += 1;
-        Self
-    }
-}
-
-impl Drop for Logs {
-    fn drop(&mut self) {
-        let mut tests = TESTS.lock().unwrap();
-        *tests -= 1;
-        if *tests == 0 {
-            // A test that fails before its first VM has made nothing.
-            let _ = std::fs::remove_dir_all(&*LOGS);
-        }
-    }
-}
 
 fn builder() -> VmBuilder {
     Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg)
@@ -164,7 +135,7 @@ fn commands_are_run_as_with_std_process() {
     assert!(report.phases.iter().all(|phase| phase.ms >= 0.0));
     assert_eq!(report.exit_reason, Some(ExitReason::Shutdown));
     let log = report.console_log.expect("there is a log");
-    assert!(log.starts_with(&*LOGS) && log.is_file());
+    assert!(log.starts_with(common::logs()) && log.is_file());
     assert!(matches!(vm.exec(["true"]), Err(Error::Ended { .. })));
 }
 
