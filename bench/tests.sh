@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tests in Rust: forty trivial ones, each in a VM of its own, two at a time under nextest, with snapshots there, beside a
-# boot of bare QEMU for each. Puts a table on top of bench/results/tests.md.
+# boot of bare QEMU for each; and snapshots in the midst of a test, and going back to them. Puts a table on top of
+# bench/results/tests.md.
 set -euo pipefail
 
 # shellcheck source=bench/lib.sh
@@ -44,6 +45,31 @@ for number in $(seq "$count"); do
     printf '#[vmlab::test]\nfn number_%s() {\n    assert!(std::process::id() > 1);\n}\n' "$number"
 done >"$work/crate/tests/many.rs"
 
+cat >"$work/crate/tests/back.rs" <<'RUST'
+use std::time::Instant;
+use vmlab::prelude::*;
+
+#[vmlab::test(host)]
+fn back(vm: &mut Vm, recorder: &Recorder) -> Result {
+    let ms = |since: Instant| since.elapsed().as_secs_f64() * 1000.0;
+    for number in 0..5 {
+        let since = Instant::now();
+        let snapshot = vm.snapshot()?;
+        recorder.measure(&format!("snapshot {number}"), ms(since), "ms");
+        for again in 0..5 {
+            let since = Instant::now();
+            vm.restore(&snapshot)?;
+            vm.exec(["true"])?;
+            recorder.measure(&format!("restore {number} {again}"), ms(since), "ms");
+        }
+    }
+    let since = Instant::now();
+    vm.reset()?;
+    vm.exec(["true"])?;
+    recorder.measure("reset", ms(since), "ms");
+    Ok(())
+}
+RUST
 cp "$(command -v busybox)" "$work/root/bin/busybox"
 printf '#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n' >"$work/root/init"
 chmod 755 "$work/root/init"
@@ -62,7 +88,8 @@ bare() {
 cd "$work/crate"
 CARGO_TARGET_DIR=$(target_dir)/bench-tests
 export CARGO_TARGET_DIR
-nextest() { cargo nextest run --release --test-threads 2 --no-fail-fast; }
+nextest() { cargo nextest run --release --test many --test-threads 2 --no-fail-fast; }
+VMLAB_REPORT_DIR=$work/back cargo nextest run --release --test back >"$work/log" 2>&1 || die "$(tail -n 20 "$work/log")"
 nextest >"$work/log" 2>&1 || die "$(tail -n 20 "$work/log")"
 load=$(cut -d " " -f 1 /proc/loadavg)
 for _ in $(seq "$runs"); do
@@ -76,8 +103,8 @@ cd "$repo"
     echo
     echo "$(machine), 512 MB, one vCPU, TCG; load average $load before; median of $runs."
     echo
-    python3 - "$work/times" "$count" <<'PYTHON'
-import statistics, sys
+    python3 - "$work/times" "$count" "$work/back" <<'PYTHON'
+import glob, json, statistics, sys
 times, count = {}, int(sys.argv[2])
 for line in open(sys.argv[1]):
     name, seconds = line.split()
@@ -87,5 +114,20 @@ each = tests / count
 print(f"| {count} trivial tests, two at a time | seconds | for each | of a bare boot | wanted |\n|---|---|---|---|---|")
 print(f"| bare QEMU, one boot | {bare:.2f} s | {bare:.2f} s | **1** | |")
 print(f"| `cargo nextest run`, each test in a VM of its own | {tests:.2f} s | {each:.3f} s | **{each / bare:.3f}** | 0.3 s for each |")
+result = json.load(open(glob.glob(f"{sys.argv[3]}/*.json")[0]))
+def found(value):
+    if isinstance(value, dict):
+        yield from value.get("measurements") or []
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from found(part)
+all = {}
+for measured in found(result):
+    all.setdefault(measured["name"].split()[0], []).append(measured["value"])
+print("\n| in the midst of a test | median | from | to |\n|---|---|---|---|")
+for name, what in (("snapshot", "`vm.snapshot()`"), ("restore", "`vm.restore(&snapshot)`, and a command"), ("reset", "`vm.reset()`, and a command")):
+    times = all[name]
+    print(f"| {what} | {statistics.median(times):.0f} ms | {min(times):.0f} ms | {max(times):.0f} ms |")
 PYTHON
 } | publish tests

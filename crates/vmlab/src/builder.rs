@@ -329,7 +329,7 @@ impl VmBuilder {
 
     /// Whether disks can be [attached](Vm::attach) and [detached](Vm::detach) while the VM runs, and
     /// [snapshots](Vm::snapshot) taken of it. It is so for `#[vmlab::test(host)]`, and else not unless set.
-    /// vmlab itself serves all its disks whose format is raw then.
+    /// vmlab itself serves all its raw disks then, but for the one with its root.
     pub fn pluggable(mut self, pluggable: bool) -> Self {
         self.pluggable = pluggable;
         self
@@ -401,11 +401,11 @@ impl VmBuilder {
         let leases = Leases::default();
         let since = Instant::now();
         let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;
-        if self.pluggable {
-            disk::serve_all(&mut disks);
-        }
         if let Some(dir) = &self.keep_disks {
             disk::keep_in(dir, &mut disks);
+        }
+        if self.pluggable {
+            disk::serve_all(&mut disks);
         }
         if !disks.is_empty() {
             timeline.note("disks", since);

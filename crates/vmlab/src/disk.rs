@@ -202,7 +202,7 @@ impl Disk {
         }
     }
 
-    fn wrong(&self, why: impl Into<String>) -> Error {
+    pub(crate) fn wrong(&self, why: impl Into<String>) -> Error {
         let what = match (&self.name, &self.source) {
             (Some(name), _) => name.clone(),
             (None, DiskSource::File(path)) => path.display().to_string(),

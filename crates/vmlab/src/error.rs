@@ -194,8 +194,8 @@ pub enum Error {
         /// What its console had to say, and where all of it is.
         console: Box<Evidence>,
     },
-    /// The guest did not do in time what it was asked for.
-    #[error("the guest did not answer within {} s", after.as_secs())]
+    /// The guest did not do in time what it was asked for. The VM has ended.
+    #[error("the guest did not answer within {} s, and was cut off", after.as_secs())]
     NoAnswer {
         /// How long it was waited for.
         after: Duration,

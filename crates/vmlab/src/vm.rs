@@ -20,7 +20,7 @@ use crate::config::{DiskWrites, VmConfig};
 use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
-use crate::hypervisor::{ExitReason, SerialConsole, VmHandle};
+use crate::hypervisor::{ExitReason, SerialConsole, VmHandle, VmState};
 use crate::lan::Membership;
 use crate::prepared::{PreparedVm, System, Watcher};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
@@ -237,6 +237,10 @@ impl Vm {
     /// When the guest had ended before, or does not end in time; it is gone all the same.
     pub fn shutdown(&self) -> Result<(), Error> {
         self.end_phase(Phase::Run);
+        if self.handle.state() == VmState::Paused {
+            // If that fails, it has ended, which is found below.
+            let _ = self.handle.resume();
+        }
         self.handle.wind_down();
         // The message is short, so the only failure is that the VM has ended, which is found below.
         let _ = self.connection.send(&HostMessage::PowerOff);

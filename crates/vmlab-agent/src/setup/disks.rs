@@ -4,6 +4,7 @@ use std::ffi::{CString, OsString};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -79,6 +80,14 @@ pub(crate) fn take_out(serial: &str) -> Step {
             sys::swap_off(&device).map_err(|e| failed_io(step(), &e, "no longer to swap to it"))?;
         }
     }
+    // Whatever else uses it, in another namespace or by another driver, has it for itself.
+    let exclusive = |device: String| {
+        let path = format!("/dev/{device}");
+        let opened = fs::File::options().read(true).custom_flags(libc::O_EXCL).open(&path);
+        // One after the other: that of the disk excludes its partitions'.
+        opened.map(drop).map_err(|e| failed_io(step(), &e, &format!("{path} is in use")))
+    };
+    disk::with_partitions(&name).into_iter().try_for_each(exclusive)?;
     by_id::forget(&name);
     let removed = fs::canonicalize(Path::new(disk::BLOCK).join(&name).join("device"))
         .and_then(|device| device.parent().map(Path::to_owned).ok_or(ErrorKind::NotFound.into()))

@@ -13,7 +13,19 @@ mod device;
 mod options;
 mod request;
 
+use std::fs::File;
+use std::io;
+
 pub use backend::{Backend, Buffers, FaultRule, Limit, Sectors, Throttle};
 pub use config::{BlockSize, QUEUE_SIZE, SECTOR};
 pub use device::{Blk, MAX_QUEUES, OpenError, Source};
 pub use options::{Options, ParseError};
+
+/// Locks a disk's file as a VM does that writes to it, for as long as this description of it is open. Returns whether no
+/// other VM uses it.
+///
+/// # Errors
+/// The system call's.
+pub fn lock_to_write(file: &File) -> io::Result<bool> {
+    backend::lock(file, true)
+}

@@ -11,6 +11,8 @@ use rustix::fs::{OFlags, ioctl_ficlone};
 use serde::Serialize;
 use vmlab_devices::sparse;
 
+use vmlab_devices::blk;
+
 use crate::Error;
 use crate::config::{DiskDevice, DiskWrites};
 
@@ -181,7 +183,10 @@ impl SavedDisk {
     /// Brings it back.
     pub(crate) fn restore(&self) -> Result<(), Error> {
         let restore = || {
-            let to = OpenOptions::new().write(true).open(&self.path)?;
+            let to = OpenOptions::new().read(true).write(true).open(&self.path)?;
+            if !blk::lock_to_write(&to)? {
+                return Err(io::Error::other("another VM uses it"));
+            }
             // What is a hole in what was saved has to be one again.
             to.set_len(0)?;
             replicate(&self.content, &to)

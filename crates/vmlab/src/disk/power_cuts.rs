@@ -94,14 +94,15 @@ impl PowerCuts {
         let log = dir.path().join("log");
         let recorded =
             Options { record: Some(log.clone()), ..disk.serve.clone().unwrap_or_default() };
-        let mut vm = vm.clone().disk(disk.clone().served(recorded)).start()?;
+        // First there as it will be in the checks: so it has the same name, place and UUID.
+        let mut vm = vm.clone().first_disk(disk.clone().served(recorded)).start()?;
         write(&mut vm)?;
         vm.shutdown()?;
         Ok(Self { _dir: Some(Arc::new(dir)), ..Self::new(log, disk) })
     }
 
     /// Checks each state that differs from those before, as [`check`](Self::check) does, by what `check` does with a
-    /// VM that has the disk as it would be, and no other. An error of `check` is why the state does not pass.
+    /// VM that has the disk as it would be, before those of the builder. An error of `check` is why the state does not pass.
     ///
     /// # Errors
     /// When the log or the disk cannot be read, or a VM not be started for another reason than its disk.

@@ -140,6 +140,11 @@ impl Connection {
         encode(first, &mut bytes).map_err(io::Error::other)?;
         let mut state = held.0.clone();
         (state.gate, state.done, state.lost) = (None, None, None);
+        // Whoever read a stream did so on the other connection. Commands must not wait for them.
+        let streams: Vec<StreamId> = state.outputs.keys().copied().collect();
+        for stream in streams {
+            state.drop_output(stream);
+        }
         state.queue.push_front(bytes);
         Self::start(socket, state)
     }
@@ -365,11 +370,7 @@ impl Connection {
 
     /// Tells the guest that nobody reads a stream any more.
     pub(crate) fn stop_output(&self, stream: StreamId) {
-        let mut state = self.lock();
-        let Some(output) = state.outputs.get_mut(&stream) else { return };
-        output.chunks.clear();
-        output.dropped = true;
-        state.end_output(stream);
+        self.lock().drop_output(stream);
         self.outgoing.notify_one();
     }
 
@@ -566,6 +567,14 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    /// Nobody reads a stream any more.
+    fn drop_output(&mut self, stream: StreamId) {
+        let Some(output) = self.outputs.get_mut(&stream) else { return };
+        output.chunks.clear();
+        output.dropped = true;
+        self.end_output(stream);
     }
 
     /// Takes in no more of a stream, and forgets it once neither side will name it again.

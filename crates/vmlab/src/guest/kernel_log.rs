@@ -67,7 +67,12 @@ impl fmt::Display for LogRecord {
             if number > 0 {
                 f.write_str("\n")?;
             }
-            write!(f, "[{seconds:5}.{rest:06}] {line}")?;
+            write!(f, "[{seconds:5}.{rest:06}] ")?;
+            // Nothing that a guest logs moves a terminal.
+            line.chars().try_for_each(|c| match c.is_control() && c != '\t' {
+                true => write!(f, "{}", c.escape_default()),
+                false => write!(f, "{c}"),
+            })?;
         }
         Ok(())
     }
@@ -279,6 +284,14 @@ mod tests {
             "[    0.000000] Linux version 6.12\n[    1.234567] two\n[    1.234567] lines \\ ä\n\
              [    1.234568] from a program\n[   99.000000] critical\n"
         );
+    }
+
+    #[test]
+    fn what_a_guest_logs_moves_no_terminal() {
+        let log = decode(&log(&["4,1,0,-;a\\x1b[2Jb\\x9b\tc"], 0)).unwrap();
+        assert!(log.records()[0].text.starts_with("a\u{1b}[2Jb"));
+        assert!(log.to_string().starts_with("[    0.000000] a\\u{1b}[2Jb"), "{log}");
+        assert!(!log.to_string().contains('\u{1b}') && log.to_string().ends_with("\tc\n"));
     }
 
     #[test]

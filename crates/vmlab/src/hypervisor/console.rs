@@ -12,7 +12,7 @@ use crate::error::EmulatorFault;
 use crate::sync::{lock, wait_until};
 
 /// How much of the output is kept in memory; all of it is in the log.
-const KEPT: usize = 256 * 1024;
+pub(super) const KEPT: usize = 256 * 1024;
 
 /// The longest line that is scanned; a guest that writes no newline costs no more than this.
 const MAX_LINE: usize = 4096;

@@ -139,6 +139,12 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
         Err(HypervisorError::NotPluggable)
     }
 
+    /// Whether a disk can be taken out.
+    fn can_detach(&self, serial: &str) -> bool {
+        let _ = serial;
+        false
+    }
+
     /// Takes a disk out, by its serial number. The guest is not asked. Its file is free when this returns.
     ///
     /// # Errors
@@ -360,8 +366,8 @@ pub enum HypervisorError {
         /// How many there are.
         most: u32,
     },
-    /// A disk is not there.
-    #[error("no disk `{serial}` is plugged in")]
+    /// A disk is not there, or has its place for good.
+    #[error("no disk `{serial}` is plugged in that could be taken out")]
     NoSuchDisk {
         /// Its serial number.
         serial: String,

@@ -21,14 +21,17 @@ struct Reading {
 /// snapshot, and the second has its console from the beginning. One that got ready and was reset counts, too.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
-    earlier: Mutex<Vec<Reading>>,
+    /// What was said by those before.
+    earlier: Mutex<Vec<KernelEvent>>,
     last: Mutex<Option<Reading>>,
 }
 
 impl Watcher for Watch {
     fn started(&self, handle: &Arc<dyn VmHandle>) {
-        let was_ready = lock(&self.last).take_if(|reading| reading.ready);
-        lock(&self.earlier).extend(was_ready);
+        if let Some(reading) = lock(&self.last).take_if(|reading| reading.ready) {
+            // Its VM has ended, and its console with it.
+            lock(&self.earlier).extend(reading.finish());
+        }
         self.vm(handle);
     }
 
@@ -61,21 +64,28 @@ impl Watch {
 
     /// What it said so far.
     pub(crate) fn so_far(&self) -> Vec<KernelEvent> {
-        let last = lock(&self.last);
-        last.as_ref().map(|reading| lock(&reading.reader).events().to_vec()).unwrap_or_default()
+        let mut events = lock(&self.earlier).clone();
+        if let Some(reading) = &*lock(&self.last) {
+            events.extend_from_slice(lock(&reading.reader).events());
+        }
+        events
     }
 
     /// What it said, once the VM has ended.
     pub(crate) fn finish(&self) -> Vec<KernelEvent> {
-        let mut readings = std::mem::take(&mut *lock(&self.earlier));
-        readings.extend(lock(&self.last).take());
-        let events = readings.into_iter().flat_map(|Reading { reader, thread, .. }| {
-            // A reader that panicked has nothing more to say.
-            let _ = thread.join();
-            let mut reader = lock(&reader);
-            reader.finish();
-            reader.events().to_vec()
-        });
-        events.collect()
+        let mut events = std::mem::take(&mut *lock(&self.earlier));
+        events.extend(lock(&self.last).take().into_iter().flat_map(Reading::finish));
+        events
+    }
+}
+
+impl Reading {
+    /// All that was said, once the console has ended.
+    fn finish(self) -> Vec<KernelEvent> {
+        // A reader that panicked has nothing more to say.
+        let _ = self.thread.join();
+        let mut reader = lock(&self.reader);
+        reader.finish();
+        reader.events().to_vec()
     }
 }

@@ -20,7 +20,8 @@ type Nobody = fn(&Arc<dyn VmHandle>);
 impl Vm {
     /// Presses the reset button: the guest is cut off where it is, or had ended already, and the same VM starts
     /// again. What its disks have been told to write is there, as after a crash of its system; its memory is
-    /// lost, and what was written to the layer over its root with it.
+    /// lost, and what was written to the layer over its root with it. Disks that discard what is written to them are
+    /// as at first again: so is an image whose system the VM starts.
     ///
     /// ```no_run
     /// # let builder = vmlab::Vm::builder();

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use vmlab_artifacts::image::ImageFormat;
 use vmlab_wire::HostMessage;
 use vmlab_wire::message::Failure;
 
@@ -53,6 +54,9 @@ impl Vm {
         disks.push(disk);
         let (cache, leases) = (&self.prepared.cache, &self.prepared.leases);
         let device = disk::device(&self.prepared.builder, &disks, index, (cache, leases))?;
+        if device.format != ImageFormat::Raw {
+            return Err(disks[index].wrong("a disk that is plugged in has to be raw"));
+        }
         let mut device = [device];
         disk::serve_all(&mut device);
         check_disks(&device)?;
@@ -82,7 +86,8 @@ impl Vm {
         if !self.prepared.config.pluggable {
             return Err(HypervisorError::NotPluggable.into());
         }
-        if !self.prepared.config.disks.iter().any(|disk| disk.serial == name) {
+        // Before the guest lets go of it.
+        if !self.handle.can_detach(name) {
             return Err(HypervisorError::NoSuchDisk { serial: name.to_owned() }.into());
         }
         self.ask(&HostMessage::Detach(name.to_owned()), DISK_TIME)?;
@@ -110,7 +115,12 @@ impl Vm {
             Ok(Some(Err(Failure { step, detail, .. }))) => {
                 Err(Error::Setup { step, detail, console: console() })
             }
-            Ok(None) => Err(Error::NoAnswer { after: time, console: console() }),
+            Ok(None) => {
+                let console = console();
+                // Its answer may still come, and must not be taken for another one.
+                self.cut_off();
+                Err(Error::NoAnswer { after: time, console })
+            }
             Err(lost) => Err(self.lost(lost)),
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vmlab_wire::HostMessage;
 use vmlab_wire::message::GoOn;
 
-use crate::config::{DiskDevice, DiskWrites};
+use crate::config::{DiskDevice, DiskWrites, ShareTransport};
 use crate::disk::{OwnDisks, SavedDisk};
 use crate::guest::{Connection, Environment, Held};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot};
@@ -34,6 +34,8 @@ pub struct VmSnapshot {
 impl Vm {
     /// Takes a snapshot of a [pluggable](crate::VmBuilder::pluggable) VM, which then goes on. Commands that run in
     /// it, in the background, are part of it.
+    ///
+    /// Streams of commands that somebody still has are of no use after that: what the commands write is lost.
     ///
     /// What is in the directories of shares is the host's and no part of it. A guest that goes on from the
     /// snapshot sees what has become of them.
@@ -100,7 +102,7 @@ impl Vm {
         self.go_on_from(snapshot)
     }
 
-    fn cut_off(&self) {
+    pub(super) fn cut_off(&self) {
         self.connection.close();
         self.handle.kill(ExitReason::Killed);
     }
@@ -114,9 +116,12 @@ impl Vm {
         if config.boot.kernel().is_none() {
             return not("it starts the system of an image".to_owned());
         }
+        if config.shares.iter().any(|share| share.transport == ShareTransport::NineP) {
+            return not("its shares are carried by 9p".to_owned());
+        }
         for DiskDevice { serial, writes, serve, .. } in &config.disks {
             let why = match (writes, serve) {
-                (_, None) => "is no raw one",
+                (_, None) => "is not served by vmlab itself, as it is not raw or has the root",
                 (_, Some(options)) if options.record.is_some() => "is recorded",
                 (DiskWrites::Kept, _) => "is a file of the host that is written to",
                 (DiskWrites::Discarded, _) => {

@@ -329,10 +329,11 @@ fn a_connection_that_is_held_goes_on_elsewhere_as_it_was() {
         let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
         assert_eq!(peer.next(), Got::Message(first));
         assert_eq!(peer.next(), Got::Message(HostMessage::Signal(process, 2)));
-        // The guest's commands and streams are known.
-        peer.data(process.stream(Stdio::Stdout), b"said");
-        let said = connection.read_output(process.stream(Stdio::Stdout));
-        assert_eq!(said, Ok(Some(b"said".to_vec())));
+        // The guest's commands are known, and none waits for a reader of the other connection.
+        assert_eq!(peer.next(), Got::Stop(process.stream(Stdio::Stdout)));
+        peer.data(process.stream(Stdio::Stdout), b"said before it heard that");
+        peer.send(&GuestMessage::Exited(process, exited(0)));
+        assert_eq!(connection.wait_exited(process, soon()), Ok(Some(exited(0))));
         assert_eq!(connection.new_process(false, &[]), ProcessId(process.0 + 1));
     }
 }
@@ -345,4 +346,22 @@ fn an_agent_that_does_not_hold_hears_what_waited() {
     assert_eq!(peer.next(), Got::Message(HostMessage::Hold(vec![])));
     connection.open_gate();
     assert_eq!(peer.next(), Got::Message(HostMessage::BootLog));
+}
+
+#[test]
+fn streams_whose_readers_stayed_behind_are_stopped() {
+    let (connection, mut peer) = Peer::greeted();
+    let process = connection.new_process(false, &[Stdio::Stdout]);
+    connection.ask(&HostMessage::Hold(vec![])).unwrap();
+    assert_eq!(peer.next(), Got::Message(HostMessage::Hold(vec![])));
+    let held = connection.held();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+    let first = HostMessage::AdjustClock(5);
+    let connection = Connection::go_on(ours, &held, &first).unwrap();
+    let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
+    assert_eq!(peer.next(), Got::Message(first));
+    assert_eq!(peer.next(), Got::Stop(process.stream(Stdio::Stdout)));
+    peer.empty(process.stream(Stdio::Stdout), FrameKind::Eof);
+    assert_forgotten(&connection, process.stream(Stdio::Stdout));
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::super::console::KEPT;
 use super::super::{DeviceId, HypervisorError, Memory, RunDevices, Snapshot, VmHandle};
 use super::devices::{PLACES, device_slot, devices, disk_device, disk_id, plug_id};
 use super::files::Servers;
@@ -65,14 +66,22 @@ impl QemuVm {
         };
         let server = Servers::of_disk(disk)?;
         let (ours, theirs) = UnixStream::pair().map_err(resource("sockets"))?;
+        for server in server.serve(vec![ours]).map_err(resource("a server of a disk"))? {
+            self.shared.watch(server);
+        }
+        // If QEMU does not take its end, the server ends without it.
+        lock(&self.shared.leaving).insert(backend.clone());
         qmp.give(&backend, theirs.as_fd())?;
         drop(theirs);
         let address = json!({"type": "fd", "data": {"str": backend}});
         let socket = json!({"type": "socket", "data": {"addr": address, "server": false}});
-        for server in server.serve(vec![ours]).map_err(resource("a server of a disk"))? {
-            self.shared.watch(server);
+        let added = qmp.run("chardev-add", json!({"id": backend, "backend": socket}), None);
+        if let Err(error) = added {
+            // It may have been closed with the failure.
+            let _ = qmp.run("closefd", json!({"fdname": backend}), None);
+            return Err(error);
         }
-        qmp.run("chardev-add", json!({"id": backend, "backend": socket}), None)?;
+        lock(&self.shared.leaving).remove(&backend);
         let device = disk_device(disk);
         if let Err(error) = qmp.run("device_add", device.to_plug(place), None) {
             self.let_go(&backend)?;
@@ -83,10 +92,15 @@ impl QemuVm {
         Ok(())
     }
 
-    pub(super) fn detach(&self, serial: &str) -> Result<(), HypervisorError> {
+    /// A disk that can be taken out.
+    pub(super) fn plugged_disk(&self, serial: &str) -> Option<Plugged> {
         let wanted = DeviceId::Disk(serial.to_owned());
-        let found = lock(&self.plugged).iter().find(|device| device.id == wanted).cloned();
-        let device = found.filter(|device| device.served);
+        let plugged = lock(&self.plugged);
+        plugged.iter().find(|device| device.served && device.id == wanted).cloned()
+    }
+
+    pub(super) fn detach(&self, serial: &str) -> Result<(), HypervisorError> {
+        let device = self.plugged_disk(serial);
         let device =
             device.ok_or_else(|| HypervisorError::NoSuchDisk { serial: serial.to_owned() })?;
         let backend = disk_id(serial);
@@ -175,7 +189,7 @@ impl QemuVm {
                 Some(_) => memory.map(Memory::Template).collect(),
                 None => memory.map(Memory::Own).collect(),
             },
-            console: [&self.said_before[..], &kept[..]].concat().into(),
+            console: last(&[&self.said_before[..], &kept[..]].concat(), KEPT).into(),
             shares: self.shares,
             kept: 0,
             run: run.map(Arc::new),
@@ -191,6 +205,11 @@ impl QemuVm {
         let shares = self.file_servers.iter().map(again).collect::<Result<_, HypervisorError>>()?;
         Ok(RunDevices { places, shares })
     }
+}
+
+/// The last bytes, so many at most.
+fn last(bytes: &[u8], most: usize) -> &[u8] {
+    &bytes[bytes.len().saturating_sub(most)..]
 }
 
 /// A failure to plug in, in terms of the disk whose device it was.

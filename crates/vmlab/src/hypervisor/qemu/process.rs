@@ -388,6 +388,10 @@ impl VmHandle for QemuVm {
         self.attach(disk)
     }
 
+    fn can_detach(&self, serial: &str) -> bool {
+        self.pluggable && self.plugged_disk(serial).is_some()
+    }
+
     fn detach_disk(&self, serial: &str) -> Result<(), HypervisorError> {
         self.pluggable.then_some(()).ok_or(HypervisorError::NotPluggable)?;
         self.detach(serial)
