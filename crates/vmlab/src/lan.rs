@@ -335,6 +335,14 @@ impl Membership {
     }
 }
 
+/// Takes all places of a VM.
+///
+/// # Errors
+/// [`LanError::Taken`] when another VM has one.
+pub(crate) fn claim_all(memberships: &[Membership]) -> Result<Vec<Arc<Claim>>, LanError> {
+    memberships.iter().map(Membership::claim).collect()
+}
+
 /// A place on a network that a VM has, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {

@@ -28,7 +28,7 @@ use crate::vm::Vm;
 use crate::{Disk, Error, FailedStart, VmBuilder};
 
 /// How much entropy a guest is given before anything runs in it, in bytes.
-pub(crate) const ENTROPY: usize = 64;
+const ENTROPY: usize = 64;
 
 /// What runs in a VM.
 #[derive(Debug, Clone)]
@@ -80,6 +80,24 @@ pub struct PreparedVm {
     /// Its disks, also those that are out again.
     pub(crate) disks: Vec<Disk>,
     pub(crate) watchers: Vec<Arc<dyn Watcher>>,
+}
+
+/// Random numbers for one guest.
+pub(crate) fn entropy() -> io::Result<Vec<u8>> {
+    let mut entropy = vec![0; ENTROPY];
+    random::fill(&mut entropy)?;
+    Ok(entropy)
+}
+
+/// There are none.
+pub(crate) fn no_entropy(source: io::Error) -> Error {
+    Error::Io { what: "read", path: "the host's random numbers".into(), source, hint: "" }
+}
+
+/// The present time, in nanoseconds since 1970.
+pub(crate) fn clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos().try_into().unwrap_or(u64::MAX)
 }
 
 /// Who is told of all machines of a VM: it has more than one where it is reset or restored.
@@ -216,16 +234,13 @@ impl PreparedVm {
             System::Kernel(known) => known.1.fresh()?,
             System::Image(image) => (image.hostname.clone().unwrap_or_default(), Vec::new()),
         };
-        let mut entropy = vec![0; ENTROPY];
-        random::fill(&mut entropy)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Setup {
             hostname,
             files,
-            entropy,
+            entropy: entropy()?,
             revive: devices.map_or(0, |devices| devices.revive),
             new_devices: devices.is_some_and(|devices| devices.more),
-            clock_ns: now.as_nanos().try_into().unwrap_or(u64::MAX),
+            clock_ns: clock_ns(),
             ..self.setup.clone()
         })
     }

@@ -16,7 +16,7 @@ use crate::error::{EmulatorFault, ErrorClass};
 use crate::guest::{Connection, Greeting, Lost};
 use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot, StartOptions, VmHandle};
 use crate::lan::{Claim, LanError};
-use crate::prepared::PreparedVm;
+use crate::prepared::{PreparedVm, no_entropy};
 use crate::report::Phase;
 use crate::runs::RunDir;
 use crate::snapshot::{Place, SnapshotMode};
@@ -358,12 +358,7 @@ impl Machine<'_> {
         timeline: &mut Timeline,
     ) -> Result<SetupReport, Error> {
         // Made only now: it tells the time.
-        let setup = self.prepared.fresh_setup(devices).map_err(|source| Error::Io {
-            what: "read",
-            path: "the host's random numbers".into(),
-            source,
-            hint: "",
-        })?;
+        let setup = self.prepared.fresh_setup(devices).map_err(no_entropy)?;
         self.send(&HostMessage::Setup(Box::new(setup)))?;
         if devices.is_some() {
             let woken = self.connection.wait_setting_up(Some(Instant::now() + WAKE_TIME));

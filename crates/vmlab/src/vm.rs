@@ -21,7 +21,7 @@ use crate::disk::{self, OwnDisks};
 use crate::error::{EmulatorFault, Evidence, FailedStart};
 use crate::guest::{Command, Connection, Environment, GuestUser, Lost, Output};
 use crate::hypervisor::{ExitReason, SerialConsole, VmHandle, VmState};
-use crate::lan::Membership;
+use crate::lan::claim_all;
 use crate::prepared::{PreparedVm, System, Watcher};
 use crate::report::{GuestBoot, GuestStep, Phase, Report};
 use crate::runs::RunDir;
@@ -96,8 +96,7 @@ impl Vm {
         let mut timeline = prepared.timeline.resumed();
         let prospect = prepared.report();
         let failed = |error| Box::new(FailedStart { error, report: prospect.clone() });
-        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>();
-        let lans = lans.map_err(|error| failed(error.into()))?;
+        let lans = claim_all(&prepared.lans).map_err(|error| failed(error.into()))?;
         let since = Instant::now();
         let own_disks = disk::give_each_its_own(&mut prepared.config.disks).map_err(&failed)?;
         if !prepared.config.disks.is_empty() {
@@ -315,6 +314,12 @@ impl Vm {
         }
     }
 
+    /// Ends the machine at once, if it has not ended.
+    fn cut_off(&self) {
+        self.connection.close();
+        self.handle.kill(ExitReason::Killed);
+    }
+
     /// Declares that everything since the last phase was this one.
     fn end_phase(&self, phase: Phase) {
         lock(&self.timeline).end(phase);
@@ -336,8 +341,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.connection.close();
-        self.handle.kill(ExitReason::Killed);
+        self.cut_off();
         if let Some(observed) = &self.observed {
             if self.report().phases.iter().all(|phase| phase.phase != Phase::Run) {
                 self.end_phase(Phase::Run);

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::Logs;
@@ -22,6 +23,14 @@ fn builder() -> VmBuilder {
 /// Runs a script, which has to succeed. Returns what it said, without the end of the line.
 fn sh(vm: &Vm, script: &str) -> String {
     common::sh(vm, script).trim_end().to_owned()
+}
+
+/// A new image that is not raw.
+fn qcow2(dir: &Path) -> PathBuf {
+    let path = dir.join("disk.qcow2");
+    let make = ["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "64M"];
+    assert!(std::process::Command::new("qemu-img").args(make).status().unwrap().success());
+    path
 }
 
 /// What the kernel has found worth a warning.
@@ -301,9 +310,7 @@ fn what_cannot_be_is_refused_and_said() {
     assert!(recorded.contains("its disk `recorded` is recorded"), "{recorded}");
     assert!(matches!(vm.reset(), Err(Error::RecordedDisk { .. })));
     vm.detach("recorded").unwrap();
-    let qcow2 = dir.path().join("disk.qcow2");
-    let make = ["create", "-q", "-f", "qcow2", qcow2.to_str().unwrap(), "64M"];
-    assert!(std::process::Command::new("qemu-img").args(make).status().unwrap().success());
+    let qcow2 = qcow2(dir.path());
     let raw = vm.attach(Disk::new("qcow2", &qcow2)).unwrap_err().to_string();
     assert!(raw.contains("has to be raw"), "{raw}");
     // One that is left paused ends well all the same.
@@ -343,9 +350,7 @@ fn a_guest_keeps_its_network_over_reset_and_restore() {
 fn a_disk_that_is_not_raw_stays_as_it_is() {
     let dir = TempDir::new().unwrap();
     let _logs = Logs::new();
-    let qcow2 = dir.path().join("disk.qcow2");
-    let make = ["create", "-q", "-f", "qcow2", qcow2.to_str().unwrap(), "64M"];
-    assert!(std::process::Command::new("qemu-img").args(make).status().unwrap().success());
+    let qcow2 = qcow2(dir.path());
     let mut vm = builder().disk(Disk::new("old", &qcow2)).start().unwrap();
     let stays = vm.detach("old").unwrap_err().to_string();
     assert!(stays.contains("no disk `old` is plugged in that could be taken out"), "{stays}");

@@ -9,9 +9,7 @@ use std::str::FromStr;
 
 use rustix::fs::{OFlags, ioctl_ficlone};
 use serde::Serialize;
-use vmlab_devices::sparse;
-
-use vmlab_devices::blk;
+use vmlab_devices::{blk, sparse};
 
 use crate::Error;
 use crate::config::{DiskDevice, DiskWrites};

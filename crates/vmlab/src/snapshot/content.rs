@@ -5,8 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
+use vmlab_devices::sparse;
 
 use super::Checked;
 
@@ -34,15 +33,11 @@ fn visit(file: &File, mut seen: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io:
     let mut crc = crc32fast::Hasher::new();
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
-    while at < length {
-        let data = match seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        let end = seek(file, SeekFrom::Hole(data))?;
-        // Data may begin within a page where the filesystem's blocks are smaller.
-        at = data - data % PAGE as u64;
+    for piece in sparse::pieces(file) {
+        let Range { start, end } = piece?;
+        // Data may begin within a page where the filesystem's blocks are smaller, and what was read last may reach
+        // into it.
+        at = at.max(start - start % PAGE as u64);
         while at < end {
             let want = CHUNK.min(usize::try_from(length - at).unwrap_or(CHUNK));
             let chunk = &mut buffer[..want];

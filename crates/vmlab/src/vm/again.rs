@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::config::DiskDevice;
-use crate::hypervisor::{ExitReason, VmHandle};
-use crate::lan::Membership;
+use crate::guest::Connection;
+use crate::hypervisor::VmHandle;
+use crate::lan::claim_all;
 use crate::prepared::PreparedVm;
 use crate::start::{Booted, Starter};
 use crate::sync::lock;
@@ -43,8 +44,7 @@ impl Vm {
     /// disks is recorded.
     pub fn reset(&mut self) -> Result<(), Error> {
         self.check_again()?;
-        self.connection.close();
-        self.handle.kill(ExitReason::Killed);
+        self.cut_off();
         self.start_again()
     }
 
@@ -70,15 +70,18 @@ impl Vm {
 
     fn start_again(&mut self) -> Result<(), Error> {
         let booted = self.begin_again(|starter, timeline| starter.start(timeline))?;
-        self.go_on_with(booted);
+        let Booted { handle, connection, ready, setup, shares, came_up, run_dir: _ } = booted;
+        self.prepared.config.shares = shares;
+        (self.ready, self.setup) = (ready, setup);
+        self.go_on_with(handle, connection, came_up);
         Ok(())
     }
 
     /// Starts another machine. Its logs are in a directory of their own.
-    pub(super) fn begin_again(
+    pub(super) fn begin_again<T>(
         &mut self,
-        start: impl FnOnce(&Starter<'_, Nobody>, &mut Timeline) -> Result<Booted, Error>,
-    ) -> Result<Booted, Error> {
+        start: impl FnOnce(&Starter<'_, Nobody>, &mut Timeline) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         self.starts += 1;
         let name = |start: u32| format!("start-{start}");
         if let Some(old) = self.starts.checked_sub(KEPT_STARTS) {
@@ -88,17 +91,20 @@ impl Vm {
         let logs = self.run_dir.part(&name(self.starts))?;
         let prepared = PreparedVm { run_dir: Some(logs), ..self.prepared.clone() };
         let (nobody, deadline): (Nobody, _) = (|_| {}, self.deadline);
-        let lans = prepared.lans.iter().map(Membership::claim).collect::<Result<Vec<_>, _>>()?;
+        let lans = claim_all(&prepared.lans)?;
         let starter = Starter { prepared: &prepared, started: &nobody, deadline, lans: &lans };
         start(&starter, &mut lock(&self.timeline))
     }
 
-    /// Takes the place of the machine that it had.
-    pub(super) fn go_on_with(&mut self, booted: Booted) {
-        let Booted { handle, connection, ready, setup, shares, came_up, run_dir: _ } = booted;
-        self.prepared.config.shares = shares;
-        (self.handle, self.connection) = (handle, connection);
-        (self.ready, self.setup, self.came_up) = (ready, setup, came_up);
+    /// Has another machine in the place of the one that it had. `came_up` is how much was on its console when the
+    /// agent had come up.
+    pub(super) fn go_on_with(
+        &mut self,
+        handle: Arc<dyn VmHandle>,
+        connection: Arc<Connection>,
+        came_up: u64,
+    ) {
+        (self.handle, self.connection, self.came_up) = (handle, connection, came_up);
         self.prepared.watchers.iter().for_each(|watcher| watcher.ready());
     }
 }

@@ -40,9 +40,7 @@ impl Vm {
     /// When the disk cannot be made or used, another one has its name, or the guest cannot take it into use;
     /// it is out again then.
     pub fn attach(&mut self, disk: Disk) -> Result<(), Error> {
-        if !self.prepared.config.pluggable {
-            return Err(HypervisorError::NotPluggable.into());
-        }
+        self.check_pluggable()?;
         let index = self.prepared.disks.len();
         let serial = disk.serial(index);
         let disk = disk.named(&serial);
@@ -83,9 +81,7 @@ impl Vm {
     /// # Errors
     /// When there is no such disk, or it is in use in the guest; it stays then.
     pub fn detach(&mut self, name: &str) -> Result<(), Error> {
-        if !self.prepared.config.pluggable {
-            return Err(HypervisorError::NotPluggable.into());
-        }
+        self.check_pluggable()?;
         // Before the guest lets go of it.
         if !self.handle.can_detach(name) {
             return Err(HypervisorError::NoSuchDisk { serial: name.to_owned() }.into());
@@ -95,6 +91,13 @@ impl Vm {
         self.prepared.config.disks.retain(|disk| disk.serial != name);
         self.prepared.setup.disks.retain(|disk| disk.serial != name);
         Ok(())
+    }
+
+    pub(super) fn check_pluggable(&self) -> Result<(), Error> {
+        match self.prepared.config.pluggable {
+            true => Ok(()),
+            false => Err(HypervisorError::NotPluggable.into()),
+        }
     }
 
     /// Has the guest do something that it says the end of.

@@ -2,18 +2,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use vmlab_wire::HostMessage;
 use vmlab_wire::message::GoOn;
 
 use crate::config::{DiskDevice, DiskWrites, ShareTransport};
 use crate::disk::{OwnDisks, SavedDisk};
-use crate::guest::{Connection, Environment, Held};
-use crate::hypervisor::{ExitReason, HypervisorError, Origin, Snapshot};
-use crate::prepared::{ENTROPY, PreparedVm};
-use crate::start::Booted;
-use crate::{Error, Vm, random};
+use crate::guest::{Connection, Held};
+use crate::hypervisor::{Origin, Snapshot};
+use crate::prepared::{PreparedVm, clock_ns, entropy, no_entropy};
+use crate::{Error, Vm};
 
 /// How long a guest may take to hold, and to go on.
 const HOLD_TIME: Duration = Duration::from_secs(60);
@@ -25,7 +24,6 @@ pub struct VmSnapshot {
     snapshot: Snapshot,
     held: Held,
     prepared: PreparedVm,
-    environment: Environment,
     disks: Vec<SavedDisk>,
     own_disks: Vec<Arc<OwnDisks>>,
     run_dir: PathBuf,
@@ -75,7 +73,6 @@ impl Vm {
             snapshot,
             held,
             prepared: self.prepared.clone(),
-            environment: self.environment.clone(),
             disks,
             own_disks: self.own_disks.clone(),
             run_dir: self.run_dir.path().to_owned(),
@@ -96,22 +93,14 @@ impl Vm {
         }
         self.cut_off();
         self.prepared = snapshot.prepared.clone();
-        self.environment = snapshot.environment.clone();
         self.own_disks.clone_from(&snapshot.own_disks);
         snapshot.disks.iter().try_for_each(SavedDisk::restore)?;
         self.go_on_from(snapshot)
     }
 
-    pub(super) fn cut_off(&self) {
-        self.connection.close();
-        self.handle.kill(ExitReason::Killed);
-    }
-
     fn check_for_snapshot(&self) -> Result<(), Error> {
         let config = &self.prepared.config;
-        if !config.pluggable {
-            return Err(HypervisorError::NotPluggable.into());
-        }
+        self.check_pluggable()?;
         let not = |why: String| Err(Error::NotInSnapshot { why });
         if config.boot.kernel().is_none() {
             return not("it starts the system of an image".to_owned());
@@ -135,28 +124,16 @@ impl Vm {
     }
 
     fn go_on_from(&mut self, from: &VmSnapshot) -> Result<(), Error> {
-        let mut entropy = vec![0; ENTROPY];
-        random::fill(&mut entropy).map_err(|source| Error::Io {
-            what: "read",
-            path: "the host's random numbers".into(),
-            source,
-            hint: "",
-        })?;
-        let (ready, setup) = (self.ready.clone(), self.setup.clone());
-        let booted = self.begin_again(|starter, timeline| {
+        let entropy = entropy().map_err(no_entropy)?;
+        let (handle, connection) = self.begin_again(|starter, timeline| {
             let origin = Origin::Snapshot(from.snapshot.clone());
             let connect = |socket| {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                let clock_ns = now.as_nanos().try_into().unwrap_or(u64::MAX);
-                let go_on = GoOn { revive: true, clock_ns, entropy };
+                let go_on = GoOn { revive: true, clock_ns: clock_ns(), entropy };
                 Connection::go_on(socket, &from.held, &HostMessage::GoOn(go_on))
             };
-            let (handle, connection) = starter.go_on(origin, connect, timeline)?;
-            let run_dir = starter.prepared.run_dir()?;
-            let shares = starter.prepared.config.shares.clone();
-            Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
+            starter.go_on(origin, connect, timeline)
         })?;
-        self.go_on_with(booted);
+        self.go_on_with(handle, connection, 0);
         self.answer(HOLD_TIME).inspect_err(|_| self.cut_off())
     }
 }

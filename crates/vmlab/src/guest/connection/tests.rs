@@ -37,6 +37,17 @@ impl Peer {
         (connection, peer)
     }
 
+    /// The other end of a connection that goes on where one was held, and was told so.
+    fn going_on(held: &Held) -> (Arc<Connection>, Peer) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+        let first = HostMessage::AdjustClock(5);
+        let connection = Connection::go_on(ours, held, &first).unwrap();
+        let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
+        assert_eq!(peer.next(), Got::Message(first));
+        (connection, peer)
+    }
+
     fn send(&mut self, message: &GuestMessage) {
         let mut bytes = Vec::new();
         encode(message, &mut bytes).unwrap();
@@ -322,12 +333,7 @@ fn a_connection_that_is_held_goes_on_elsewhere_as_it_was() {
 
     // More than once, and each time with what waited.
     for _ in 0..2 {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        theirs.set_read_timeout(Some(PATIENCE)).unwrap();
-        let first = HostMessage::AdjustClock(5);
-        let connection = Connection::go_on(ours, &held, &first).unwrap();
-        let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
-        assert_eq!(peer.next(), Got::Message(first));
+        let (connection, mut peer) = Peer::going_on(&held);
         assert_eq!(peer.next(), Got::Message(HostMessage::Signal(process, 2)));
         // The guest's commands are known, and none waits for a reader of the other connection.
         assert_eq!(peer.next(), Got::Stop(process.stream(Stdio::Stdout)));
@@ -355,12 +361,7 @@ fn streams_whose_readers_stayed_behind_are_stopped() {
     connection.ask(&HostMessage::Hold(vec![])).unwrap();
     assert_eq!(peer.next(), Got::Message(HostMessage::Hold(vec![])));
     let held = connection.held();
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
-    let first = HostMessage::AdjustClock(5);
-    let connection = Connection::go_on(ours, &held, &first).unwrap();
-    let mut peer = Peer { socket: theirs, decoder: Decoder::new() };
-    assert_eq!(peer.next(), Got::Message(first));
+    let (connection, mut peer) = Peer::going_on(&held);
     assert_eq!(peer.next(), Got::Stop(process.stream(Stdio::Stdout)));
     peer.empty(process.stream(Stdio::Stdout), FrameKind::Eof);
     assert_forgotten(&connection, process.stream(Stdio::Stdout));

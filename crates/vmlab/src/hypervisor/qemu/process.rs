@@ -136,11 +136,8 @@ impl QemuVm {
             qmp.take_state_from(state.as_raw_fd()).map_err(resource("a monitor socket"))?;
         }
         let (files, copies) = ram.map_or_else(Default::default, |ram| (ram.files, ram.copies));
-        let memory = match begin {
-            Begin::BootsPluggable => files.clone(),
-            _ if config.pluggable => files.clone(),
-            _ => Vec::new(),
-        };
+        let kept = matches!(begin, Begin::BootsPluggable) || config.pluggable;
+        let memory = if kept { files.clone() } else { Vec::new() };
         inherit(&mut command, theirs, files.into_iter().chain(reset_kernel).collect());
         let mut said_before = Arc::default();
         let restore = match (options.origin, ours.state.take()) {
