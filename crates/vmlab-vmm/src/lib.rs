@@ -1,6 +1,8 @@
-//! KVM for vmlab.
+//! VMs run by KVM inside this process, and the proof that KVM can run them ([`probe`]).
 //!
-//! For now this is only the proof that the host's `/dev/kvm` runs guest code, and at the speed of
-//! the processor: see [`probe`].
+//! The monitor knows no kernels' packages, images or agents: it is given a kernel, memory and virtio devices.
 
 pub mod probe;
+pub mod topology;
+#[cfg(target_arch = "x86_64")]
+pub mod x86_64;

@@ -1,0 +1,3 @@
+//! What a PC is made of.
+
+pub mod layout;
