@@ -246,6 +246,7 @@ impl VmBuilder {
 
     fn needs(&self, kernel: &Kernel) -> Needs {
         Needs {
+            bus: self.hypervisor.capabilities().bus,
             overlay: self.chosen_root_mode() == RootMode::Overlay,
             disk: self.image.is_some() || !self.disks.is_empty(),
             disk_later: self.pluggable,
@@ -260,6 +261,9 @@ impl VmBuilder {
     }
 
     fn fastest_machine(&self, kernel: &PreparedKernel, can: &Capabilities) -> Machine {
+        if can.machines.contains(&Machine::Native) {
+            return Machine::Native;
+        }
         let Topology { nodes, llcs, .. } = self.topology;
         let simple =
             nodes == 1 && llcs == 1 && kernel.channel == AgentChannel::Virtio && kernel.sees_ecam;

@@ -179,12 +179,24 @@ pub struct StartOptions {
     pub vms: usize,
 }
 
+/// What carries virtio devices, and so which driver a guest needs to find them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VirtioBus {
+    /// They are on a PCI bus.
+    Pci,
+    /// Their registers are at fixed addresses, which ACPI or a device tree lists.
+    Mmio,
+}
+
 /// What a VM can be asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Capabilities {
     /// Boards it can be.
     pub machines: Vec<Machine>,
+    /// Where the guest finds its virtio devices, on whichever board.
+    pub bus: VirtioBus,
     /// How host directories can be carried.
     pub shares: Vec<ShareTransport>,
     /// Networks it can have.
@@ -197,6 +209,9 @@ pub struct Capabilities {
     pub pause: bool,
     /// Whether snapshots can be taken and restored.
     pub snapshot: bool,
+    /// Whether devices that this process serves are part of its snapshots: a guest that goes on from one finds
+    /// them as it left them, and has nothing to revive.
+    pub keeps_devices: bool,
     /// Whether VMs can be [pluggable](VmConfig::pluggable).
     pub pluggable: bool,
 }

@@ -20,7 +20,9 @@ use std::sync::Arc;
 
 use vmlab_artifacts::{Arch, Cache, find_program};
 
-use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
+use super::{
+    Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VirtioBus, VmHandle,
+};
 use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
 use command::{Descriptors, arguments};
 use process::QemuVm;
@@ -106,12 +108,14 @@ impl Hypervisor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             machines: vec![Machine::Microvm, Machine::Q35],
+            bus: VirtioBus::Pci,
             shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
             networks: vec![NetworkMode::None, NetworkMode::User],
             lans: true,
             qemu_args: true,
             pause: true,
             snapshot: true,
+            keeps_devices: false,
             pluggable: true,
         }
     }
