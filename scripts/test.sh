@@ -42,6 +42,7 @@ need xz-utils xz
 need fdisk /usr/sbin/sfdisk
 need qemu-utils qemu-img
 need ovmf /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
+need acpica-tools iasl
 install_needed
 
 target=$(target_dir)

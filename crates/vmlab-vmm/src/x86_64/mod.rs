@@ -1,3 +1,4 @@
 //! What a PC is made of.
 
+pub mod acpi;
 pub mod layout;
