@@ -41,6 +41,7 @@ need zstd zstd
 need xz-utils xz
 need fdisk /usr/sbin/sfdisk
 need qemu-utils qemu-img
+need passt passt
 need ovmf /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
 need acpica-tools iasl
 install_needed

@@ -3,10 +3,10 @@
 //! ```text
 //! transport (vhost-user; MMIO of a monitor)   rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
-//! Device (blk, fs, rng)                      requests of a guest
+//! Device (blk, fs, net, rng)                 requests of a guest
 //! ```
 //!
-//! [`net`] is beside that: what carries frames from one guest to others.
+//! Beside that, [`net`] has what carries frames from one guest to others.
 //!
 //! A transport makes a [`VirtQueue`] of each ring and lets [`Workers`] call the device for it. Everything
 //! that a guest writes is checked on the way: a device sees whole, valid chains only.

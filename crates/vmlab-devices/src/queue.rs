@@ -90,6 +90,16 @@ impl VirtQueue {
         Ok(None)
     }
 
+    /// Whether a request is waiting, without taking it.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn has_request(&self) -> Result<bool, QueueError> {
+        let ring = self.ring();
+        let available = ring.avail_idx(&*self.memory(), Ordering::Acquire)?;
+        Ok(available.0 != ring.next_avail())
+    }
+
     /// Gives a request back, with so many bytes written to it, and interrupts the guest if it wants that.
     ///
     /// # Errors
@@ -154,6 +164,6 @@ impl<'t> Turn<'t> {
 }
 
 /// Locks what no panic leaves half-changed: numbers are changed last.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -121,6 +121,31 @@ pub(crate) fn sleep_until(end: Instant) {
     });
 }
 
+/// Waits until a descriptor is ready for what `flags` say, or has an end or an error. False when the queue that the
+/// calling thread serves is to stop. A thread that serves none waits for the descriptor alone.
+pub(crate) fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
+    SERVED.with_borrow(|served| {
+        let mut fds = vec![PollFd::from_borrowed_fd(fd, flags)];
+        fds.extend(served.as_ref().map(|shared| PollFd::new(&shared.stop, PollFlags::IN)));
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => return fds.get(1).is_none_or(|stop| stop.revents().is_empty()),
+                Err(Errno::INTR) => {}
+                // An error is none that is known.
+                Err(_) => return false,
+            }
+        }
+    })
+}
+
+/// Waits until the queue that the calling thread serves is to stop: a device that returns with requests left is called
+/// again at once. A thread that serves none does not wait.
+pub(crate) fn wait_for_stop() {
+    if let Some(shared) = SERVED.with_borrow(Option::clone) {
+        wait_for(shared.stop.as_fd(), PollFlags::IN);
+    }
+}
+
 impl Shared {
     fn end(&self) {
         self.queue.set_stopped(true);
