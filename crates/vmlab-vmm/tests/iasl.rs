@@ -1,5 +1,6 @@
 //! The ACPI tables as ACPICA's own compiler reads them. It takes `iasl` of the package `acpica-tools`.
 #![cfg(target_arch = "x86_64")]
+#![allow(clippy::unwrap_used, reason = "it is a test")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -60,7 +61,7 @@ fn compiles(name: &str, machine: Machine, expected: &[&str]) {
         let source = binary.with_extension("dsl");
         let said = iasl(&[], &source);
         assert!(said.contains("0 Errors"), "{signature}: {said}");
-        assert!(!said.contains("Warning  "), "{signature}: {said}");
+        assert!(!said.contains("Warning "), "{signature}: {said}");
         let compiled = fs::read(binary.with_extension("aml")).unwrap();
         // The compiler signs what it makes: the name and the version of who did, and thus the checksum, are its.
         let same = |bytes: &[u8]| [&bytes[..9], &bytes[10..28], &bytes[36..]].concat();
