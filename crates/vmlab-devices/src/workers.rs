@@ -129,6 +129,30 @@ pub(crate) fn sleep_until(end: Instant) {
     });
 }
 
+/// Lets the calling thread wait until a descriptor is ready. Returns whether it is: not if the queue that the thread
+/// serves is stopped. A thread that serves none does not wait at all.
+pub(crate) fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
+    SERVED.with_borrow(|served| {
+        let stop = served.as_ref().map_or(fd, |shared| shared.stop.as_fd());
+        let mut fds =
+            [PollFd::from_borrowed_fd(fd, flags), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+        let count = if served.is_some() { fds.len() } else { 1 };
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let timeout = if served.is_some() { None } else { Some(&at_once) };
+        loop {
+            match poll(&mut fds[..count], timeout) {
+                Err(Errno::INTR) => {}
+                // There is none that is known.
+                Err(_) => return false,
+                Ok(_) => {
+                    let stopped = served.is_some() && !fds[1].revents().is_empty();
+                    return !stopped && !fds[0].revents().is_empty();
+                }
+            }
+        }
+    })
+}
+
 impl Shared {
     fn end(&self) {
         self.queue.set_stopped(true);
