@@ -3,7 +3,7 @@
 //! ```text
 //! transport (vhost-user; MMIO of a monitor)   rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
-//! Device (blk, fs, net, rng)                 requests of a guest
+//! Device (blk, fs, net, rng, vsock)          requests of a guest
 //! ```
 //!
 //! Beside that, [`net`] has what carries frames from one guest to others.
@@ -21,6 +21,7 @@ pub mod rng;
 pub mod sparse;
 mod transfer;
 pub mod transport;
+pub mod vsock;
 mod workers;
 
 pub use chain::{Chain, ChainError, MAX_GATHERED};

@@ -122,13 +122,15 @@ pub(crate) fn sleep_until(end: Instant) {
 }
 
 /// Waits until a descriptor is ready for what `flags` say, or has an end or an error. False when the queue that the
-/// calling thread serves is to stop. A thread that serves none waits for the descriptor alone.
+/// calling thread serves is to stop. A thread that serves none does not wait: what is not ready will not be.
 pub(crate) fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
     SERVED.with_borrow(|served| {
         let mut fds = vec![PollFd::from_borrowed_fd(fd, flags)];
         fds.extend(served.as_ref().map(|shared| PollFd::new(&shared.stop, PollFlags::IN)));
+        let timeout = served.is_none().then(Timespec::default);
         loop {
-            match poll(&mut fds, None) {
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return false,
                 Ok(_) => return fds.get(1).is_none_or(|stop| stop.revents().is_empty()),
                 Err(Errno::INTR) => {}
                 // An error is none that is known.
