@@ -16,6 +16,16 @@ pub struct QueueKind {
     pub workers: usize,
 }
 
+/// A device cannot go on with what is said to be its state.
+#[derive(Debug, thiserror::Error)]
+#[error("a virtio device (kind {device}) cannot go on with a state: {reason}")]
+pub struct DeviceStateError {
+    /// `VIRTIO_ID_*`.
+    pub device: u32,
+    /// Why not.
+    pub reason: &'static str,
+}
+
 /// A virtio device.
 pub trait Device: Send + Sync {
     /// The number of its kind: `VIRTIO_ID_*` of `linux/virtio_ids.h`.
@@ -59,6 +69,32 @@ pub trait Device: Send + Sync {
         queue: &VirtQueue,
         turn: &mut Turn<'_>,
     ) -> Result<(), QueueError>;
+
+    /// Forgets what the driver has told it. Called when the driver resets the device, while no queue is served.
+    fn reset(&self) {}
+
+    /// What another device of this kind needs to go on in its place, other than its queues and memory. Called
+    /// while no queue is served.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Whether [`restore`](Self::restore) would take a state. Changes nothing, and can be called at any time.
+    ///
+    /// # Errors
+    /// Why it would not. What a snapshot says is not to be trusted.
+    fn check(&self, state: &[u8]) -> Result<(), DeviceStateError> {
+        let error = DeviceStateError { device: self.id(), reason: "such devices have none" };
+        if state.is_empty() { Ok(()) } else { Err(error) }
+    }
+
+    /// Goes on with what [`save`](Self::save) gave. Called while no queue is served.
+    ///
+    /// # Errors
+    /// As of [`check`](Self::check), and nothing has changed.
+    fn restore(&self, state: &[u8]) -> Result<(), DeviceStateError> {
+        self.check(state)
+    }
 }
 
 /// How a device makes the guest look at a queue.

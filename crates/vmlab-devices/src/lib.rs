@@ -25,6 +25,6 @@ pub mod vsock;
 mod workers;
 
 pub use chain::{Chain, ChainError, MAX_GATHERED};
-pub use device::{Device, Interrupt, QueueKind, offered_features};
+pub use device::{Device, DeviceStateError, Interrupt, QueueKind, offered_features};
 pub use queue::{Guest, QueueError, Turn, VirtQueue};
 pub use workers::{Fault, OnFault, Workers, bear_file_limits};

@@ -21,6 +21,9 @@ pub enum Fault {
     /// The guest's driver.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// Its threads are not there at all.
+    #[error("the threads of a queue could not be started")]
+    Start(#[source] io::Error),
     /// A thread could not give up rights that it must not have.
     #[error("a thread of the device could not be prepared")]
     Prepare(#[source] io::Error),
@@ -82,6 +85,11 @@ impl Workers {
         Ok(workers)
     }
 
+    /// Tells the threads to end, and does not wait for that.
+    pub(crate) fn end(&self) {
+        self.shared.end();
+    }
+
     /// Ends the threads. When it returns, no request is being served. Those that slept, to take their time, were
     /// woken.
     pub fn stop(self) {}
@@ -89,7 +97,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.shared.end();
+        self.end();
         for thread in self.threads.drain(..) {
             // Whatever it ended with has been reported.
             let _ = thread.join();
