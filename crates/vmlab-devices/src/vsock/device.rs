@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::muxer::Muxer;
 use super::packet::{HEADER, Header, MAX_PAYLOAD, TRANSPORT_RESET};
-use crate::device::{Device, QueueKind};
+use crate::device::{Device, DeviceStateError, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue, lock};
 use crate::workers::wait_for;
 
@@ -87,9 +87,9 @@ impl Vsock {
         Ok(Self { cid, muxer: Mutex::new(muxer), epoll, wake, payload, reset })
     }
 
-    /// Ends all connections, and has the guest told, for one that goes on from a snapshot. It then asks for its context
+    /// Ends all connections, and has the guest told, as where it goes on from a snapshot. It then asks for its context
     /// anew.
-    pub fn reset(&self) {
+    pub fn end_connections(&self) {
         lock(&self.muxer).reset();
         signal(&self.reset);
     }
@@ -192,5 +192,18 @@ impl Device for Vsock {
             TRANSMIT => self.transmit(queue),
             _ => self.tell(queue),
         }
+    }
+
+    /// A driver that begins knows of no connection.
+    fn reset(&self) {
+        lock(&self.muxer).reset();
+        let _ = rustix::io::read(&self.reset, &mut [0; 8]);
+    }
+
+    /// Connections do not go on: what is at their other ends is no part of the guest's state.
+    fn restore(&self, state: &[u8]) -> Result<(), DeviceStateError> {
+        self.check(state)?;
+        self.end_connections();
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@
 //! The sockets are in a directory of one VM, so a guest reaches no socket of another one, and whoever may use the
 //! directory may talk to the guest. That is how Firecracker does it, and programs for it work here.
 //!
-//! Connections are not in snapshots: [`Vsock::reset`] ends all of them, and tells the guest.
+//! Connections are not in snapshots: a guest that goes on from one is told that all of them are over.
 
 mod connection;
 mod device;
