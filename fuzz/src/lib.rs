@@ -46,7 +46,7 @@ pub fn input(requests: &[Request]) -> Vec<u8> {
     out
 }
 
-/// The ring of the guests of `virtqueue` and `blk`, and what they do with it.
+/// The ring of the guests of `virtqueue`, `blk`, `net` and `vsock`, and what they do with it.
 pub mod ring {
     use std::sync::{Arc, Mutex};
 

@@ -3,7 +3,7 @@
 //! ```text
 //! transport (vhost-user; mmio)               rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
-//! Device (blk, console, fs, net, rng)        requests of a guest
+//! Device (blk, console, fs, net, rng, vsock) requests of a guest
 //! ```
 //!
 //! Beside that, [`net`] has what carries frames from one guest to others.
@@ -22,6 +22,7 @@ pub mod rng;
 pub mod sparse;
 mod transfer;
 pub mod transport;
+pub mod vsock;
 mod workers;
 
 pub use chain::{Chain, ChainError, MAX_GATHERED};
