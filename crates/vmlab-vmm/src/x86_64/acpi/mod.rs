@@ -3,6 +3,9 @@
 //! The machine is one of hardware-reduced ACPI (ACPI 6.5, section 4.1): it has no system control interrupt, no power
 //! management timer and no fixed events. Linux then uses neither PIC nor PIT, and takes every interrupt's trigger
 //! and polarity from the device's own description, so no interrupt source is overridden.
+//!
+//! Such a machine Linux restarts through EFI (`efi_reboot_required`) and, having none, through a BIOS, which is not
+//! there either. Only `reboot=acpi` on its command line makes it use the reset register.
 
 mod dsdt;
 mod fixed;
