@@ -78,10 +78,18 @@ impl From<Error> for StartFailure {
 /// Whether a VM that has not said anything may have failed because of the snapshot that it went on from:
 /// nobody ended it, and all else was there.
 fn may_be_the_snapshots(error: &Error) -> bool {
-    use ExitReason::{GuestPanic, MonitorFailed, Reset, Shutdown, TripleFault};
+    use ExitReason::{GuestPanic, MonitorFailed, ProcessorFailed, Reset, Shutdown, TripleFault};
     match error {
         Error::Ended { reason, .. } => {
-            matches!(reason, MonitorFailed(_) | GuestPanic(_) | Reset | Shutdown | TripleFault)
+            matches!(
+                reason,
+                MonitorFailed(_)
+                    | ProcessorFailed(_)
+                    | GuestPanic(_)
+                    | Reset
+                    | Shutdown
+                    | TripleFault
+            )
         }
         Error::Hypervisor(HypervisorError::Refused { .. })
         | Error::BootTimeout { .. }

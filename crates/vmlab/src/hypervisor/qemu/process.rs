@@ -16,19 +16,21 @@ use std::time::Instant;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vmlab_artifacts::boot_image::BootImage;
 
+use super::super::panic::panic_patience;
+use super::super::served::FileServer;
 use super::super::{
     DeviceId, ExitReason, HypervisorError, Origin, RunDevices, SerialConsole, Snapshot,
     StartOptions, VmHandle, VmState,
 };
 use super::command::arguments;
 use super::devices::{PLACES, devices};
-use super::files::{FileServer, Servers};
+use super::files::Servers;
 use super::memory::{Copy, Ram};
 use super::plug::Plugged;
 use super::qmp::Qmp;
 use super::reset_kernel;
 use super::sockets::{Sockets, inherit};
-use super::supervise::{DRAIN_TIME, Outputs, Shared, panic_patience};
+use super::supervise::{DRAIN_TIME, Outputs, Shared};
 use crate::config::{DiskDevice, VmConfig};
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
