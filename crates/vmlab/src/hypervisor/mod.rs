@@ -29,6 +29,7 @@ pub(crate) use snapshot::DeviceId;
 pub use snapshot::{Memory, Origin, RunDevices, Snapshot};
 
 pub use crate::lan::LanPort;
+pub use crate::report::ExitCount;
 
 use crate::config::{
     Accel, ConfigError, DiskDevice, Machine, NetworkMode, ShareTransport, VmConfig,
@@ -161,6 +162,11 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
     fn detach_disk(&self, serial: &str) -> Result<(), HypervisorError> {
         let _ = serial;
         Err(HypervisorError::NotPluggable)
+    }
+
+    /// How often its CPUs have left the guest, by reason; nothing where that is not counted.
+    fn exits(&self) -> Vec<ExitCount> {
+        Vec::new()
     }
 
     /// Says that the VM is about to end: what the guest writes back from now on has to reach the host, but

@@ -30,6 +30,7 @@ use crate::config::{AgentChannel, DiskDevice, KernelBoot, VmConfig};
 use crate::error::chain;
 use crate::lan::LanPort;
 use crate::random;
+use crate::report::ExitCount;
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
 
@@ -75,6 +76,11 @@ struct Shared {
 struct Fate {
     asked: Option<ExitReason>,
     reason: Option<ExitReason>,
+    exits: Vec<ExitCount>,
+}
+
+fn counts(machine: &Machine) -> Vec<ExitCount> {
+    machine.exits().into_iter().map(|(exit, count)| ExitCount { exit, count }).collect()
 }
 
 impl std::fmt::Debug for Shared {
@@ -330,6 +336,9 @@ impl Shared {
         }
         // The threads of its processors and devices end with it, and with them the files of its disks are free for
         // the next VM. Whoever has it still is about to give it back.
+        if let Some(machine) = &machine {
+            lock(&self.fate).exits = counts(machine);
+        }
         lock(&self.machine).take();
         drop(machine);
         let drained = Instant::now() + DRAIN_TIME;
@@ -462,6 +471,14 @@ impl VmHandle for KvmVm {
         self.machine()?.unplug(slot)?;
         lock(&self.placed).retain(|(other, _)| *other != slot);
         Ok(())
+    }
+
+    fn exits(&self) -> Vec<ExitCount> {
+        let machine = lock(&self.shared.machine).clone();
+        match machine {
+            Some(machine) => counts(&machine),
+            None => lock(&self.shared.fate).exits.clone(),
+        }
     }
 
     fn wind_down(&self) {

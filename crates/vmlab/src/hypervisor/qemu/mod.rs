@@ -7,6 +7,8 @@ mod identity;
 mod memory;
 mod plug;
 mod process;
+#[cfg(target_arch = "x86_64")]
+mod proof;
 mod qmp;
 mod reset_kernel;
 mod sockets;

@@ -117,7 +117,11 @@ impl QemuVm {
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
         let entry = || BootImage::open_unversioned(&kernel?.image).ok()?.pvh_entry();
-        let reset_kernel = if with_state { entry().map(reset_kernel::file) } else { None };
+        let reset_kernel = if with_state {
+            entry().map(|entry| reset_kernel::file(entry, &reset_kernel::NO_CODE))
+        } else {
+            None
+        };
         let reset_kernel = reset_kernel.transpose().map_err(resource("memory"))?;
         let descriptors =
             theirs.descriptors(ram.as_ref(), reset_kernel.as_ref(), on_bridge.clone());
