@@ -6,7 +6,7 @@ use std::{env, fs, io};
 use vmlab_fuse::abi::{Opcode, OpenIn};
 use vmlab_fuse::testing::{RawRequest, samples};
 use vmlab_fuzz::ring::{self, Act};
-use vmlab_fuzz::{Request, input};
+use vmlab_fuzz::{Request, input, mmio};
 
 /// Flags of descriptors: `VRING_DESC_F_*`.
 const NEXT: u16 = 1;
@@ -62,7 +62,7 @@ fn ring_seed(how: u8, requests: &[RawRequest], indirect: bool) -> Vec<u8> {
         }
         act(Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()));
         act(Act::Write(ring::AVAILABLE + 4 + 2 * (index % ring::SIZE), &[0, 0]));
-        act(Act::Kick);
+        act(Act::Kick(0));
     }
     out
 }
@@ -116,10 +116,71 @@ fn blk_seed(how: u8, requests: &[BlkRequest], at_once: bool) -> Vec<u8> {
         act(Act::Write(ring::AVAILABLE + 4 + 2 * (index % ring::SIZE), &slot.to_le_bytes()));
         act(Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()));
         if !at_once || index % 5 == 4 {
-            act(Act::Kick);
+            act(Act::Kick(0));
         }
     }
     out
+}
+
+/// `struct virtio_console_control`.
+fn console_message(port: u32, event: u16, value: u16) -> Vec<u8> {
+    [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+/// A driver's set-up of two ports, and bytes both ways.
+fn console_seed(how: u8) -> Vec<u8> {
+    /// Behind the rings of six queues.
+    const DATA: u16 = 0x6000;
+    let mut out = vec![how, 0];
+    let mut next = [0u16; 6];
+    let mut ask = |queue: u16, bytes: &[u8], flags: u16, len: usize| {
+        let (base, index) = (0x1000 * queue, &mut next[usize::from(queue)]);
+        let at = DATA + 0x400 * queue;
+        let head = descriptor(at, len, flags, 0);
+        let place = base + ring::AVAILABLE + 4 + 2 * (*index % ring::SIZE);
+        *index += 1;
+        out.extend(ring::input([
+            Act::Write(at, bytes),
+            Act::Write(base + ring::TABLE, &head),
+            Act::Write(place, &[0, 0]),
+            Act::Write(base + ring::AVAILABLE + 2, &index.to_le_bytes()),
+            Act::Kick(queue as u8),
+        ]));
+    };
+    // DEVICE_READY, PORT_READY of both, PORT_OPEN.
+    for (port, event) in [(0, 0), (0, 3), (1, 3), (0, 6), (1, 6)] {
+        ask(3, &console_message(port, event, 1), 0, 8);
+        ask(2, &[], WRITE, 64);
+        ask(2, &[], WRITE, 64);
+    }
+    for queue in [0, 4] {
+        ask(queue, &[], WRITE, 100);
+        ask(queue + 1, b"from the guest", 0, 14);
+    }
+    ask(3, &console_message(1, 6, 0), 0, 8);
+    ask(4, &[], WRITE, 100);
+    out
+}
+
+/// The set-up of a device, requests for all of its queues, a move to another one, a reset, and the set-up again.
+fn mmio_seed(how: u8) -> Vec<u8> {
+    use mmio::Act;
+    let queues = if how & 1 == 0 { 1 } else { 6 };
+    let mut acts = Vec::new();
+    for round in 0..2 {
+        acts.extend(mmio::set_up(queues));
+        for queue in 0..queues {
+            let base = mmio::base(queue);
+            let flags = if queue % 2 == 0 { WRITE } else { 0 };
+            acts.extend([
+                Act::Memory(base, descriptor(0x7000, 64, flags, 0)),
+                Act::Memory(base + ring::AVAILABLE + 2, vec![1, 0]),
+                Act::Write(mmio::NOTIFY, u32::from(queue).to_le_bytes().to_vec()),
+            ]);
+        }
+        acts.push(if round == 0 { Act::Move } else { Act::Read(0x60, 4) });
+    }
+    [&[how][..], &mmio::input(&acts)].concat()
 }
 
 fn main() -> io::Result<()> {
@@ -173,6 +234,18 @@ fn main() -> io::Result<()> {
     }
     for (number, request) in requests.chunks(1).enumerate() {
         fs::write(dir.join(format!("one-{number}")), blk_seed(4, request, false))?;
+    }
+
+    let dir = corpus.join("console");
+    fs::create_dir_all(&dir)?;
+    for how in 0..8 {
+        fs::write(dir.join(format!("all-{how}")), console_seed(how))?;
+    }
+
+    let dir = corpus.join("mmio");
+    fs::create_dir_all(&dir)?;
+    for how in 0..4 {
+        fs::write(dir.join(format!("all-{how}")), mmio_seed(how))?;
     }
     Ok(())
 }

@@ -116,6 +116,32 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// The next request as of [`pop`](Self::pop), which stays in its place until [`finish`](Self::finish): a queue that
+    /// is stopped before goes on with it. This is for queues that one thread serves.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn peek<'m>(&self, memory: &'m Guest) -> Result<Option<Chain<'m>>, QueueError> {
+        let next = self.pop(memory)?;
+        if next.is_some() {
+            self.ring().go_to_previous_position();
+        }
+        Ok(next)
+    }
+
+    /// Gives a request back that was [peeked](Self::peek) at, with so many bytes written to it.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn finish(&self, memory: &Guest, head: u16, written: u32) -> Result<(), QueueError> {
+        {
+            let mut ring = self.ring();
+            let next = ring.next_avail().wrapping_add(1);
+            ring.set_next_avail(next);
+        }
+        self.complete(memory, head, written)
+    }
+
     /// How many malformed requests there were, and what was wrong with the last one.
     pub fn malformed(&self) -> (u64, Option<ChainError>) {
         *lock(&self.malformed)

@@ -10,11 +10,13 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmlab_devices::transport::mmio::{Mmio, register};
 use vmlab_devices::{Device, OnFault};
 
+#[allow(unused_imports, reason = "not every test uses all of it")]
 pub(crate) use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
 };
+#[allow(unused_imports, reason = "not every test uses all of it")]
 pub(crate) use virtio_bindings::virtio_ring::{
     VRING_DESC_F_NEXT as NEXT, VRING_DESC_F_WRITE as WRITE,
 };
