@@ -162,6 +162,57 @@ fn console_seed(how: u8) -> Vec<u8> {
     out
 }
 
+/// Frames from the stream for a guest that has room for some, or as many of the guest.
+fn net_seed(how: u8) -> Vec<u8> {
+    const HEADER: usize = 12;
+    let frames = [60, 14, 1514, 13];
+    let frame = |len: usize| vec![len as u8; len];
+    let stream: Vec<u8> = frames
+        .iter()
+        .flat_map(|len| [&(*len as u32).to_be_bytes()[..], &frame(*len)].concat())
+        .collect();
+    let flags = if how & 2 == 0 { WRITE } else { 0 };
+    let mut out = [&[how][..], &(stream.len() as u16).to_le_bytes(), &stream].concat();
+    for (index, len) in (0_u16..).zip(frames) {
+        let at = ring::BUFFERS + 0x800 * index;
+        out.extend(ring::input([
+            Act::Write(at + HEADER as u16, &frame(len)),
+            Act::Write(ring::TABLE + 16 * index, &descriptor(at, HEADER + len, flags, 0)),
+            Act::Write(ring::AVAILABLE + 4 + 2 * index, &index.to_le_bytes()),
+            Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()),
+            Act::Kick(0),
+        ]));
+    }
+    out
+}
+
+/// Connections both ways, with data and all ways to end one.
+fn vsock_seed(how: u8) -> Vec<u8> {
+    // What a guest says of its credit, and 64 bytes.
+    let guest = |op, host, guest, flags| [op, host, guest, flags, 64, 0, 255, 0];
+    let program = |what: u8, guest, len| [0x80 | what, 0, guest, 0, len, 0, 0, 0];
+    let mut acts = vec![
+        guest(1, 1, 1, 0),
+        program(1, 0, 0),
+        guest(5, 1, 1, 0),
+        program(5, 0, 100),
+        program(6, 0, 64),
+        guest(7, 1, 1, 0),
+        guest(6, 1, 1, 0),
+        // A program that connects, which gets the first of the ports for that.
+        program(0, 0, 0),
+        program(3, 0, 0),
+        program(4, 2, 0),
+        guest(2, 0x80, 2, 0),
+        program(6, 0, 64),
+        guest(5, 0x80, 2, 0),
+    ];
+    acts.push([0x87, 0, 0, how, 0, 0, 0, 0]);
+    acts.extend([guest(4, 1, 1, 1 + how % 3), guest(5, 1, 1, 0), guest(4, 1, 1, 3)]);
+    acts.extend([program(2, 0, 0), guest(3, 0x80, 2, 0), guest(5, 0x80, 2, 0)]);
+    [&[how][..], &acts.concat()].concat()
+}
+
 /// The set-up of a device, requests for all of its queues, a move to another one, a reset, and the set-up again.
 fn mmio_seed(how: u8) -> Vec<u8> {
     use mmio::Act;
@@ -234,6 +285,14 @@ fn main() -> io::Result<()> {
     }
     for (number, request) in requests.chunks(1).enumerate() {
         fs::write(dir.join(format!("one-{number}")), blk_seed(4, request, false))?;
+    }
+
+    for (what, seed) in [("net", net_seed as fn(u8) -> Vec<u8>), ("vsock", vsock_seed)] {
+        let dir = corpus.join(what);
+        fs::create_dir_all(&dir)?;
+        for how in 0..6 {
+            fs::write(dir.join(format!("all-{how}")), seed(how))?;
+        }
     }
 
     let dir = corpus.join("console");
