@@ -6,7 +6,7 @@ use std::{env, fs, io};
 use vmlab_fuse::abi::{Opcode, OpenIn};
 use vmlab_fuse::testing::{RawRequest, samples};
 use vmlab_fuzz::ring::{self, Act};
-use vmlab_fuzz::{Request, input};
+use vmlab_fuzz::{Request, input, mmio};
 
 /// Flags of descriptors: `VRING_DESC_F_*`.
 const NEXT: u16 = 1;
@@ -62,7 +62,7 @@ fn ring_seed(how: u8, requests: &[RawRequest], indirect: bool) -> Vec<u8> {
         }
         act(Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()));
         act(Act::Write(ring::AVAILABLE + 4 + 2 * (index % ring::SIZE), &[0, 0]));
-        act(Act::Kick);
+        act(Act::Kick(0));
     }
     out
 }
@@ -116,10 +116,122 @@ fn blk_seed(how: u8, requests: &[BlkRequest], at_once: bool) -> Vec<u8> {
         act(Act::Write(ring::AVAILABLE + 4 + 2 * (index % ring::SIZE), &slot.to_le_bytes()));
         act(Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()));
         if !at_once || index % 5 == 4 {
-            act(Act::Kick);
+            act(Act::Kick(0));
         }
     }
     out
+}
+
+/// `struct virtio_console_control`.
+fn console_message(port: u32, event: u16, value: u16) -> Vec<u8> {
+    [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+/// A driver's set-up of two ports, and bytes both ways.
+fn console_seed(how: u8) -> Vec<u8> {
+    /// Behind the rings of six queues.
+    const DATA: u16 = 0x6000;
+    let mut out = vec![how, 0];
+    let mut next = [0u16; 6];
+    let mut ask = |queue: u16, bytes: &[u8], flags: u16, len: usize| {
+        let (base, index) = (0x1000 * queue, &mut next[usize::from(queue)]);
+        let at = DATA + 0x400 * queue;
+        let head = descriptor(at, len, flags, 0);
+        let place = base + ring::AVAILABLE + 4 + 2 * (*index % ring::SIZE);
+        *index += 1;
+        out.extend(ring::input([
+            Act::Write(at, bytes),
+            Act::Write(base + ring::TABLE, &head),
+            Act::Write(place, &[0, 0]),
+            Act::Write(base + ring::AVAILABLE + 2, &index.to_le_bytes()),
+            Act::Kick(queue as u8),
+        ]));
+    };
+    // DEVICE_READY, PORT_READY of both, PORT_OPEN.
+    for (port, event) in [(0, 0), (0, 3), (1, 3), (0, 6), (1, 6)] {
+        ask(3, &console_message(port, event, 1), 0, 8);
+        ask(2, &[], WRITE, 64);
+        ask(2, &[], WRITE, 64);
+    }
+    for queue in [0, 4] {
+        ask(queue, &[], WRITE, 100);
+        ask(queue + 1, b"from the guest", 0, 14);
+    }
+    ask(3, &console_message(1, 6, 0), 0, 8);
+    ask(4, &[], WRITE, 100);
+    out
+}
+
+/// Frames from the stream for a guest that has room for some, or as many of the guest.
+fn net_seed(how: u8) -> Vec<u8> {
+    const HEADER: usize = 12;
+    let frames = [60, 14, 1514, 13];
+    let frame = |len: usize| vec![len as u8; len];
+    let stream: Vec<u8> = frames
+        .iter()
+        .flat_map(|len| [&(*len as u32).to_be_bytes()[..], &frame(*len)].concat())
+        .collect();
+    let flags = if how & 2 == 0 { WRITE } else { 0 };
+    let mut out = [&[how][..], &(stream.len() as u16).to_le_bytes(), &stream].concat();
+    for (index, len) in (0_u16..).zip(frames) {
+        let at = ring::BUFFERS + 0x800 * index;
+        out.extend(ring::input([
+            Act::Write(at + HEADER as u16, &frame(len)),
+            Act::Write(ring::TABLE + 16 * index, &descriptor(at, HEADER + len, flags, 0)),
+            Act::Write(ring::AVAILABLE + 4 + 2 * index, &index.to_le_bytes()),
+            Act::Write(ring::AVAILABLE + 2, &(index + 1).to_le_bytes()),
+            Act::Kick(0),
+        ]));
+    }
+    out
+}
+
+/// Connections both ways, with data and all ways to end one.
+fn vsock_seed(how: u8) -> Vec<u8> {
+    // What a guest says of its credit, and 64 bytes.
+    let guest = |op, host, guest, flags| [op, host, guest, flags, 64, 0, 255, 0];
+    let program = |what: u8, guest, len| [0x80 | what, 0, guest, 0, len, 0, 0, 0];
+    let mut acts = vec![
+        guest(1, 1, 1, 0),
+        program(1, 0, 0),
+        guest(5, 1, 1, 0),
+        program(5, 0, 100),
+        program(6, 0, 64),
+        guest(7, 1, 1, 0),
+        guest(6, 1, 1, 0),
+        // A program that connects, which gets the first of the ports for that.
+        program(0, 0, 0),
+        program(3, 0, 0),
+        program(4, 2, 0),
+        guest(2, 0x80, 2, 0),
+        program(6, 0, 64),
+        guest(5, 0x80, 2, 0),
+    ];
+    acts.push([0x87, 0, 0, how, 0, 0, 0, 0]);
+    acts.extend([guest(4, 1, 1, 1 + how % 3), guest(5, 1, 1, 0), guest(4, 1, 1, 3)]);
+    acts.extend([program(2, 0, 0), guest(3, 0x80, 2, 0), guest(5, 0x80, 2, 0)]);
+    [&[how][..], &acts.concat()].concat()
+}
+
+/// The set-up of a device, requests for all of its queues, a move to another one, a reset, and the set-up again.
+fn mmio_seed(how: u8) -> Vec<u8> {
+    use mmio::Act;
+    let queues = if how & 1 == 0 { 1 } else { 6 };
+    let mut acts = Vec::new();
+    for round in 0..2 {
+        acts.extend(mmio::set_up(queues));
+        for queue in 0..queues {
+            let base = mmio::base(queue);
+            let flags = if queue % 2 == 0 { WRITE } else { 0 };
+            acts.extend([
+                Act::Memory(base, descriptor(0x7000, 64, flags, 0)),
+                Act::Memory(base + ring::AVAILABLE + 2, vec![1, 0]),
+                Act::Write(mmio::NOTIFY, u32::from(queue).to_le_bytes().to_vec()),
+            ]);
+        }
+        acts.push(if round == 0 { Act::Move } else { Act::Read(0x60, 4) });
+    }
+    [&[how][..], &mmio::input(&acts)].concat()
 }
 
 fn main() -> io::Result<()> {
@@ -173,6 +285,26 @@ fn main() -> io::Result<()> {
     }
     for (number, request) in requests.chunks(1).enumerate() {
         fs::write(dir.join(format!("one-{number}")), blk_seed(4, request, false))?;
+    }
+
+    for (what, seed) in [("net", net_seed as fn(u8) -> Vec<u8>), ("vsock", vsock_seed)] {
+        let dir = corpus.join(what);
+        fs::create_dir_all(&dir)?;
+        for how in 0..6 {
+            fs::write(dir.join(format!("all-{how}")), seed(how))?;
+        }
+    }
+
+    let dir = corpus.join("console");
+    fs::create_dir_all(&dir)?;
+    for how in 0..8 {
+        fs::write(dir.join(format!("all-{how}")), console_seed(how))?;
+    }
+
+    let dir = corpus.join("mmio");
+    fs::create_dir_all(&dir)?;
+    for how in 0..4 {
+        fs::write(dir.join(format!("all-{how}")), mmio_seed(how))?;
     }
     Ok(())
 }

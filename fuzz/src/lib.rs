@@ -46,7 +46,9 @@ pub fn input(requests: &[Request]) -> Vec<u8> {
     out
 }
 
-/// The ring of the guests of `virtqueue`, `blk`, `net` and `vsock`, and what they do with it.
+pub mod mmio;
+
+/// The rings of the guests of `virtqueue`, `blk`, `net`, `vsock` and `console`, and what they do with them.
 pub mod ring {
     use std::sync::{Arc, Mutex};
 
@@ -72,8 +74,8 @@ pub mod ring {
     pub enum Act<'a> {
         /// Writes bytes to an address.
         Write(u16, &'a [u8]),
-        /// Kicks the device.
-        Kick,
+        /// Kicks the device, by one of its queues.
+        Kick(u8),
     }
 
     /// More acts than this show nothing new.
@@ -81,14 +83,14 @@ pub mod ring {
 
     const KICK: u8 = 0x80;
 
-    /// Takes the input apart: a byte with the highest bit is a kick; else follow two bytes of an address, one of
+    /// Takes the input apart: a byte with the highest bit is a kick of the queue that the others say; else follow two bytes of an address, one of
     /// a length, and so many bytes.
     pub fn acts(mut data: &[u8]) -> impl Iterator<Item = Act<'_>> {
         let next = move || {
             let (&what, rest) = data.split_first()?;
             data = rest;
             if what & KICK != 0 {
-                return Some(Act::Kick);
+                return Some(Act::Kick(what & !KICK));
             }
             let (&[a, b, length], rest) = data.split_first_chunk()?;
             let (bytes, rest) = rest.split_at(rest.len().min(length.into()));
@@ -106,19 +108,24 @@ pub mod ring {
 
     /// A ring that is set up, with or without event indices, whose indices begin here.
     pub fn queue(memory: &GuestMemoryMmap, event_idx: bool, begin: u16) -> VirtQueue {
+        queue_at(memory, event_idx, begin, 0)
+    }
+
+    /// The same behind a number of bytes.
+    pub fn queue_at(memory: &GuestMemoryMmap, event_idx: bool, begin: u16, base: u16) -> VirtQueue {
         let mut queue = Queue::new(SIZE).expect("a power of two");
         for (set, at) in [
             (Queue::try_set_desc_table_address as fn(&mut _, _) -> _, TABLE),
             (Queue::try_set_avail_ring_address, AVAILABLE),
             (Queue::try_set_used_ring_address, USED),
         ] {
-            set(&mut queue, GuestAddress(at.into())).expect("an aligned address");
+            set(&mut queue, GuestAddress((base + at).into())).expect("an aligned address");
         }
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         queue.set_next_avail(begin);
         queue.set_next_used(begin);
-        let place = GuestAddress(u64::from(AVAILABLE) + 2);
+        let place = GuestAddress(u64::from(base + AVAILABLE) + 2);
         memory.write_obj(begin, place).expect("in memory");
         VirtQueue::new(queue, GuestMemoryAtomic::new(memory.clone()), Arc::new(Interrupts))
     }
@@ -148,7 +155,7 @@ pub mod ring {
                 let _ = memory.write(bytes, GuestAddress(address.into()));
                 true
             }
-            Act::Kick => serve(),
+            Act::Kick(_) => serve(),
         });
         if works && serve() {
             let ring = queue.ring();
@@ -161,7 +168,7 @@ pub mod ring {
         let mut out = Vec::new();
         for act in acts {
             match act {
-                Act::Kick => out.push(KICK),
+                Act::Kick(queue) => out.push(KICK | queue),
                 Act::Write(mut address, bytes) => {
                     for piece in bytes.chunks(usize::from(u8::MAX)) {
                         out.push(0);

@@ -327,7 +327,7 @@ fn a_stream_out_of_step_or_at_its_end_is_no_more_work() {
         }
         let before = cpu_time();
         std::thread::sleep(4 * A_WHILE);
-        assert!(cpu_time() - before < 3 * A_WHILE, "a queue is served without rest");
+        assert!(cpu_time() - before < A_WHILE / 5, "a queue is served without rest");
         guest.stop();
         assert_eq!(guest.driver.used().len(), 1);
         // Nor is it for what the guest sends.

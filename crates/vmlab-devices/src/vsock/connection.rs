@@ -50,6 +50,8 @@ pub(super) struct Connection {
     hung_up: bool,
     /// What the guest will not do any more: [`NO_RECEIVE`], [`NO_SEND`].
     guest_shut: u32,
+    /// What of that the program can see.
+    guest_shut_shown: u32,
     /// The same of the program, and what of it the guest was told.
     host_shut: u32,
     host_shut_told: u32,
@@ -93,6 +95,7 @@ impl Connection {
             readable: true,
             hung_up: false,
             guest_shut: 0,
+            guest_shut_shown: 0,
             host_shut: 0,
             host_shut_told: 0,
             waiting: VecDeque::new(),
@@ -193,7 +196,7 @@ impl Connection {
         }
         if self.guest_shut & NO_RECEIVE != 0 {
             // The program's writes are to fail.
-            let _ = shutdown(&self.socket, Shutdown::Read);
+            self.show(NO_RECEIVE, Shutdown::Read);
         }
         self.flush();
         Fate::GoesOn
@@ -214,7 +217,16 @@ impl Connection {
         self.forwarded = self.forwarded.wrapping_add(self.waiting.len() as u32);
         self.waiting = VecDeque::new();
         if self.guest_shut & NO_SEND != 0 {
-            let _ = shutdown(&self.socket, Shutdown::Write);
+            self.show(NO_SEND, Shutdown::Write);
+        }
+    }
+
+    /// Shuts a half of the socket, once: each time is an event of its own socket, which would lead here again.
+    fn show(&mut self, half: u32, how: Shutdown) {
+        if self.guest_shut_shown & half == 0 {
+            self.guest_shut_shown |= half;
+            // It fails where the program is gone.
+            let _ = shutdown(&self.socket, how);
         }
     }
 
