@@ -292,7 +292,7 @@ fn sizes_are_told() {
     }
     // The last one is enough, though more may have been told.
     let mut sizes = std::iter::repeat_with(|| hear(&guest));
-    let last = [&message(0, RESIZE, 1)[..], &[50, 0, 199, 0]].concat();
+    let last = [&message(0, RESIZE, 1)[..], &[199, 0, 50, 0]].concat();
     assert!(sizes.any(|size| size == last));
 }
 
@@ -300,7 +300,7 @@ fn open_sized(guest: &Guest) {
     guest.start();
     say(guest, 0, PORT_READY, 1);
     assert_eq!(hear(guest), message(0, CONSOLE_PORT, 1));
-    assert_eq!(hear(guest), [&message(0, RESIZE, 1)[..], &[25, 0, 80, 0]].concat());
+    assert_eq!(hear(guest), [&message(0, RESIZE, 1)[..], &[80, 0, 25, 0]].concat());
 }
 
 const PIECE: usize = 128 << 10;
