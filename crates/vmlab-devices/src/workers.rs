@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -35,7 +36,8 @@ pub enum Fault {
     Panic(String),
 }
 
-/// Who is told of a fault: the queue's index and what it is. Called by the thread that has it.
+/// Who is told of a fault: the queue's index and what it is. Called by the thread that has it. Several threads may
+/// find that the guest has broken their queue, and the first one tells.
 pub type OnFault = Arc<dyn Fn(usize, Fault) + Send + Sync>;
 
 /// The threads that serve one queue. They wait for its kicks in turn: whoever has the turn takes requests,
@@ -54,6 +56,7 @@ struct Shared {
     /// Readable for good once the threads are to end.
     stop: OwnedFd,
     turn: Mutex<()>,
+    faulty: AtomicBool,
 }
 
 impl Workers {
@@ -73,8 +76,8 @@ impl Workers {
         // A kick that another thread has taken in the meantime must not block this one.
         rustix::io::ioctl_fionbio(&kick, true)?;
         queue.set_stopped(false);
-        let turn = Mutex::new(());
-        let shared = Arc::new(Shared { device, index, queue, kick, stop, turn });
+        let (turn, faulty) = Default::default();
+        let shared = Arc::new(Shared { device, index, queue, kick, stop, turn, faulty });
         let mut workers = Self { shared: shared.clone(), threads: Vec::new() };
         for number in 0..count {
             let (shared, on_fault) = (shared.clone(), on_fault.clone());
@@ -176,7 +179,10 @@ impl Shared {
             Err(panic) => Fault::Panic(message(&*panic)),
         };
         self.end();
-        on_fault(self.index, fault);
+        let first = !self.faulty.swap(true, Ordering::Relaxed);
+        if first || !matches!(fault, Fault::Queue(_)) {
+            on_fault(self.index, fault);
+        }
     }
 
     fn serve(&self) -> Result<(), Fault> {

@@ -358,7 +358,7 @@ fn a_reset_waits_for_requests_in_progress_and_takes_no_more() {
     let (device, hold) = slow();
     let guest = Guest::new(device);
     guest.start();
-    hold.resets.recv().unwrap();
+    hold.resets.recv_timeout(PATIENCE).unwrap();
     guest.offer(0, &[(BUFFERS, 8, WRITE)]);
     guest.offer(0, &[(BUFFERS, 8, WRITE)]);
     guest.kick(0);

@@ -187,11 +187,11 @@ impl Control {
                 port.told_open = self.host_open[index];
                 message(PORT_OPEN, port.told_open.into(), &[])
             }
-            // The specification has the columns first. Linux has always taken the first number for the rows, and
-            // it is Linux that has to understand it.
+            // As the specification has it. Linux had these two the other way round until commit 5326ab737a47,
+            // which was taken up by its stable series in January of 2026.
             _ => {
                 let (columns, rows) = self.size.unwrap_or_default();
-                message(RESIZE, 1, &[rows.to_le_bytes(), columns.to_le_bytes()].concat())
+                message(RESIZE, 1, &[columns.to_le_bytes(), rows.to_le_bytes()].concat())
             }
         })
     }
@@ -228,7 +228,7 @@ mod tests {
             control.hear(said(0, PORT_READY, 1));
         }
         let name = [&said(1, PORT_NAME, 1)[..], b"agent"].concat();
-        let size = [&said(0, RESIZE, 1)[..], &[50, 0, 132, 0]].concat();
+        let size = [&said(0, RESIZE, 1)[..], &[132, 0, 50, 0]].concat();
         let told = [said(0, CONSOLE_PORT, 1).to_vec(), size, name, said(1, PORT_OPEN, 1).to_vec()];
         assert_eq!(all(&mut control), told);
         assert!(!control.has_news());
