@@ -43,6 +43,7 @@ need fdisk /usr/sbin/sfdisk
 need qemu-utils qemu-img
 need passt passt
 need ovmf /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
+need acpica-tools iasl
 install_needed
 
 target=$(target_dir)

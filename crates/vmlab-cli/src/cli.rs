@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use vmlab::SnapshotMode;
+use vmlab::hypervisor::HypervisorChoice;
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
@@ -159,6 +160,10 @@ pub(crate) struct VmArgs {
     /// CPUs as NUMA nodes, last-level caches per node, cores per cache, threads per core
     #[arg(long, value_name = "NODES,LLCS,CORES,THREADS")]
     pub(crate) topology: Option<String>,
+    /// What runs the VM: QEMU, or with KVM vmlab's own monitor; auto takes the monitor where it has all that is
+    /// asked for. VMLAB_HYPERVISOR says so unless given
+    #[arg(long, value_enum)]
+    pub(crate) hypervisor: Option<HypervisorArg>,
     /// Who executes instructions; auto takes KVM where it is proved to work
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) accel: AccelArg,
@@ -330,6 +335,9 @@ pub(crate) struct TestArgs {
     /// Whose output is printed
     #[arg(short, long, value_enum, default_value = "failed")]
     pub(crate) output: ShownArg,
+    /// What runs all VMs, whatever the targets say
+    #[arg(long, value_enum)]
+    pub(crate) hypervisor: Option<HypervisorArg>,
     #[command(flatten)]
     pub(crate) snapshots: SnapshotArgs,
     #[command(flatten)]
@@ -444,6 +452,23 @@ pub(crate) enum AccelArg {
     Auto,
     Kvm,
     Tcg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum HypervisorArg {
+    Auto,
+    Qemu,
+    Kvm,
+}
+
+impl From<HypervisorArg> for HypervisorChoice {
+    fn from(argument: HypervisorArg) -> Self {
+        match argument {
+            HypervisorArg::Auto => Self::Auto,
+            HypervisorArg::Qemu => Self::Qemu,
+            HypervisorArg::Kvm => Self::Kvm,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -215,6 +215,9 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
         (None, Some(topology)) => vm.topology(topology.parse::<Topology>().context("--topology")?),
         (None, None) => vm,
     };
+    if let Some(hypervisor) = args.hypervisor {
+        vm = vm.hypervisor_choice(hypervisor.into());
+    }
     if let Some(machine) = args.machine {
         vm = vm.machine(match machine {
             MachineArg::Microvm => Machine::Microvm,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use vmlab::artifacts::Progress;
+use vmlab::config::Machine;
 use vmlab::hypervisor::ExitReason;
 use vmlab::report::Report;
 use vmlab::{Error, ExitStatus, FailedStart, PreparedVm, Vm};
@@ -127,8 +128,14 @@ pub(crate) fn run(request: &Request) -> Result<Code> {
         }
         if request.timings.is_some() {
             for report in under.outcomes.iter().filter_map(|outcome| outcome.report.as_ref()) {
-                let title = format!("{} ({})", report.release, report.accel.name());
-                let run = Timed { title, spans: report.timings.clone() };
+                // The monitor has a board of its own, QEMU has several.
+                let by = match report.machine {
+                    Machine::Native => Machine::Native.name(),
+                    Machine::Microvm | Machine::Q35 => report.accel.name(),
+                };
+                let title = format!("{} ({by})", report.release);
+                let (spans, exits) = (report.timings.clone(), report.exits.clone());
+                let run = Timed { title, spans, exits };
                 output::lines(&timings::list(&run));
                 timed.push(run);
             }

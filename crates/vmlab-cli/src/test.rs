@@ -32,7 +32,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
         None => usual_file()?,
     };
     let file = targets::load(&file)?;
-    let chosen = choose(args, &file.targets)?;
+    let mut chosen = choose(args, &file.targets)?;
+    if let Some(hypervisor) = args.hypervisor {
+        chosen.iter_mut().for_each(|target| target.vm.hypervisor = Some(hypervisor.into()));
+    }
     if args.list {
         let names: String = chosen.iter().map(|target| format!("{}\n", target.name)).collect();
         output::stdout(names.as_bytes())?;

@@ -2,6 +2,7 @@
 
 mod svg;
 
+use vmlab::hypervisor::ExitCount;
 use vmlab::timings::Span;
 
 pub(crate) use svg::draw;
@@ -18,6 +19,8 @@ pub(crate) struct Timed {
     /// What it ran under.
     pub(crate) title: String,
     pub(crate) spans: Vec<Span>,
+    /// How often its CPUs left the guest, where that is known.
+    pub(crate) exits: Vec<ExitCount>,
 }
 
 impl Timed {
@@ -48,6 +51,12 @@ pub(crate) fn list(timed: &Timed) -> String {
             shown(&span.name),
             indent = depth * 2
         ));
+    }
+    if !timed.exits.is_empty() {
+        let total: u64 = timed.exits.iter().map(|exit| exit.count).sum();
+        let exit = |exit: &ExitCount| format!("{} {}", exit.exit, exit.count);
+        let exits: Vec<String> = timed.exits.iter().map(exit).collect();
+        text.push_str(&format!("  {total} exits of the guest: {}\n", exits.join(", ")));
     }
     text
 }
@@ -108,7 +117,7 @@ mod tests {
             span(Track::Host, "prepare", 0.0, 20.0, vec![]),
             span(Track::Host, "boot", 20.0, 980.0, inner),
         ];
-        Timed { title: "6.12 & <more>".to_owned(), spans }
+        Timed { title: "6.12 & <more>".to_owned(), spans, exits: Vec::new() }
     }
 
     #[test]
@@ -122,6 +131,16 @@ mod tests {
         assert!(kernel.contains("  900.0 ms   ######"), "{text}");
         assert!(!text.contains('\x1b') && !text.contains('\0') && !text.contains('\u{202e}'));
         assert!(text.lines().all(|line| line.chars().count() < 140), "{text}");
+    }
+
+    #[test]
+    fn exits_are_counted_below_the_list() {
+        let exits = vec![
+            ExitCount { exit: "port", count: 17 },
+            ExitCount { exit: "register", count: 1200 },
+        ];
+        let text = list(&Timed { exits, ..run() });
+        assert!(text.ends_with("\n  1217 exits of the guest: port 17, register 1200\n"), "{text}");
     }
 
     #[test]

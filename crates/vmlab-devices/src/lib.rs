@@ -1,9 +1,9 @@
 //! Virtio devices that know neither a hypervisor nor how they are attached to one.
 //!
 //! ```text
-//! transport (vhost-user; mmio)                rings, memory, interrupts, worker threads
+//! transport (vhost-user; mmio)               rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
-//! Device (blk, console, fs, net, rng, vsock)  requests of a guest
+//! Device (blk, console, fs, net, rng, vsock) requests of a guest
 //! ```
 //!
 //! Beside that, [`net`] has what carries frames from one guest to others.

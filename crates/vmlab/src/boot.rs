@@ -21,6 +21,7 @@ use vmlab_artifacts::{
 
 use crate::Error;
 use crate::config::{AgentChannel, ConfigError, KernelBoot, ShareTransport};
+use crate::hypervisor::VirtioBus;
 use crate::identity::of_this_program;
 use crate::share::ShareVia;
 use findings::Findings;
@@ -67,6 +68,8 @@ const DISK_FILESYSTEMS: [&str; 6] = ["ext4", "xfs", "btrfs", "f2fs", "squashfs",
 /// What a run needs of its kernel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Needs {
+    /// Where its virtio devices are.
+    pub(crate) bus: VirtioBus,
     /// Writes to the root go into memory.
     pub(crate) overlay: bool,
     /// There is a network interface.
@@ -143,15 +146,24 @@ fn other_release(kernel: &Kernel) -> Option<String> {
 }
 
 /// What every guest needs of a kernel whose configuration is known. None of these can be a module.
-const BASE: [&str; 7] = [
+const BASE: [&str; 6] = [
     "CONFIG_BLK_DEV_INITRD",
     "CONFIG_BINFMT_ELF",
     "CONFIG_DEVTMPFS",
     "CONFIG_TMPFS",
     "CONFIG_PROC_FS",
     "CONFIG_SYSFS",
-    "CONFIG_PCI",
 ];
+
+/// What it needs besides to look for virtio devices there at all.
+const fn finds_bus(bus: VirtioBus) -> &'static [&'static str] {
+    match (bus, Arch::HOST) {
+        (VirtioBus::Pci, _) => &["CONFIG_PCI"],
+        (VirtioBus::Mmio, Arch::X86_64) => &["CONFIG_ACPI"],
+        // Every kernel of the others reads a device tree.
+        (VirtioBus::Mmio, _) => &[],
+    }
+}
 
 /// What a kernel needs to find devices on a PCI Express bus that has no I/O ports.
 const ECAM: [&str; 2] = ["CONFIG_ACPI", "CONFIG_PCI_MMCONFIG"];
@@ -268,8 +280,11 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
         ShareTransport::VirtioFs => Feature::Virtiofs,
         ShareTransport::NineP => Feature::NineP,
     };
-    let mut required =
-        vec![(Feature::VirtioPci, "reach the host's files"), (carrier, "mount the host's files")];
+    let bus = match needs.bus {
+        VirtioBus::Pci => Feature::VirtioPci,
+        VirtioBus::Mmio => Feature::VirtioMmio,
+    };
+    let mut required = vec![(bus, "reach the host's files"), (carrier, "mount the host's files")];
     if needs.overlay {
         required.push((Feature::Overlay, "lay a writable layer over its root"));
     }
@@ -293,7 +308,8 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     let mut absent: Vec<String> = Vec::new();
     let mut hints = Vec::new();
     if let Some(config) = known.config {
-        let base = BASE.iter().filter(|option| config.get(option) != Tristate::BuiltIn);
+        let base = BASE.iter().chain(finds_bus(needs.bus));
+        let base = base.filter(|option| config.get(option) != Tristate::BuiltIn);
         absent.extend(base.map(|option| (*option).to_owned()));
         if !absent.is_empty() {
             purposes.push("run the agent");

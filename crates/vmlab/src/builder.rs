@@ -10,11 +10,13 @@ use vmlab_artifacts::cache::Leases;
 use vmlab_artifacts::{Progress, Silent};
 
 use crate::Error;
-use crate::accel::AccelChoice;
-use crate::config::{Accel, Machine, NetworkMode, Topology, VmConfigBuilder};
+use crate::accel::{self, AccelChoice};
+use crate::config::{Accel, ConfigError, Machine, NetworkMode, Topology, VmConfigBuilder};
 use crate::disk::{self, Disk};
 use crate::guest::Environment;
-use crate::hypervisor::{Hypervisor, qemu::Qemu};
+use crate::hypervisor::kvm::Kvm;
+use crate::hypervisor::qemu::Qemu;
+use crate::hypervisor::{Hypervisor, HypervisorChoice};
 use crate::image::Image;
 use crate::lan::{Lan, Membership, memberships};
 use crate::prepared::{PreparedVm, System};
@@ -101,7 +103,9 @@ pub struct VmBuilder {
     timeout: Option<Duration>,
     boot_timeout: Option<Duration>,
     snapshots: SnapshotMode,
-    hypervisor: Arc<dyn Hypervisor>,
+    hypervisor_choice: Option<HypervisorChoice>,
+    /// The one that it is to be, or that was chosen.
+    hypervisor: Option<Arc<dyn Hypervisor>>,
     progress: Arc<dyn Progress + Send>,
     observer: Option<Observer>,
 }
@@ -145,7 +149,8 @@ impl Default for VmBuilder {
             timeout: None,
             boot_timeout: None,
             snapshots: SnapshotMode::default(),
-            hypervisor: Arc::new(Qemu::new()),
+            hypervisor_choice: None,
+            hypervisor: None,
             progress: Arc::new(Silent),
             observer: None,
         }
@@ -367,9 +372,16 @@ impl VmBuilder {
         self
     }
 
-    /// What runs the VM; QEMU unless set.
+    /// Which hypervisor runs it; `VMLAB_HYPERVISOR` says so unless set, and [`HypervisorChoice::Auto`] if that is
+    /// not set either.
+    pub fn hypervisor_choice(mut self, choice: HypervisorChoice) -> Self {
+        self.hypervisor_choice = Some(choice);
+        self
+    }
+
+    /// Has this very hypervisor run it.
     pub fn hypervisor(mut self, hypervisor: Arc<dyn Hypervisor>) -> Self {
-        self.hypervisor = hypervisor;
+        self.hypervisor = Some(hypervisor);
         self
     }
 
@@ -390,6 +402,41 @@ impl VmBuilder {
     /// # Errors
     /// When something cannot be had, or the whole cannot work.
     pub fn prepare(self) -> Result<PreparedVm, Error> {
+        if let Some(given) = self.hypervisor.clone() {
+            return self.prepare_on(given);
+        }
+        match self.hypervisor_choice.map_or_else(HypervisorChoice::of_environment, Ok)? {
+            HypervisorChoice::Qemu => self.prepare_on(Arc::new(Qemu::new())),
+            HypervisorChoice::Kvm => self.prepare_on(Arc::new(Kvm)),
+            HypervisorChoice::Auto if !self.may_be_native()? => {
+                self.prepare_on(Arc::new(Qemu::new()))
+            }
+            HypervisorChoice::Auto => match self.clone().prepare_on(Arc::new(Kvm)) {
+                // QEMU may have what the monitor has not.
+                Err(Error::Config(ConfigError::Unsupported { .. }) | Error::KernelLacks { .. }) => {
+                    self.prepare_on(Arc::new(Qemu::new()))
+                }
+                prepared => prepared,
+            },
+        }
+    }
+
+    /// Whether vmlab's own monitor can be tried.
+    fn may_be_native(&self) -> Result<bool, Error> {
+        let starts_kernel = self.image.is_none() || self.kernel.is_some();
+        if !starts_kernel || self.accel == AccelChoice::Tcg {
+            return Ok(false);
+        }
+        Ok(accel::choose(self.accel, &self.cache()?)?.accel == Accel::Kvm)
+    }
+
+    /// As [`prepare`](Self::prepare), for this hypervisor.
+    fn prepare_on(mut self, hypervisor: Arc<dyn Hypervisor>) -> Result<PreparedVm, Error> {
+        self.hypervisor = Some(Arc::clone(&hypervisor));
+        let can = hypervisor.capabilities();
+        if !can.tcg && self.accel == AccelChoice::Auto {
+            self.accel = AccelChoice::Kvm;
+        }
         let builder = Arc::new(self.clone());
         let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
@@ -397,7 +444,7 @@ impl VmBuilder {
         let environment = self.environment_in_guest()?;
         let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
-        self.hypervisor.find()?;
+        hypervisor.find()?;
         let leases = Leases::default();
         let since = Instant::now();
         let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;
@@ -414,7 +461,10 @@ impl VmBuilder {
             Some(image) if self.kernel.is_none() => {
                 self.image_parts(image, &environment, (&cache, &leases), &mut timeline)?
             }
-            _ => self.kernel_parts(&environment, &lans, (&cache, &leases), &mut timeline)?,
+            _ => {
+                let made = (&cache, &leases, &can);
+                self.kernel_parts(&environment, &lans, made, &mut timeline)?
+            }
         };
         let Parts { config, setup, system, accel_reason } = parts;
         let config = lans.iter().map(Membership::device).fold(config, VmConfigBuilder::lan);
@@ -434,7 +484,7 @@ impl VmBuilder {
         if let Some(cpu) = self.kvm_cpu.filter(|_| config.accel == Accel::Kvm) {
             config.qemu_args.extend(["-cpu".to_owned(), cpu]);
         }
-        self.hypervisor.capabilities().check(self.hypervisor.name(), &config)?;
+        can.check(hypervisor.name(), &config)?;
         timeline.end(Phase::Prepare);
         let usual_time = match system {
             System::Kernel(_) => BOOT_TIME,
@@ -450,7 +500,7 @@ impl VmBuilder {
             user: self.user,
             accel_reason,
             lans,
-            hypervisor: self.hypervisor,
+            hypervisor,
             timeout: self.timeout,
             boot_timeout: self.boot_timeout.unwrap_or(usual_time),
             snapshots: self.snapshots,

@@ -110,6 +110,9 @@ pub enum Machine {
     Microvm,
     /// A PC with the Q35 chip set.
     Q35,
+    /// The board of vmlab's own monitor: virtio devices at fixed addresses, serial ports, ACPI. Its hypervisor has no
+    /// other, and no other hypervisor has it.
+    Native,
 }
 
 impl Machine {
@@ -118,6 +121,7 @@ impl Machine {
         match self {
             Machine::Microvm => "microvm",
             Machine::Q35 => "q35",
+            Machine::Native => "native",
         }
     }
 }
@@ -484,8 +488,8 @@ impl VmConfigBuilder {
         if nodes > 1 && !config.memory.0.is_multiple_of(nodes * MIB) {
             return Err(ConfigError::NodeMemory { nodes: topology.nodes, memory: config.memory });
         }
+        let lacks = |what| Err(ConfigError::Machine { machine: config.machine.name(), what });
         if config.machine == Machine::Microvm {
-            let lacks = |what| Err(ConfigError::Machine { machine: Machine::Microvm.name(), what });
             if topology.nodes > 1 {
                 return lacks("NUMA nodes");
             }
@@ -495,9 +499,9 @@ impl VmConfigBuilder {
             if config.channel == AgentChannel::Serial {
                 return lacks("second serial port, which a kernel without virtio consoles needs");
             }
-            if config.boot.kernel().is_none() {
-                return lacks("firmware that starts disks");
-            }
+        }
+        if config.machine != Machine::Q35 && config.boot.kernel().is_none() {
+            return lacks("firmware that starts disks");
         }
         check_boot(&config.boot)?;
         check_shares(&config.shares)?;

@@ -43,9 +43,11 @@ const SPACE_WANTED: Bytes = Bytes(1 << 30);
 
 /// Looks at everything that running VMs depends on.
 pub fn examine() -> Vec<Check> {
+    let kvm = kvm();
     vec![
-        qemu(),
-        kvm(),
+        qemu(kvm.status == Status::Good),
+        kvm,
+        passt(),
         sandbox(),
         depmod(),
         apt(),
@@ -71,21 +73,49 @@ fn wrong(
     Check { name, status, detail: detail.into(), remedy: Some(remedy.into()) }
 }
 
-fn qemu() -> Check {
-    match Qemu::new().probe() {
-        Ok(report) => good("qemu", format!("{} ({})", report.version, report.program.display())),
-        Err(error) => wrong("qemu", Status::Bad, chain(&error), "VMs need QEMU's system emulator"),
+/// `kvm` is whether there is another way to run VMs.
+fn qemu(kvm: bool) -> Check {
+    let qemu = Qemu::new();
+    let found = qemu.probe().and_then(|report| Ok((report, qemu.prove()?)));
+    match found {
+        Ok((report, took)) => good(
+            "qemu",
+            format!(
+                "{} ({}), ran a guest in {:.0} ms",
+                report.version,
+                report.program.display(),
+                took.as_secs_f64() * 1e3
+            ),
+        ),
+        Err(error) => wrong(
+            "qemu",
+            if kvm { Status::Lacking } else { Status::Bad },
+            chain(&error),
+            "without QEMU, no systems of images run, and without KVM nothing does",
+        ),
     }
 }
 
 fn kvm() -> Check {
     match probe::prove() {
-        Ok(proof) => good("kvm", proof.to_string()),
+        Ok(proof) => good("kvm", format!("{proof}; used by vmlab's own monitor, and by QEMU")),
         Err(unusable) => wrong(
             "kvm",
             Status::Lacking,
             chain(&unusable),
-            "without KVM, guests run under TCG: everything works, about ten times slower",
+            "without KVM, guests run in QEMU under TCG: everything works, about ten times slower",
+        ),
+    }
+}
+
+fn passt() -> Check {
+    match find_program("passt") {
+        Some(path) => good("passt", path.display().to_string()),
+        None => wrong(
+            "passt",
+            Status::Lacking,
+            "not found",
+            "VMs of vmlab's own monitor reach the network (--net user) with passt; QEMU does without",
         ),
     }
 }

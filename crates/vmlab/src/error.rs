@@ -442,6 +442,7 @@ impl Error {
                     ErrorClass::GuestEnded
                 }
                 ExitReason::Killed
+                | ExitReason::ProcessorFailed(_)
                 | ExitReason::MonitorFailed(_)
                 | ExitReason::FileServerFailed(_) => ErrorClass::Vmlab,
             },

@@ -149,6 +149,7 @@ impl PreparedVm {
         Report {
             kernel,
             release,
+            hypervisor: self.hypervisor.name(),
             accel: self.config.accel,
             accel_reason: self.accel_reason.clone(),
             machine: self.config.machine,
@@ -158,6 +159,7 @@ impl PreparedVm {
             timings: self.timeline.spans(),
             guest_boot: None,
             setup_steps: Vec::new(),
+            exits: Vec::new(),
             exit_reason: None,
             console_log: None,
         }

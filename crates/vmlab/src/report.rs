@@ -76,6 +76,15 @@ pub struct GuestStep {
     pub ms: f64,
 }
 
+/// How often CPUs have left the guest for one reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ExitCount {
+    /// The reason.
+    pub exit: &'static str,
+    /// How often.
+    pub count: u64,
+}
+
 /// What a VM did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -83,6 +92,8 @@ pub struct Report {
     pub kernel: String,
     /// Its release, as the guest says it.
     pub release: String,
+    /// What ran it: `qemu`, or `kvm` for vmlab's own monitor.
+    pub hypervisor: &'static str,
     /// How instructions were executed.
     pub accel: Accel,
     /// Why KVM was not used, where it was not.
@@ -101,6 +112,9 @@ pub struct Report {
     pub guest_boot: Option<GuestBoot>,
     /// What the guest's set-up consisted of.
     pub setup_steps: Vec<GuestStep>,
+    /// How often its CPUs have left the guest for the hypervisor, by reason, where that is counted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exits: Vec<ExitCount>,
     /// Why the VM ended, once it has.
     pub exit_reason: Option<ExitReason>,
     /// The log of the serial console, once there is one. What the hypervisor said is beside it.

@@ -78,10 +78,18 @@ impl From<Error> for StartFailure {
 /// Whether a VM that has not said anything may have failed because of the snapshot that it went on from:
 /// nobody ended it, and all else was there.
 fn may_be_the_snapshots(error: &Error) -> bool {
-    use ExitReason::{GuestPanic, MonitorFailed, Reset, Shutdown, TripleFault};
+    use ExitReason::{GuestPanic, MonitorFailed, ProcessorFailed, Reset, Shutdown, TripleFault};
     match error {
         Error::Ended { reason, .. } => {
-            matches!(reason, MonitorFailed(_) | GuestPanic(_) | Reset | Shutdown | TripleFault)
+            matches!(
+                reason,
+                MonitorFailed(_)
+                    | ProcessorFailed(_)
+                    | GuestPanic(_)
+                    | Reset
+                    | Shutdown
+                    | TripleFault
+            )
         }
         Error::Hypervisor(HypervisorError::Refused { .. })
         | Error::BootTimeout { .. }
@@ -232,8 +240,7 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
             let since = Instant::now();
             machine.end();
             timeline.note("end of the VM that booted", since);
-            let kept = greeting.ready.revivable;
-            let kept = if kept == snapshot.shares { kept } else { 0 };
+            let kept = kept(greeting.ready.revivable, snapshot.shares, self.keeps_devices());
             let snapshot = Snapshot { kept, ..snapshot };
             Ok((snapshot.clone(), greeting, snapshot))
         })
@@ -255,11 +262,16 @@ impl<F: Fn(&Arc<dyn VmHandle>)> Starter<'_, F> {
         let kept = snapshot.kept;
         let origin = Origin::Snapshot(snapshot);
         let machine = self.begin((config, origin, run_dir.path()), resume, timeline)?;
-        let devices = Some(Devices::of(config, kept));
+        let devices = Some(Devices::of(config, kept, self.keeps_devices()));
         let setup = machine.set_up(devices, 0, timeline).map_err(|error| machine.failed(error))?;
         let Machine { handle, connection, .. } = machine;
         let shares = config.shares.clone();
         Ok(Booted { handle, connection, ready, setup, shares, came_up: 0, run_dir })
+    }
+
+    /// Whether the devices of a snapshot are as the guest left them.
+    fn keeps_devices(&self) -> bool {
+        self.prepared.hypervisor.capabilities().keeps_devices
     }
 
     /// Has a machine go on in the midst of a run, as its devices are.
@@ -319,14 +331,20 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    fn of(config: &VmConfig, kept: u32) -> Self {
+    fn of(config: &VmConfig, kept: u32, keeps_devices: bool) -> Self {
         let shares = config.shares.len().try_into().unwrap_or(u32::MAX);
         let more = shares > kept
             || config.network != NetworkMode::None
             || !config.lans.is_empty()
             || !config.disks.is_empty();
-        Self { revive: kept.min(shares), more }
+        let revive = if keeps_devices { 0 } else { kept.min(shares) };
+        Self { revive, more }
     }
+}
+
+/// How many of a snapshot's shares a guest can go on with, which has found that it can revive so many: all or none.
+fn kept(revivable: u32, shares: u32, keeps_devices: bool) -> u32 {
+    if keeps_devices || revivable == shares { shares } else { 0 }
 }
 
 /// A machine whose guest is not ready for commands yet.
@@ -446,5 +464,48 @@ impl Machine<'_> {
         let panicked = error.class() == ErrorClass::GuestPanic;
         let emulator_fault = self.handle.serial().emulator_fault().filter(|_| panicked);
         StartFailure { error, emulator_fault, silent }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Caching, KernelBoot, ShareTransport, VmConfigBuilder, share_tag};
+
+    #[test]
+    fn shares_are_kept_all_or_none() {
+        assert_eq!((kept(3, 3, false), kept(2, 3, false)), (3, 0));
+        assert_eq!((kept(0, 3, true), kept(0, 0, true)), (3, 0));
+    }
+
+    #[test]
+    fn devices_that_are_as_they_were_are_not_revived() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let config = |shares| {
+            let boot = KernelBoot {
+                image: file.clone(),
+                arch: vmlab_artifacts::Arch::HOST,
+                initramfs: file.clone(),
+                command_line: String::new(),
+            };
+            let share = |index| ShareDevice {
+                tag: share_tag(index),
+                path: dir.path().to_owned(),
+                read_only: true,
+                transport: ShareTransport::VirtioFs,
+                caching: Caching::Fixed,
+            };
+            let config =
+                (0..shares).map(share).fold(VmConfigBuilder::new(boot), VmConfigBuilder::share);
+            config.build().unwrap()
+        };
+        let of = |shares, keeps_devices| {
+            let Devices { revive, more } = Devices::of(&config(shares), 2, keeps_devices);
+            (revive, more)
+        };
+        assert_eq!((of(2, false), of(3, false)), ((2, false), (2, true)));
+        assert_eq!((of(2, true), of(3, true)), ((0, false), (0, true)));
     }
 }

@@ -28,6 +28,7 @@ pub use select::{Selection, SelectionError, Shard};
 
 use crate::config::{Machine, NetworkMode, Topology};
 use crate::events::{EventKind, EventKinds};
+use crate::hypervisor::HypervisorChoice;
 use crate::units::Bytes;
 use crate::{AccelChoice, Disk, RootMode, Share, ShareVia};
 
@@ -187,6 +188,8 @@ pub struct VmSpec {
     pub topology: Option<Topology>,
     /// The board.
     pub machine: Option<Machine>,
+    /// What runs it.
+    pub hypervisor: Option<HypervisorChoice>,
     /// Who executes instructions.
     pub accel: AccelChoice,
     /// QEMU's `-cpu` where KVM is used.

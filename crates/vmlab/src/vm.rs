@@ -308,6 +308,7 @@ impl Vm {
                 agent_ready_ms: ms(self.ready.ready_ns),
             }),
             setup_steps: self.setup.steps.iter().map(step).collect(),
+            exits: self.handle.exits(),
             exit_reason: self.handle.wait(Some(Instant::now())),
             console_log: Some(self.console().log_path().to_owned()),
             ..self.prospect.clone()

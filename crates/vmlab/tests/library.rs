@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::Logs;
 use tempfile::TempDir;
-use vmlab::config::{Machine, NetworkMode, VmConfig};
+use vmlab::config::{Machine, NetworkMode, Topology, VmConfig};
 use vmlab::events::{EventReader, KernelEvent, default_kinds};
 use vmlab::guest::TerminalSize;
 use vmlab::hypervisor::qemu::Qemu;
@@ -319,6 +319,12 @@ fn another_hypervisor_is_asked_for_what_it_can_do() {
     assert_eq!(refused(network), wanted("this network"));
     let arguments = on_little(&little).qemu_arg("-S");
     assert_eq!(refused(arguments), wanted("arguments for QEMU"));
+    // The board of its own goes before all others, whatever the CPUs are like.
+    let mut native = little.clone();
+    native.machines = vec![Machine::Native];
+    let dies = Topology { nodes: 1, llcs: 2, cores: 1, threads: 1 };
+    let plan = on_little(&native).topology(dies).prepare().unwrap();
+    assert_eq!(plan.config().machine, Machine::Native);
     little.shares.clear();
     assert_eq!(refused(on_little(&little)), wanted("shares of this kind"));
 }

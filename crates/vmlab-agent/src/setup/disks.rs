@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount as mount_fs, unmount};
 use vmlab_wire::message::{Disk, DiskMount, DiskUse, Failure};
 
-use super::{Step, by_id, disk, failed, failed_io, files};
+use super::{Step, bus, by_id, disk, failed, failed_io, files};
 use crate::sys;
 
 /// Waits for the disks, gives them their names, and mounts those that are to be.
@@ -91,7 +91,7 @@ pub(crate) fn take_out(serial: &str) -> Step {
     by_id::forget(&name);
     let removed = fs::canonicalize(Path::new(disk::BLOCK).join(&name).join("device"))
         .and_then(|device| device.parent().map(Path::to_owned).ok_or(ErrorKind::NotFound.into()))
-        .and_then(|device| fs::write(device.join("remove"), "1"));
+        .and_then(|device| bus::forget(&device));
     removed.map_err(|e| failed_io(step(), &e, ""))
 }
 

@@ -1,5 +1,6 @@
 //! Making the guest ready for commands, as the host says.
 
+mod bus;
 mod by_id;
 mod clean;
 mod disk;

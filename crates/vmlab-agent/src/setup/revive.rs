@@ -129,7 +129,8 @@ pub(crate) fn release_bridges() {
 impl Devices {
     /// Those of the virtio-fs driver, as it has set them up. None at all if that cannot be done for all.
     pub(crate) fn find() -> Self {
-        Self(find().unwrap_or_default())
+        // Those that are not on a PCI bus are in a snapshot as they are, and never replaced.
+        Self(find(Path::new(DRIVER)).unwrap_or_default())
     }
 
     /// Those in these slots behind the bridge, as their drivers have set them up.
@@ -168,9 +169,9 @@ fn behind_bridge(slot: u8) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-fn find() -> io::Result<Vec<Device>> {
+fn find(driver: &Path) -> io::Result<Vec<Device>> {
     let mut paths = Vec::new();
-    for entry in fs::read_dir(DRIVER)?.flatten() {
+    for entry in fs::read_dir(driver)?.flatten() {
         if entry.file_name().as_encoded_bytes().starts_with(b"virtio") {
             let device = fs::canonicalize(entry.path())?;
             paths.extend(device.parent().map(Path::to_owned));
@@ -433,5 +434,35 @@ impl Drop for Mapped {
     fn drop(&mut self) {
         // SAFETY: it was mapped with this length, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn devices_at_fixed_addresses_are_none_to_revive() {
+        let dir = tempfile::tempdir().unwrap();
+        let (driver, device) =
+            (dir.path().join("virtiofs"), dir.path().join("LNRO0005:01/virtio1"));
+        assert!(find(&driver).is_err());
+        for path in [&driver, &device] {
+            fs::create_dir_all(path).unwrap();
+        }
+        assert_eq!(find(&driver).unwrap().len(), 0);
+        symlink(&device, driver.join("virtio1")).unwrap();
+        // It has no file of its configuration.
+        let error = find(&driver).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn nothing_is_revived_in_no_slots() {
+        let none = Devices::at(&[]).unwrap();
+        assert_eq!(none.count(), 0);
+        none.revive(none.count()).unwrap();
     }
 }

@@ -3,11 +3,12 @@
 use std::ffi::c_int;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use rustix::ioctl::{Opcode, opcode};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
-use super::{Step, failed_io};
+use super::{Step, bus};
 
 /// Sets the wall clock.
 pub(super) fn clock(clock_ns: u64, warn: &mut dyn FnMut(String)) {
@@ -28,10 +29,8 @@ pub(super) fn wall_clock_ns() -> u64 {
 
 /// Makes the kernel look for devices that have come since it last did, and waits for their drivers.
 pub(super) fn find_devices() -> Step {
-    const RESCAN: &str = "/sys/bus/pci/rescan";
     let _quiet = QuietConsole::new();
-    std::fs::write(RESCAN, "1")
-        .map_err(|e| failed_io(format!("look for new devices by {RESCAN}"), &e, ""))
+    bus::find(Path::new(bus::SYSFS))
 }
 
 /// Which of the kernel's messages go to the console, and three further levels.

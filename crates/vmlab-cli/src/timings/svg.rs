@@ -246,14 +246,13 @@ mod tests {
             .collect();
         let spans = names.iter().map(|name| span(Track::Agent, name, 0.0, 1.0, vec![])).collect();
         let title = "]]>\u{1}<!--".to_owned();
-        parsed(&draw(&[Timed { title, spans }]), |_| {});
+        parsed(&draw(&[Timed { title, spans, exits: Vec::new() }]), |_| {});
     }
 
     #[test]
     fn several_runs_are_below_each_other_and_nothing_is_fine_too() {
-        let empty = || Timed { title: String::new(), spans: Vec::new() };
-        let zero =
-            Timed { title: "0".to_owned(), spans: vec![span(Track::Host, "x", 0.0, 0.0, vec![])] };
+        let empty = || Timed { title: String::new(), spans: Vec::new(), exits: Vec::new() };
+        let zero = Timed { spans: vec![span(Track::Host, "x", 0.0, 0.0, vec![])], ..empty() };
         let text = draw(&[run(), empty(), zero, run()]);
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
         parsed(&text, |document| {

@@ -16,8 +16,8 @@ fn the_doctor_finds_what_is_there() {
     let checks = checks.as_array().unwrap();
     let names: Vec<&str> = checks.iter().map(|c| c["name"].as_str().unwrap()).collect();
     for wanted in [
-        "qemu", "kvm", "sandbox", "depmod", "apt", "cache", "logs", "kernels", "uefi", "images",
-        "memory",
+        "qemu", "kvm", "passt", "sandbox", "depmod", "apt", "cache", "logs", "kernels", "uefi",
+        "images", "memory",
     ] {
         assert!(names.contains(&wanted), "{wanted}: {names:?}");
     }
@@ -28,7 +28,10 @@ fn the_doctor_finds_what_is_there() {
     }
     let table = site.vmlab(["doctor"]).output();
     let table = table.expect_code(0).stdout_text();
-    assert!(table.lines().any(|l| l.starts_with("ok  qemu ") && l.contains("version")), "{table}");
+    assert!(
+        table.lines().any(|l| l.starts_with("ok  qemu ") && l.contains("ran a guest in")),
+        "{table}"
+    );
 
     // Without QEMU nothing can be run, and it says what to install.
     let empty = site.path().join("runtime");

@@ -12,15 +12,13 @@
 //! }
 //! ```
 
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-mod kick;
 mod verdict;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
 pub use verdict::{GuestStop, KvmProof, KvmUnusable};
 
-use kick::Kick;
+use crate::kick::Kick;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};

@@ -3,6 +3,7 @@ use super::*;
 mod remembered;
 
 const NEEDS: Needs = Needs {
+    bus: VirtioBus::Pci,
     disk: false,
     disk_later: false,
     disk_root: false,
@@ -92,7 +93,21 @@ fn exactly_what_is_missing_is_named() {
         "CONFIG_OVERLAY_FS",
         "CONFIG_VIRTIO_CONSOLE",
     ];
-    assert_eq!(lacking.missing, [BASE.as_slice(), &drivers].concat());
+    assert_eq!(lacking.missing, [BASE.as_slice(), &["CONFIG_PCI"], &drivers].concat());
+}
+
+#[test]
+fn devices_at_fixed_addresses_need_their_own_driver_and_no_pci() {
+    let needs = Needs { bus: VirtioBus::Mmio, ..NEEDS };
+    let lists: &[&str] = if Arch::HOST == Arch::X86_64 { &["CONFIG_ACPI"] } else { &[] };
+    let lacking = way(&all_built_in(), None, needs).unwrap_err();
+    assert_eq!(lacking.missing, [lists, &["CONFIG_VIRTIO_MMIO"]].concat());
+    let without_pci = all_built_in().replace("PCI=y", "PCI=n");
+    let config = format!("{without_pci}CONFIG_ACPI=y\nCONFIG_VIRTIO_MMIO=y\n");
+    assert_eq!(way(&config, None, needs).unwrap(), (Vec::new(), AgentChannel::Virtio));
+    let config = config.replace("VIRTIO_MMIO=y", "VIRTIO_MMIO=m");
+    let dep = "kernel/drivers/virtio/virtio_mmio.ko:\n";
+    assert_eq!(way(&config, Some(dep), needs).unwrap().0, ["virtio_mmio"]);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use crate::config::{
 };
 use crate::disk;
 use crate::guest::Environment;
-use crate::hypervisor::Capabilities;
+use crate::hypervisor::{Capabilities, VirtioBus};
 use crate::image::{Image, ROOT_DISK};
 use crate::lan::Membership;
 use crate::prepared::{ImageSystem, System};
@@ -73,7 +73,7 @@ impl VmBuilder {
         &self,
         environment: &Environment,
         lans: &[Membership],
-        (cache, leases): (&Cache, &Leases),
+        (cache, leases, can): (&Cache, &Leases, &Capabilities),
         timeline: &mut Timeline,
     ) -> Result<Parts, Error> {
         let store = KernelStore::open(cache.clone());
@@ -81,7 +81,7 @@ impl VmBuilder {
             Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, &*self.progress)?,
             None => {
                 let fits = |kernel: &Kernel| {
-                    boot::check(cache, kernel, self.needs(kernel))
+                    boot::check(cache, kernel, self.needs(kernel, can))
                         .map_err(|error| error.to_string())
                 };
                 store.resolve_default_for(&fits, &*self.progress)?
@@ -91,13 +91,17 @@ impl VmBuilder {
         let disk = self.image.as_ref().map(disk).transpose()?;
         timeline.end(Phase::Kernel);
 
-        let needs = self.needs(&kernel);
+        let needs = self.needs(&kernel, can);
         let since = Instant::now();
         let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, cache)?;
         timeline.note("proof of KVM", since);
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         if accel == Accel::Kvm && !self.full_console {
             arguments.push("quiet".to_owned());
+        }
+        if can.bus == VirtioBus::Mmio {
+            // It would look for a bus that is not there, in hundreds of exits, and for EFI to reset itself by.
+            arguments.extend(["pci=off", "reboot=acpi"].map(str::to_owned));
         }
         if self.fast {
             arguments.extend(FAST.iter().map(|&arg| arg.to_owned()));
@@ -106,7 +110,7 @@ impl VmBuilder {
         let since = Instant::now();
         let prepared = boot::prepare(cache, &kernel, needs, &arguments, &*self.progress)?;
         timeline.note("boot image and initramfs", since);
-        let machine = self.fastest_machine(&prepared, &self.hypervisor.capabilities());
+        let machine = self.fastest_machine(&prepared, can);
         let mut plan = MountPlan { transport: prepared.transport, devices: Vec::new() };
         let root = match disk {
             Some(_) => None,
@@ -214,7 +218,8 @@ impl VmBuilder {
                 SnapshotMode::Never => SnapshotMode::Never,
                 SnapshotMode::Use | SnapshotMode::Renew => SnapshotMode::Use,
             },
-            hypervisor: Arc::clone(&self.hypervisor),
+            hypervisor_choice: self.hypervisor_choice,
+            hypervisor: self.hypervisor.clone(),
             progress: Arc::clone(&self.progress),
             root: root.to_owned(),
             share_cwd: false,
@@ -244,8 +249,9 @@ impl VmBuilder {
         &*self.progress
     }
 
-    fn needs(&self, kernel: &Kernel) -> Needs {
+    fn needs(&self, kernel: &Kernel, can: &Capabilities) -> Needs {
         Needs {
+            bus: can.bus,
             overlay: self.chosen_root_mode() == RootMode::Overlay,
             disk: self.image.is_some() || !self.disks.is_empty(),
             disk_later: self.pluggable,
@@ -260,6 +266,9 @@ impl VmBuilder {
     }
 
     fn fastest_machine(&self, kernel: &PreparedKernel, can: &Capabilities) -> Machine {
+        if can.machines.contains(&Machine::Native) {
+            return Machine::Native;
+        }
         let Topology { nodes, llcs, .. } = self.topology;
         let simple =
             nodes == 1 && llcs == 1 && kernel.channel == AgentChannel::Virtio && kernel.sees_ecam;

@@ -13,6 +13,14 @@ use crate::units::Bytes;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
+    /// The environment names no hypervisor.
+    #[error("{variable} is `{value}`; it can be auto, qemu or kvm")]
+    HypervisorName {
+        /// The variable.
+        variable: &'static str,
+        /// What it says.
+        value: String,
+    },
     /// The kernel is for another processor.
     #[error("the kernel {} is for {kernel}, and this host runs {host} guests", path.display())]
     ArchMismatch {

@@ -57,12 +57,13 @@ fn bounds_are_checked() {
     };
     assert!(matches!(build_three(Machine::Q35, 512), Err(ConfigError::NodeMemory { .. })));
     assert!(matches!(build_three(Machine::Microvm, 513), Err(ConfigError::Machine { .. })));
-    assert!(build_three(Machine::Q35, 513).is_ok());
+    assert!(build_three(Machine::Q35, 513).is_ok() && build_three(Machine::Native, 513).is_ok());
     let dies = Topology { nodes: 1, llcs: 2, cores: 1, threads: 1 };
     let on_microvm = builder(dir.path()).topology(dies).build();
     assert!(matches!(on_microvm, Err(ConfigError::Machine { .. })));
-    let serial = builder(dir.path()).channel(AgentChannel::Serial).build();
-    assert!(matches!(serial, Err(ConfigError::Machine { .. })));
+    let serial = builder(dir.path()).channel(AgentChannel::Serial);
+    assert!(matches!(serial.clone().build(), Err(ConfigError::Machine { .. })));
+    assert!(serial.machine(Machine::Native).topology(dies).build().is_ok());
     assert!(build(|b| b.memory(Bytes(300 * MIB + 5))).is_ok());
 }
 
@@ -142,8 +143,12 @@ fn firmware_needs_a_pc_and_its_files() {
         VmConfigBuilder::new(boot).machine(machine).build()
     };
     assert!(build(Firmware::Bios, Machine::Q35).is_ok());
-    let microvm = build(Firmware::Bios, Machine::Microvm);
-    assert!(matches!(microvm, Err(ConfigError::Machine { .. })));
+    for machine in [Machine::Microvm, Machine::Native] {
+        let lacks = build(Firmware::Bios, machine);
+        assert!(
+            matches!(lacks, Err(ConfigError::Machine { machine: name, .. }) if name == machine.name())
+        );
+    }
     let uefi = |vars: &str| Firmware::Uefi {
         code: dir.path().join("kernel"),
         vars: dir.path().join(vars),

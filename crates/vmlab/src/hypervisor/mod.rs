@@ -1,7 +1,11 @@
 //! The boundary between vmlab and whatever runs a VM.
 
+mod choice;
 mod console;
+pub mod kvm;
+mod panic;
 pub mod qemu;
+mod served;
 mod snapshot;
 
 use std::ffi::OsString;
@@ -15,15 +19,21 @@ use serde::Serialize;
 use thiserror::Error;
 
 use vmlab_artifacts::Cache;
+use vmlab_artifacts::image::ImageFormat;
+use vmlab_vmm::probe::KvmUnusable;
 
+pub use choice::HypervisorChoice;
 pub use console::SerialConsole;
 pub(crate) use console::printable;
 pub(crate) use snapshot::DeviceId;
 pub use snapshot::{Memory, Origin, RunDevices, Snapshot};
 
 pub use crate::lan::LanPort;
+pub use crate::report::ExitCount;
 
-use crate::config::{ConfigError, DiskDevice, Machine, NetworkMode, ShareTransport, VmConfig};
+use crate::config::{
+    Accel, ConfigError, DiskDevice, Machine, NetworkMode, ShareTransport, VmConfig,
+};
 
 /// A program or library that can run VMs.
 ///
@@ -154,6 +164,11 @@ pub trait VmHandle: Send + Sync + fmt::Debug {
         Err(HypervisorError::NotPluggable)
     }
 
+    /// How often its CPUs have left the guest, by reason; nothing where that is not counted.
+    fn exits(&self) -> Vec<ExitCount> {
+        Vec::new()
+    }
+
     /// Says that the VM is about to end: what the guest writes back from now on has to reach the host, but
     /// need not wait for the host's disks and for all that others write to them.
     fn wind_down(&self);
@@ -179,24 +194,43 @@ pub struct StartOptions {
     pub vms: usize,
 }
 
+/// What carries virtio devices, and so which driver a guest needs to find them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VirtioBus {
+    /// They are on a PCI bus.
+    Pci,
+    /// Their registers are at fixed addresses, which ACPI or a device tree lists.
+    Mmio,
+}
+
 /// What a VM can be asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Capabilities {
+    /// Whether it can run guests without KVM.
+    pub tcg: bool,
     /// Boards it can be.
     pub machines: Vec<Machine>,
+    /// Where the guest finds its virtio devices, on whichever board.
+    pub bus: VirtioBus,
     /// How host directories can be carried.
     pub shares: Vec<ShareTransport>,
     /// Networks it can have.
     pub networks: Vec<NetworkMode>,
     /// Whether it can be on networks of VMs.
     pub lans: bool,
+    /// Whether disks can be in other formats than raw.
+    pub disk_formats: bool,
     /// Whether arguments can be handed through to QEMU.
     pub qemu_args: bool,
     /// Whether it can be stopped and continued.
     pub pause: bool,
     /// Whether snapshots can be taken and restored.
     pub snapshot: bool,
+    /// Whether devices that this process serves are part of its snapshots: a guest that goes on from one finds
+    /// them as it left them, and has nothing to revive.
+    pub keeps_devices: bool,
     /// Whether VMs can be [pluggable](VmConfig::pluggable).
     pub pluggable: bool,
 }
@@ -207,7 +241,11 @@ impl Capabilities {
     /// # Errors
     /// [`ConfigError::Unsupported`] with the first thing that it cannot be.
     pub fn check(&self, hypervisor: &'static str, config: &VmConfig) -> Result<(), ConfigError> {
+        let raw = |disk: &DiskDevice| disk.format == ImageFormat::Raw;
         let needs = [
+            ("TCG", self.tcg || config.accel != Accel::Tcg),
+            ("systems of images", self.tcg || config.boot.kernel().is_some()),
+            ("disks that are not raw", self.disk_formats || config.disks.iter().all(raw)),
             ("this machine", self.machines.contains(&config.machine)),
             (
                 "shares of this kind",
@@ -264,6 +302,8 @@ pub enum ExitReason {
     Killed,
     /// It ran for longer than it was allowed to.
     Timeout,
+    /// KVM could not go on with the guest's processor, with what is known of it.
+    ProcessorFailed(String),
     /// The hypervisor itself ended or broke, with what it said.
     MonitorFailed(String),
     /// One of vmlab's own servers cannot go on, with its share or disk and what happened.
@@ -280,6 +320,9 @@ impl fmt::Display for ExitReason {
             Self::TripleFault => f.write_str("the guest's CPU reset itself after a triple fault"),
             Self::Killed => f.write_str("the VM was killed"),
             Self::Timeout => f.write_str("the VM ran into its time limit"),
+            Self::ProcessorFailed(what) => {
+                write!(f, "KVM could not go on with the guest's processor: {what}")
+            }
             Self::MonitorFailed(what) => write!(f, "the hypervisor failed: {what}"),
             Self::FileServerFailed(what) => f.write_str(what),
         }
@@ -372,6 +415,15 @@ pub enum HypervisorError {
         /// Its serial number.
         serial: String,
     },
+    /// KVM cannot be used.
+    #[error("KVM cannot be used on this host")]
+    Kvm(#[from] KvmUnusable),
+    /// vmlab's own monitor cannot do what a VM needs.
+    #[error("the VM cannot be run")]
+    Monitor(#[from] vmlab_vmm::Error),
+    /// The network of a VM cannot be started.
+    #[error("the VM cannot reach the network")]
+    Network(#[source] vmlab_devices::net::StartError),
     /// A command to a running VM failed.
     #[error("the VM did not take the command `{command}`: {said}")]
     Command {

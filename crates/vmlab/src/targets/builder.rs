@@ -68,6 +68,9 @@ impl Target {
         };
         let mut vm =
             vm.accel(spec.accel).fast(spec.fast).network(spec.network).share_via(spec.share_via);
+        if let Some(choice) = spec.hypervisor {
+            vm = vm.hypervisor_choice(choice);
+        }
         if let Some(cpu) = &spec.kvm_cpu {
             vm = vm.kvm_cpu(cpu);
         }

@@ -559,6 +559,7 @@ impl Lower<'_, '_, '_> {
             memory: value(table.memory.take()).or(vmtest.then_some(VMTEST_MEMORY)),
             topology,
             machine: value(table.machine.take()).map(|word| word.0),
+            hypervisor: value(table.hypervisor.take()).map(|word| word.0),
             accel: value(table.accel.take()).map_or(AccelChoice::Auto, |word| word.0),
             kvm_cpu: value(table.kvm_cpu_args.take()),
             fast: value(table.fast.take()).unwrap_or_default(),

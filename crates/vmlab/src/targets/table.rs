@@ -4,6 +4,7 @@
 use crate::config::{DiskWrites, Machine, NetworkMode, Topology};
 use crate::disk::CloneMode;
 use crate::events::EventKind;
+use crate::hypervisor::HypervisorChoice;
 use crate::units::Bytes;
 use crate::{AccelChoice, RootMode, ShareVia};
 
@@ -204,6 +205,8 @@ table! {
         topology: Topology,
         /// Board: `microvm` or `q35`; the one that boots fastest unless given.
         machine: Word<Machine>,
+        /// What runs it: `auto` (the default), `qemu`, or `kvm`, which is vmlab's own monitor.
+        hypervisor: Word<HypervisorChoice>,
         /// Who executes instructions: `auto` (the default), `kvm` or `tcg`.
         accel: Word<AccelChoice>,
         /// QEMU's `-cpu` where KVM is used; `host` unless given.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::{DiskWrites, MAX_CPUS, Machine, NetworkMode, ShareTransport, Topology};
 use crate::disk::{CloneMode, MODES};
 use crate::events::{EventKind, EventKinds};
+use crate::hypervisor::HypervisorChoice;
 use crate::units::{self, Bytes};
 use crate::{AccelChoice, RootMode, ShareVia};
 
@@ -169,6 +170,10 @@ impl Named for Machine {
 impl Named for AccelChoice {
     const NAMES: &'static [(&'static str, Self)] =
         &[("auto", AccelChoice::Auto), ("kvm", AccelChoice::Kvm), ("tcg", AccelChoice::Tcg)];
+}
+
+impl Named for HypervisorChoice {
+    const NAMES: &'static [(&'static str, Self)] = &HypervisorChoice::NAMES;
 }
 
 impl Named for NetworkMode {

@@ -3,8 +3,8 @@
 mod guest;
 mod memory;
 
-use super::kick::Kick;
 use super::verdict::{GuestStop, KvmProof, KvmUnusable};
+use crate::kick::Kick;
 use guest::{Feature, ROUTINES, Routine};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs,

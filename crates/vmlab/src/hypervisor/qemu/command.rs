@@ -183,6 +183,8 @@ fn machine(config: &VmConfig, memory: &Ram<'_>) -> String {
             "q35,smbus=off,sata=off,vmport=off,smm=on"
         }
         (Machine::Q35, _) => "q35,smbus=off,sata=off,vmport=off",
+        // It is not among the capabilities. QEMU refuses what is asked of it all the same.
+        (Machine::Native, _) => Machine::Native.name(),
     };
     // Nodes have memory of their own.
     match memory {

@@ -7,20 +7,23 @@ mod identity;
 mod memory;
 mod plug;
 mod process;
+#[cfg(target_arch = "x86_64")]
+mod proof;
 mod qmp;
 mod reset_kernel;
 mod sockets;
 mod supervise;
 
 use std::ffi::OsString;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use vmlab_artifacts::{Arch, Cache, find_program};
 
-use super::{Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VmHandle};
+use super::{
+    Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VirtioBus, VmHandle,
+};
 use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
 use command::{Descriptors, arguments};
 use process::QemuVm;
@@ -66,19 +69,6 @@ impl Qemu {
     }
 }
 
-/// What identifies the host's processor and what it can do: the beginning of /proc/cpuinfo, without what
-/// changes from moment to moment.
-fn processor() -> std::io::Result<String> {
-    /// Enough for the first processor; all are alike.
-    const FIRST: u64 = 8192;
-    let mut text = Vec::new();
-    std::fs::File::open("/proc/cpuinfo")?.take(FIRST).read_to_end(&mut text)?;
-    let text = String::from_utf8_lossy(&text);
-    let lines = text.lines().take_while(|line| !line.is_empty());
-    let changing = |line: &&str| !["cpu MHz", "bogomips"].iter().any(|name| line.starts_with(name));
-    Ok(lines.filter(changing).collect::<Vec<_>>().join("\n"))
-}
-
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
         "qemu"
@@ -105,13 +95,17 @@ impl Hypervisor for Qemu {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
+            tcg: true,
             machines: vec![Machine::Microvm, Machine::Q35],
+            bus: VirtioBus::Pci,
             shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
             networks: vec![NetworkMode::None, NetworkMode::User],
             lans: true,
+            disk_formats: true,
             qemu_args: true,
             pause: true,
             snapshot: true,
+            keeps_devices: false,
             pluggable: true,
         }
     }
@@ -124,7 +118,7 @@ impl Hypervisor for Qemu {
         let program = self.fingerprint(cache)?;
         let read =
             |source| HypervisorError::Resource { what: "the processor's description", source };
-        let processor = processor().map_err(read)?;
+        let processor = crate::identity::processor().map_err(read)?;
         let line = self.command_line(config);
         Ok(Some(format!("{program} {line:?} {processor}")))
     }

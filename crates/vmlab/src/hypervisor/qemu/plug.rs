@@ -199,7 +199,7 @@ impl QemuVm {
     fn run_devices(&self) -> Result<RunDevices, HypervisorError> {
         let places = lock(&self.plugged).iter().map(|it| (it.place, it.id.clone())).collect();
         let again = |(tag, server): &(String, Arc<_>)| {
-            let copy = super::files::duplicate(server, &self.durable);
+            let copy = super::super::served::duplicate(server, &self.durable);
             Ok((tag.clone(), copy.map_err(resource("another server of a share"))?))
         };
         let shares = self.file_servers.iter().map(again).collect::<Result<_, HypervisorError>>()?;

@@ -16,19 +16,21 @@ use std::time::Instant;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vmlab_artifacts::boot_image::BootImage;
 
+use super::super::panic::panic_patience;
+use super::super::served::FileServer;
 use super::super::{
     DeviceId, ExitReason, HypervisorError, Origin, RunDevices, SerialConsole, Snapshot,
     StartOptions, VmHandle, VmState,
 };
 use super::command::arguments;
 use super::devices::{PLACES, devices};
-use super::files::{FileServer, Servers};
+use super::files::Servers;
 use super::memory::{Copy, Ram};
 use super::plug::Plugged;
 use super::qmp::Qmp;
 use super::reset_kernel;
 use super::sockets::{Sockets, inherit};
-use super::supervise::{DRAIN_TIME, Outputs, Shared, panic_patience};
+use super::supervise::{DRAIN_TIME, Outputs, Shared};
 use crate::config::{DiskDevice, VmConfig};
 use crate::runs::private_file;
 use crate::sync::{lock, wait_until};
@@ -115,7 +117,11 @@ impl QemuVm {
         drop(log_file(&cpu_log)?);
         let mut command = Command::new(program);
         let entry = || BootImage::open_unversioned(&kernel?.image).ok()?.pvh_entry();
-        let reset_kernel = if with_state { entry().map(reset_kernel::file) } else { None };
+        let reset_kernel = if with_state {
+            entry().map(|entry| reset_kernel::file(entry, &reset_kernel::NO_CODE))
+        } else {
+            None
+        };
         let reset_kernel = reset_kernel.transpose().map_err(resource("memory"))?;
         let descriptors =
             theirs.descriptors(ram.as_ref(), reset_kernel.as_ref(), on_bridge.clone());

@@ -19,18 +19,18 @@ const PROGRAM_HEADER: u16 = 56;
 /// `XEN_ELFNOTE_PHYS32_ENTRY` of xen/interface/elfnote.h: the note by which a kernel is entered directly.
 const PHYS32_ENTRY: u32 = 18;
 
-/// Code that is never loaded: QEMU wants a segment.
-const CODE: [u8; 4] = [0xf4; 4];
+/// Code that is never run: QEMU wants a segment.
+pub(super) const NO_CODE: [u8; 4] = [0xf4; 4];
 
-/// A kernel that is entered at this address, in memory.
-pub(super) fn file(entry: u32) -> io::Result<Arc<File>> {
+/// A kernel that is entered at this address, where its code is, in a file in memory.
+pub(super) fn file(entry: u32, code: &[u8]) -> io::Result<Arc<File>> {
     let mut file = File::from(memfd_create("vmlab-reset", MemfdFlags::CLOEXEC)?);
-    file.write_all(&image(entry))?;
+    file.write_all(&image(entry, code))?;
     Ok(Arc::new(file))
 }
 
 /// An ELF file of 64 bits with one segment of code and one note.
-fn image(entry: u32) -> Vec<u8> {
+fn image(entry: u32, code: &[u8]) -> Vec<u8> {
     let note: Vec<u8> = [4, 4, PHYS32_ENTRY]
         .into_iter()
         .flat_map(u32::to_le_bytes)
@@ -62,10 +62,10 @@ fn image(entry: u32) -> Vec<u8> {
         longs(&mut image, &[at, address, address, length, length, 4]);
     };
     // PT_LOAD and PT_NOTE.
-    segment(1, code_at, u64::from(entry), CODE.len() as u64);
+    segment(1, code_at, u64::from(entry), code.len() as u64);
     segment(4, note_at, 0, note.len() as u64);
     image.extend(note);
-    image.extend(CODE);
+    image.extend(code);
     image
 }
 
@@ -76,8 +76,8 @@ mod tests {
 
     #[test]
     fn it_can_be_entered_directly() {
-        let image = image(0x123_4560);
+        let image = image(0x123_4560, &NO_CODE);
         assert_eq!(pvh_entry(&image), Some(0x123_4560));
-        assert!(image.ends_with(&CODE));
+        assert!(image.ends_with(&NO_CODE));
     }
 }

@@ -34,10 +34,6 @@ pub(super) const DRAIN_TIME: Duration = Duration::from_secs(2);
 /// guest, which waits for files.
 const END_OF_QEMU: Duration = Duration::from_secs(3);
 
-/// How long a guest that panicked may say nothing before it is taken to be stuck: it should have reset
-/// the machine.
-const PANIC_SILENCE: Duration = Duration::from_secs(10);
-
 /// What is known of a QEMU process, to all who have to do with it.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -225,17 +221,6 @@ impl Shared {
     }
 }
 
-/// How long a guest with this command line may stay silent after a panic. `panic=N` lets it reset the
-/// machine after N seconds, at once if negative; with 0 it stays as it is, for a debugger.
-pub(super) fn panic_patience(command_line: &str) -> Option<Duration> {
-    let mut values = command_line.split_whitespace().filter_map(|word| word.strip_prefix("panic="));
-    match values.next_back().and_then(|value| value.parse::<i64>().ok()) {
-        Some(0) => None,
-        Some(seconds @ 1..) => Some(PANIC_SILENCE + Duration::from_secs(seconds.unsigned_abs())),
-        _ => Some(PANIC_SILENCE),
-    }
-}
-
 fn triple_fault(cpu_log: &Path) -> bool {
     std::fs::read_to_string(cpu_log).is_ok_and(|log| log.contains("Triple fault"))
 }
@@ -291,19 +276,5 @@ impl Stderr {
             }
         }
         String::from_utf8_lossy(&state.0).into_owned()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_word_on_panics_counts() {
-        let patience = |line| panic_patience(line).map(|time| time.as_secs());
-        assert_eq!(patience("console=ttyS0 panic=-1 quiet"), Some(10));
-        assert_eq!(patience("panic=-1 quiet panic=5"), Some(15));
-        assert_eq!(patience("panic=-1 panic=0"), None);
-        assert_eq!(patience("oops=panic"), Some(10));
     }
 }

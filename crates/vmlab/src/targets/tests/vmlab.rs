@@ -8,6 +8,7 @@ use super::{DIR, names, vmlab};
 use crate::config::{DiskWrites, Machine, NetworkMode, ShareTransport, Topology};
 use crate::disk::DiskSource;
 use crate::events::{EventKind, EventKinds};
+use crate::hypervisor::HypervisorChoice;
 use crate::targets::table::TargetTable;
 use crate::targets::{
     DEFAULT_FILE, FileKind, Firmware, ImageSpec, RunSpec, System, Target, TargetCommand,
@@ -89,6 +90,7 @@ fn each_key_of_a_target_is_read() {
         memory = 512
         topology = "2,1,2,1"
         machine = "q35"
+        hypervisor = "kvm"
         accel = "tcg"
         kvm-cpu-args = "max"
         fast = true
@@ -131,6 +133,7 @@ fn each_key_of_a_target_is_read() {
             memory: "512M".parse().ok(),
             topology: Some(Topology { nodes: 2, llcs: 1, cores: 2, threads: 1 }),
             machine: Some(Machine::Q35),
+            hypervisor: Some(HypervisorChoice::Kvm),
             accel: AccelChoice::Tcg,
             kvm_cpu: Some("max".to_owned()),
             fast: true,

@@ -1,8 +1,8 @@
 //! Interrupting a vCPU from another thread without a signal handler.
 //!
-//! The probing thread blocks one signal, and `KVM_SET_SIGNAL_MASK` unblocks it only while the vCPU
+//! The thread of a vCPU blocks one signal, and `KVM_SET_SIGNAL_MASK` unblocks it only while the vCPU
 //! runs. A signal sent then makes `KVM_RUN` return `EINTR`, and is blocked again before it could be
-//! delivered; it dies, still pending, with the thread. So no handler runs, and none is needed.
+//! delivered; it stays pending until the thread takes it or ends. So no handler runs, and none is needed.
 
 use rustix::ioctl::{self, opcode};
 use std::io;
@@ -35,44 +35,50 @@ struct SignalMask {
     blocked: [u8; 8],
 }
 
-/// Shared between the probing thread and the one that may have to cut it off.
+/// Shared between the thread of a vCPU and those that interrupt it.
 #[derive(Clone, Default)]
-pub(super) struct Kick {
+pub(crate) struct Kick {
     sent: Arc<AtomicBool>,
 }
 
 impl Kick {
     /// Whether the vCPU has to stop. Looked at when `KVM_RUN` was interrupted, which any other
     /// signal can do as well.
-    pub(super) fn is_sent(&self) -> bool {
+    pub(crate) fn is_sent(&self) -> bool {
         self.sent.load(Ordering::SeqCst)
     }
 
     /// Makes the vCPU of `thread` stop now, or at once when it is entered next.
-    pub(super) fn send<T>(&self, thread: &JoinHandle<T>) {
+    pub(crate) fn send<T>(&self, thread: &JoinHandle<T>) {
         self.sent.store(true, Ordering::SeqCst);
         // SAFETY: `thread` has not been joined, since it is borrowed here, so its pthread_t is
         // valid even if the thread has ended.
         unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGNAL) };
     }
 
-    /// Blocks the signal in the calling thread, which must be the probing one.
-    pub(super) fn block_signal(&self) -> io::Result<()> {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: sigemptyset writes the whole set that it is given.
-        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-        // SAFETY: the set was initialised above, and SIGNAL is a valid number.
-        unsafe { libc::sigaddset(set.as_mut_ptr(), SIGNAL) };
+    /// Forgets what was sent to the calling thread, so that its vCPU can run on.
+    pub(crate) fn take(&self) {
+        self.sent.store(false, Ordering::SeqCst);
+        let Ok(set) = signal_set() else { return };
+        let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the set is initialised, what was sent is not asked for, and `now` is a valid time.
+        unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const now) };
+    }
+
+    /// Blocks the signal in the calling thread, which must be the vCPU's.
+    pub(crate) fn block_signal(&self) -> io::Result<()> {
+        let set = signal_set()?;
         // SAFETY: the set was initialised above; no old mask is asked for.
-        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) }
-        {
+        match unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
+        } {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }
     }
 
     /// Lets the signal interrupt `KVM_RUN` of this vCPU, on top of whatever can do so now.
-    pub(super) fn unblock_while_running(&self, vcpu: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn unblock_while_running(&self, vcpu: BorrowedFd<'_>) -> io::Result<()> {
         let blocked = blocked_signals()? & !(1 << (SIGNAL - 1));
         let mask = SignalMask { len: 8, blocked: blocked.to_ne_bytes() };
         // SAFETY: the opcode takes a `kvm_signal_mask` with `len` bytes after it, which is what
@@ -80,6 +86,19 @@ impl Kick {
         let request = unsafe { ioctl::Setter::<KVM_SET_SIGNAL_MASK, SignalMask>::new(mask) };
         // SAFETY: `vcpu` is a KVM vCPU, which is what the opcode is for.
         unsafe { ioctl::ioctl(vcpu, request) }.map_err(io::Error::from)
+    }
+}
+
+/// The signal alone.
+fn signal_set() -> io::Result<libc::sigset_t> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset writes the whole set that it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: the set was initialised above, and SIGNAL is a valid number.
+    match unsafe { libc::sigaddset(set.as_mut_ptr(), SIGNAL) } {
+        // SAFETY: as above.
+        0 => Ok(unsafe { set.assume_init() }),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,0 +1,199 @@
+//! Kernel images: where their code goes, and where it is entered.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::mem::size_of;
+use std::os::unix::fs::FileExt;
+
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::bootparam::setup_header;
+use linux_loader::loader::elf::Elf;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::super::layout;
+use super::BootError;
+
+/// Where an image has its setup header.
+pub(super) const HEADER: usize = 0x1f1;
+
+/// Where the header's own jump is, whose distance says how long it is.
+const JUMP: usize = 0x201;
+
+/// `HdrS`.
+const MAGIC: u32 = 0x5372_6448;
+
+/// The first version of the protocol that says whether a kernel has a 64-bit entry.
+const VERSION_XLOADFLAGS: u16 = 0x020c;
+
+/// `XLF_KERNEL_64`: there is an entry for 64-bit mode, at [`ENTRY_64`] from the beginning.
+const XLF_KERNEL_64: u16 = 1 << 0;
+const ENTRY_64: u64 = 0x200;
+
+/// The bytes of a sector.
+const SECTOR: u64 = 512;
+
+/// How many setup sectors an image has that says nothing.
+const SETUP_SECTORS: u8 = 4;
+
+/// What kernels align themselves to, if they do not say.
+const ALIGNMENT: u64 = 0x20_0000;
+
+/// The highest address of an initial RAM filesystem, where a kernel does not say: what 32-bit code can reach.
+const INITRD_MAX: u32 = 0x7fff_ffff;
+
+/// The longest command line, where a kernel does not say: x86's `COMMAND_LINE_SIZE` less its NUL.
+const COMMAND_LINE_MAX: usize = 2047;
+
+const PAGE: u64 = 4096;
+
+/// Why an image is no kernel that can be started.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// It cannot be read.
+    #[error("the kernel cannot be read")]
+    Read(#[source] io::Error),
+    /// It is neither of the known kinds.
+    #[error("the kernel is neither a 64-bit ELF file nor a bzImage")]
+    Unknown,
+    /// An ELF file with something wrong.
+    #[error("the kernel's ELF file cannot be loaded")]
+    Elf(#[source] linux_loader::loader::Error),
+    /// An image from before there was a 64-bit entry.
+    #[error(
+        "the kernel speaks version {}.{} of the boot protocol, and its 64-bit entry needs 2.12",
+        version >> 8, version & 0xff
+    )]
+    Version {
+        /// Its version.
+        version: u16,
+    },
+    /// An image for 32-bit processors.
+    #[error("the kernel has no 64-bit entry: is it one for 32-bit processors?")]
+    No64,
+    /// The header contradicts itself.
+    #[error("the kernel's setup header makes no sense: {0}")]
+    Header(&'static str),
+}
+
+/// A kernel that is in memory.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    /// Its first instruction.
+    pub(super) entry: u64,
+    /// The end of what it uses before it looks at the memory map.
+    end: u64,
+    /// What its image says, where it is a bzImage.
+    pub(super) header: Option<setup_header>,
+}
+
+/// Puts a kernel into memory below `end_of_memory`.
+pub(super) fn load(
+    memory: &GuestMemoryMmap,
+    image: &mut File,
+    end_of_memory: u64,
+) -> Result<Loaded, BootError> {
+    let mut start = [0; 4];
+    image.read_exact_at(&mut start, 0).map_err(KernelError::Read)?;
+    match &start {
+        b"\x7fELF" => load_elf(memory, image),
+        _ => load_bzimage(memory, image, end_of_memory),
+    }
+}
+
+fn load_elf(memory: &GuestMemoryMmap, image: &mut File) -> Result<Loaded, BootError> {
+    let above = Some(GuestAddress(layout::HIGH_MEMORY));
+    let loaded = Elf::load(memory, None, image, above).map_err(KernelError::Elf)?;
+    Ok(Loaded { entry: loaded.kernel_load.0, end: loaded.kernel_end, header: None })
+}
+
+/// Reads the setup header of a bzImage, as much as it has of it.
+pub(super) fn read_header(image: &File) -> Result<setup_header, KernelError> {
+    const LONGEST: usize = size_of::<setup_header>();
+    let mut head = [0; HEADER + LONGEST];
+    image.read_exact_at(&mut head, 0).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => KernelError::Unknown,
+        _ => KernelError::Read(error),
+    })?;
+    // The header ends where its jump goes to. What is behind is code.
+    let end = JUMP + 1 + usize::from(head[JUMP]);
+    if end < head.len() {
+        head[end.max(HEADER)..].fill(0);
+    }
+    let mut header = setup_header::default();
+    header.as_mut_slice().copy_from_slice(&head[HEADER..]);
+    if header.header != MAGIC {
+        return Err(KernelError::Unknown);
+    }
+    if header.version < VERSION_XLOADFLAGS {
+        return Err(KernelError::Version { version: header.version });
+    }
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(KernelError::No64);
+    }
+    Ok(header)
+}
+
+fn load_bzimage(
+    memory: &GuestMemoryMmap,
+    image: &mut File,
+    end_of_memory: u64,
+) -> Result<Loaded, BootError> {
+    let header = read_header(image)?;
+    let sectors = match header.setup_sects {
+        0 => SETUP_SECTORS,
+        sectors => sectors,
+    };
+    let from = (u64::from(sectors) + 1) * SECTOR;
+    let length = image.metadata().map_err(KernelError::Read)?.len();
+    let size = length.checked_sub(from).filter(|size| *size > ENTRY_64);
+    let size = size.ok_or(KernelError::Header("its code is behind its end"))?;
+    // Where it wants to be, it need not move.
+    let at = header.pref_address;
+    let alignment = u64::from(header.kernel_alignment);
+    if at < layout::HIGH_MEMORY || (alignment.is_power_of_two() && at % alignment != 0) {
+        return Err(KernelError::Header("it is to be loaded where it cannot be").into());
+    }
+    let needs = size.max(u64::from(header.init_size));
+    let end = at.checked_add(needs).filter(|end| *end <= end_of_memory);
+    let end = end.ok_or(BootError::NoRoom { what: "the kernel", size: needs })?;
+    image.seek(SeekFrom::Start(from)).map_err(KernelError::Read)?;
+    let size = usize::try_from(size).map_err(|_| KernelError::Header("it is too large"))?;
+    memory.read_exact_volatile_from(GuestAddress(at), image, size)?;
+    Ok(Loaded { entry: at + ENTRY_64, end, header: Some(header) })
+}
+
+impl Loaded {
+    /// The longest command line, in bytes.
+    pub(super) fn most_command_line(&self) -> usize {
+        let said = self.header.map_or(0, |header| header.cmdline_size as usize);
+        let room = (layout::LOW_MEMORY_END - layout::COMMAND_LINE - 1) as usize;
+        if said == 0 { COMMAND_LINE_MAX } else { said.min(room) }
+    }
+
+    /// Reads an initial RAM filesystem to the highest place that the kernel can reach. Returns where it is and how
+    /// long.
+    pub(super) fn place_initrd(
+        &self,
+        memory: &GuestMemoryMmap,
+        file: &mut File,
+        end_of_memory: u64,
+    ) -> Result<(u32, u32), BootError> {
+        let size = file.metadata().map_err(BootError::Initrd)?.len();
+        let no_room = || BootError::NoRoom { what: "the initial RAM filesystem", size };
+        let highest = match self.header.map_or(0, |header| header.initrd_addr_max) {
+            0 => INITRD_MAX,
+            highest => highest,
+        };
+        let end = end_of_memory.min(u64::from(highest) + 1);
+        let at = end.checked_sub(size).ok_or_else(no_room)? & !(PAGE - 1);
+        // A kernel that unpacks itself may choose another place, which it looks for behind this end.
+        if at < self.end.next_multiple_of(ALIGNMENT) {
+            return Err(no_room());
+        }
+        file.rewind().map_err(BootError::Initrd)?;
+        let length = usize::try_from(size).map_err(|_| no_room())?;
+        memory.read_exact_volatile_from(GuestAddress(at), file, length)?;
+        let narrow = |number: u64| u32::try_from(number).map_err(|_| no_room());
+        Ok((narrow(at)?, narrow(size)?))
+    }
+}

@@ -1,0 +1,66 @@
+//! What a kernel is told: `struct boot_params` (`Documentation/arch/x86/zero-page.rst`).
+
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use super::super::layout;
+use super::kernel::Loaded;
+
+/// A boot loader without a number.
+const LOADER: u8 = 0xff;
+
+/// What an image's first sector ends with, and what its header begins with, for a kernel that has neither.
+const BOOT_FLAG: u16 = 0xaa55;
+const MAGIC: u32 = 0x5372_6448;
+const VERSION: u16 = 0x020f;
+const ALIGNMENT: u32 = 0x100_0000;
+
+/// Kinds of memory.
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// All of it, for a kernel with a command line of this length. `initrd` is where its initial RAM filesystem is, and
+/// how long.
+pub(super) fn boot_params(
+    loaded: &Loaded,
+    command_line: usize,
+    initrd: Option<(u32, u32)>,
+    memory: &GuestMemoryMmap,
+) -> boot_params {
+    let mut params = boot_params {
+        hdr: loaded.header.unwrap_or(setup_header {
+            boot_flag: BOOT_FLAG,
+            header: MAGIC,
+            version: VERSION,
+            kernel_alignment: ALIGNMENT,
+            ..Default::default()
+        }),
+        acpi_rsdp_addr: layout::ACPI.start,
+        ..Default::default()
+    };
+    params.hdr.type_of_loader = LOADER;
+    params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
+    params.hdr.cmdline_size = command_line as u32;
+    (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = initrd.unwrap_or_default();
+    let map = memory_map(memory);
+    params.e820_entries = map.len() as u8;
+    for (entry, found) in params.e820_table.iter_mut().zip(map) {
+        *entry = found;
+    }
+    params
+}
+
+/// The map of memory: what a PC has, and what is above its first megabyte.
+fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
+    let entry = |addr: u64, end: u64, r#type| boot_e820_entry { addr, size: end - addr, r#type };
+    let mut map = vec![
+        entry(0, layout::LOW_MEMORY_END, E820_RAM),
+        entry(layout::LOW_MEMORY_END, layout::HIGH_MEMORY, E820_RESERVED),
+    ];
+    for region in memory.iter() {
+        let start = region.start_addr().0;
+        let end = start + region.len();
+        map.push(entry(start.max(layout::HIGH_MEMORY), end, E820_RAM));
+    }
+    map
+}

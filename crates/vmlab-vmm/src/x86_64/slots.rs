@@ -1,0 +1,208 @@
+//! The places of virtio devices.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmlab_devices::transport::mmio::{Mmio, MmioState, register};
+use vmlab_devices::{Device, OnFault};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::control::Control;
+use super::layout;
+use crate::error::{Error, host, kvm};
+use crate::event::{Event, for_kvm};
+
+/// A device, and the slot that it goes to.
+pub struct Plug {
+    /// The slot's number.
+    pub slot: usize,
+    /// The device.
+    pub device: Arc<dyn Device>,
+    /// Who is told when one of its threads cannot go on.
+    pub on_fault: OnFault,
+}
+
+/// All slots of a VM.
+pub(super) struct Slots {
+    vm: Arc<VmFd>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    control: Control,
+    slots: Vec<RwLock<Option<Arc<Plugged>>>>,
+}
+
+/// A device in a slot.
+struct Plugged {
+    mmio: Mmio,
+    vm: Arc<VmFd>,
+    /// What the device interrupts the guest by.
+    interrupt: EventFd,
+    /// The events that writes to its notification register signal, by queue.
+    kicks: Vec<EventFd>,
+    slot: usize,
+}
+
+impl Slots {
+    /// So many slots, all empty.
+    pub(super) fn new(
+        vm: Arc<VmFd>,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        count: usize,
+    ) -> Result<Self, Error> {
+        let control = Control::new().map_err(host("start a thread"))?;
+        let slots = (0..count).map(|_| RwLock::default()).collect();
+        Ok(Self { vm, memory, control, slots })
+    }
+
+    fn get(&self, slot: usize) -> Option<Arc<Plugged>> {
+        let slot = self.slots.get(slot)?;
+        slot.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts a device into an empty slot.
+    pub(super) fn plug(&self, plug: Plug) -> Result<(), Error> {
+        let Plug { slot, device, on_fault } = plug;
+        let place = self.slots.get(slot).ok_or(Error::Slot { slot, how: "does not exist" })?;
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        if place.is_some() {
+            return Err(Error::Slot { slot, how: "has a device" });
+        }
+        let plugged = Plugged::new(&self.vm, self.memory.clone(), (slot, device, on_fault))?;
+        *place = Some(Arc::new(plugged));
+        Ok(())
+    }
+
+    /// Takes a device out. When this returns, none of its requests is in progress.
+    pub(super) fn unplug(&self, slot: usize) -> Result<(), Error> {
+        let place = self.slots.get(slot).ok_or(Error::Slot { slot, how: "does not exist" })?;
+        let plugged = place.write().unwrap_or_else(PoisonError::into_inner).take();
+        let plugged = plugged.ok_or(Error::Slot { slot, how: "has no device" })?;
+        plugged.mmio.quiesce();
+        plugged.let_go();
+        Ok(())
+    }
+
+    /// What a guest reads from the registers of slots.
+    pub(super) fn read(&self, address: u64, data: &mut [u8]) {
+        let (slot, offset) = place(address);
+        match self.get(slot) {
+            Some(plugged) => plugged.mmio.read(offset, data),
+            None => read_empty(offset, data),
+        }
+    }
+
+    /// What a guest writes to them.
+    pub(super) fn write(&self, address: u64, data: &[u8]) {
+        let (slot, offset) = place(address);
+        let Some(plugged) = self.get(slot) else { return };
+        if offset == u64::from(register::STATUS) {
+            // This may start and end threads.
+            let data = data.to_vec();
+            self.control.run(move || plugged.mmio.write(offset, &data));
+        } else {
+            plugged.mmio.write(offset, data);
+        }
+    }
+
+    /// Ends all that devices do. When this returns, no request is in progress.
+    pub(super) fn quiesce(&self) {
+        (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.mmio.quiesce());
+    }
+
+    /// The devices' registers.
+    pub(super) fn state(&self) -> Vec<Option<MmioState>> {
+        let state = |slot| self.get(slot).map(|plugged| plugged.mmio.state());
+        (0..self.slots.len()).map(state).collect()
+    }
+
+    /// Whether the devices that are there can go on with these registers. A slot that was empty may have a
+    /// device, which then begins.
+    pub(super) fn check(&self, states: &[Option<MmioState>]) -> Result<(), Error> {
+        if states.len() != self.slots.len() {
+            return Err(Error::State(format!("it has {} slots", states.len())));
+        }
+        self.with_state(states, |plugged, state| plugged.mmio.check(state))
+    }
+
+    /// Has them go on, after [`check`](Self::check).
+    pub(super) fn restore(&self, states: &[Option<MmioState>]) -> Result<(), Error> {
+        self.with_state(states, |plugged, state| plugged.mmio.restore(state))
+    }
+
+    fn with_state<E: std::fmt::Display>(
+        &self,
+        states: &[Option<MmioState>],
+        act: impl Fn(&Plugged, &MmioState) -> Result<(), E>,
+    ) -> Result<(), Error> {
+        for (slot, state) in states.iter().enumerate() {
+            let Some(state) = state else { continue };
+            let missing = || Error::State(format!("slot {slot} had a device and has none"));
+            let plugged = self.get(slot).ok_or_else(missing)?;
+            act(&plugged, state).map_err(|e| Error::State(format!("the device {slot}: {e}")))?;
+        }
+        Ok(())
+    }
+}
+
+impl Plugged {
+    fn new(
+        vm: &Arc<VmFd>,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        (slot, device, on_fault): (usize, Arc<dyn Device>, OnFault),
+    ) -> Result<Self, Error> {
+        const EVENTS: &str = "make events for a device";
+        let event = Event::new().map_err(host(EVENTS))?;
+        let interrupt = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
+        let theirs = event.again().map_err(host(EVENTS))?;
+        let mmio = Mmio::new(device, memory, theirs, on_fault);
+        let mmio = mmio.map_err(host("start a device"))?;
+        let kicks = mmio.kicks().map(|kick: BorrowedFd<'_>| for_kvm(kick));
+        let kicks = kicks.collect::<Result<Vec<_>, _>>().map_err(host(EVENTS))?;
+        vm.register_irqfd(&interrupt, layout::slot_gsi(slot))
+            .map_err(kvm("route a device's interrupt"))?;
+        let mut plugged = Self { mmio, vm: Arc::clone(vm), interrupt, kicks: Vec::new(), slot };
+        for kick in kicks {
+            let queue = plugged.kicks.len() as u32;
+            vm.register_ioevent(&kick, &plugged.notify_address(), queue)
+                .map_err(kvm("route a queue's notifications"))?;
+            plugged.kicks.push(kick);
+        }
+        Ok(plugged)
+    }
+
+    fn notify_address(&self) -> IoEventAddress {
+        IoEventAddress::Mmio(layout::slot_address(self.slot) + u64::from(register::QUEUE_NOTIFY))
+    }
+
+    /// Ends what KVM does for it. At the end of a VM, which ends all of that, it need not be done one by one.
+    fn let_go(&self) {
+        // They fail only for what is not registered.
+        let _ = self.vm.unregister_irqfd(&self.interrupt, layout::slot_gsi(self.slot));
+        for (queue, kick) in self.kicks.iter().enumerate() {
+            let _ = self.vm.unregister_ioevent(kick, &self.notify_address(), queue as u32);
+        }
+    }
+}
+
+/// The slot of an address and the register in it.
+fn place(address: u64) -> (usize, u64) {
+    let offset = address - layout::SLOTS;
+    ((offset / layout::SLOT_SIZE) as usize, offset % layout::SLOT_SIZE)
+}
+
+/// What a slot says that has no device: that it is one of virtio-mmio, with none (virtio 1.2, 4.2.2).
+fn read_empty(offset: u64, data: &mut [u8]) {
+    /// `virt`
+    const MAGIC: u32 = 0x7472_6976;
+    const VERSION: u32 = 2;
+    let value = match u32::try_from(offset) {
+        Ok(register::MAGIC_VALUE) => MAGIC,
+        Ok(register::VERSION) => VERSION,
+        _ => 0,
+    };
+    data.fill(0);
+    if data.len() == size_of::<u32>() {
+        data.copy_from_slice(&value.to_le_bytes());
+    }
+}

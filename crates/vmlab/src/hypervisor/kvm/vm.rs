@@ -1,0 +1,520 @@
+//! A VM of vmlab's own monitor, and the thread that looks after it.
+
+use std::fs::File;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vmlab_devices::net::Passt;
+use vmlab_devices::{Fault, OnFault, bear_file_limits, sparse};
+use vmlab_vmm::End;
+use vmlab_vmm::memory::{self, Backing};
+use vmlab_vmm::topology::Topology;
+use vmlab_vmm::x86_64::boot::Kernel;
+use vmlab_vmm::x86_64::{Config, Machine, Plug, layout};
+
+use super::super::console::KEPT;
+use super::super::panic::panic_patience;
+use super::super::served::{self, FileServer};
+use super::super::{
+    DeviceId, ExitReason, HypervisorError, Memory, Origin, RunDevices, SerialConsole, Snapshot,
+    StartOptions, VmHandle, VmState,
+};
+use super::places::{self, Making};
+use crate::config::{AgentChannel, DiskDevice, KernelBoot, VmConfig};
+use crate::error::chain;
+use crate::lan::LanPort;
+use crate::random;
+use crate::report::ExitCount;
+use crate::runs::private_file;
+use crate::sync::{lock, wait_until};
+
+/// How long the last output of an ended VM may take to be read. It is there already, so this only bounds a
+/// fault.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// The first slot for what a run brings; the console is before it.
+const FIRST: usize = 1;
+
+/// A VM.
+#[derive(Debug)]
+pub(super) struct KvmVm {
+    shared: Arc<Shared>,
+    agent: Mutex<Option<UnixStream>>,
+    supervisor: Mutex<Option<JoinHandle<()>>>,
+    /// Whether a guest's sync(2) waits for the host's disks.
+    durable: Arc<AtomicBool>,
+    /// What is behind its memory, if a snapshot can be taken.
+    backing: Option<Backing>,
+    /// In bytes.
+    memory_size: u64,
+    shares: Vec<FileServer>,
+    /// The devices that its run has brought, and their slots.
+    placed: Mutex<Vec<(usize, DeviceId)>>,
+    /// Whether it has the devices of a run.
+    in_run: bool,
+    pluggable: bool,
+    /// What its console had shown before it went on from a snapshot.
+    said_before: Arc<[u8]>,
+}
+
+/// What is known of a VM to all who have to do with it.
+struct Shared {
+    /// Gone when it has ended.
+    machine: Mutex<Option<Arc<Machine>>>,
+    console: SerialConsole,
+    fate: Mutex<Fate>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Fate {
+    asked: Option<ExitReason>,
+    reason: Option<ExitReason>,
+    exits: Vec<ExitCount>,
+}
+
+fn counts(machine: &Machine) -> Vec<ExitCount> {
+    machine.exits().into_iter().map(|(exit, count)| ExitCount { exit, count }).collect()
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("fate", &self.fate).finish_non_exhaustive()
+    }
+}
+
+fn resource(what: &'static str) -> impl FnOnce(io::Error) -> HypervisorError {
+    move |source| HypervisorError::Resource { what, source }
+}
+
+/// Memory that reads as zeros.
+fn empty(size: u64) -> io::Result<Arc<File>> {
+    let file = File::from(memfd_create("vmlab-ram", MemfdFlags::CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(Arc::new(file))
+}
+
+/// What is behind the memory of a VM that begins so.
+fn backing(config: &VmConfig, origin: &Origin) -> io::Result<Backing> {
+    Ok(match origin {
+        Origin::Boot if !config.pluggable => Backing::Anonymous,
+        Origin::Boot | Origin::BootForSnapshot => Backing::Shared(empty(config.memory.0)?),
+        Origin::Snapshot(snapshot) => match snapshot.memory.first() {
+            Some(Memory::Own(file)) => Backing::Shared(Arc::clone(file)),
+            Some(Memory::Template(file)) => Backing::Private(Arc::clone(file)),
+            None => return Err(io::Error::other("the snapshot has none")),
+        },
+    })
+}
+
+impl KvmVm {
+    pub(super) fn start(config: &VmConfig, options: StartOptions) -> Result<Self, HypervisorError> {
+        let StartOptions { log_dir, deadline, origin, lans, vms } = options;
+        let Some(kernel) = config.boot.kernel() else {
+            let said = "vmlab's own monitor starts kernels only".to_owned();
+            return Err(HypervisorError::Refused { said });
+        };
+        let in_run = !matches!(origin, Origin::BootForSnapshot);
+        let may_change = config.pluggable || !matches!(origin, Origin::Boot);
+        let durable = Arc::new(AtomicBool::new(true));
+        let run = match &origin {
+            Origin::Snapshot(snapshot) => snapshot.run.clone(),
+            Origin::Boot | Origin::BootForSnapshot => None,
+        };
+
+        let log_path = log_dir.join("console.log");
+        let mut log = private_file(&log_path)
+            .map_err(|source| HypervisorError::Log { path: log_path.clone(), source })?;
+        let pair = || UnixStream::pair().map_err(resource("sockets"));
+        let (console, line) = pair()?;
+        let (agent, to_agent) = pair()?;
+        let input = console.try_clone().map_err(resource("sockets"))?;
+        let serial = SerialConsole::new(log_path, input);
+        // Without a limit the kernel's own word is waited for, for ever if need be.
+        console
+            .set_read_timeout(panic_patience(&kernel.command_line))
+            .map_err(resource("sockets"))?;
+        let (mut lines, to_agent) = (vec![line], Some(to_agent));
+        let to_console = match config.channel {
+            AgentChannel::Virtio => to_agent,
+            AgentChannel::Serial => {
+                lines.extend(to_agent);
+                None
+            }
+        };
+
+        let mut next = FIRST..layout::MAX_SLOTS;
+        let making = Making {
+            config,
+            vms,
+            durable: &durable,
+            known: run.as_ref().map_or(&[], |run| &run.shares),
+            lans: &lans,
+        };
+        let devices = making.devices(to_console, |id| match &run {
+            Some(run) => run.slot_of(id),
+            None => next.next().ok_or(HypervisorError::Full { most: most_devices() }),
+        })?;
+        let slots = match may_change {
+            true => layout::MAX_SLOTS,
+            false => devices.placed.iter().map(|placed| placed.slot + 1).max().unwrap_or(0),
+        };
+
+        let shared = Arc::new(Shared {
+            machine: Mutex::default(),
+            console: serial,
+            fate: Mutex::default(),
+            ended: Condvar::new(),
+        });
+        let mut plugs = Vec::new();
+        let mut placed = Vec::new();
+        for device in devices.placed {
+            placed.extend(device.id.map(|id| (device.slot, id)));
+            let on_fault = shared.on_fault(device.what);
+            plugs.push(Plug { slot: device.slot, device: device.device, on_fault });
+        }
+        let backing = backing(config, &origin).map_err(resource("memory"))?;
+        let mut generation = [0; layout::VMGENID_LEN];
+        random::fill(&mut generation).map_err(resource("random numbers"))?;
+        let of_topology = config.topology;
+        let machine_config = Config {
+            memory: config.memory.0,
+            backing: backing.clone(),
+            topology: Topology {
+                nodes: of_topology.nodes,
+                llcs: of_topology.llcs,
+                cores: of_topology.cores,
+                threads: of_topology.threads,
+            },
+            slots,
+            lines,
+            generation,
+        };
+        let mut said_before = Arc::default();
+        let machine = match origin {
+            Origin::Boot | Origin::BootForSnapshot => {
+                Machine::boot(machine_config, open(kernel)?, plugs)?
+            }
+            Origin::Snapshot(snapshot) => {
+                // The log is whole, though the console began before.
+                if let Err(error) = io::Write::write_all(&mut log, &snapshot.console) {
+                    shared.console.log_failed(&error);
+                }
+                said_before = snapshot.console;
+                Machine::restore(machine_config, &snapshot.state, plugs)?
+            }
+        };
+        let machine = Arc::new(machine);
+        *lock(&shared.machine) = Some(Arc::clone(&machine));
+        let supervisor = {
+            let shared = Arc::clone(&shared);
+            let outputs = Outputs { console, log, lans, passt: devices.passt };
+            let work = move || shared.supervise(outputs, deadline);
+            thread::Builder::new().name("vmlab-kvm".to_owned()).spawn(work)
+        };
+        let vm = Self {
+            shared,
+            agent: Mutex::new(Some(agent)),
+            supervisor: Mutex::new(Some(supervisor.map_err(resource("a thread"))?)),
+            durable,
+            backing: may_change.then_some(backing),
+            memory_size: config.memory.0,
+            shares: devices.shares,
+            placed: Mutex::new(placed),
+            in_run,
+            pluggable: config.pluggable,
+            said_before,
+        };
+        // A file server may have failed already. Whoever uses the VM finds out why.
+        let _ = machine.resume();
+        Ok(vm)
+    }
+
+    fn machine(&self) -> Result<Arc<Machine>, HypervisorError> {
+        lock(&self.shared.machine).clone().ok_or(vmlab_vmm::Error::Ended.into())
+    }
+
+    /// Its memory in a file of its own.
+    fn memory(&self, machine: &Machine) -> Result<Arc<File>, HypervisorError> {
+        match &self.backing {
+            Some(Backing::Shared(file)) => Ok(Arc::clone(file)),
+            Some(Backing::Private(template)) => copy(template, machine, self.memory_size)
+                .map_err(resource("a copy of the guest's memory")),
+            Some(Backing::Anonymous) | None => Err(HypervisorError::Command {
+                command: "snapshot",
+                said: "it was not started for a snapshot".to_owned(),
+            }),
+        }
+    }
+}
+
+/// How many devices a run can bring.
+fn most_devices() -> u32 {
+    (layout::MAX_SLOTS - FIRST) as u32
+}
+
+fn open(kernel: &KernelBoot) -> Result<Kernel, HypervisorError> {
+    let image = File::open(&kernel.image).map_err(resource("the kernel"))?;
+    let initrd = File::open(&kernel.initramfs).map_err(resource("the initramfs"))?;
+    Ok(Kernel { image, initrd: Some(initrd), command_line: kernel.command_line.clone() })
+}
+
+/// A guest's memory, which began as this file, in a new one.
+fn copy(template: &File, machine: &Machine, size: u64) -> io::Result<Arc<File>> {
+    let file = empty(size)?;
+    sparse::copy(template, &file)?;
+    memory::write_changes(machine.memory(), &file)?;
+    Ok(file)
+}
+
+impl RunDevices {
+    /// The slot that a device had.
+    fn slot_of(&self, id: &DeviceId) -> Result<usize, HypervisorError> {
+        let place = self.places.iter().find(|(_, other)| other == id);
+        let place = place.map(|(place, _)| *place as usize);
+        place.ok_or(HypervisorError::Full { most: most_devices() })
+    }
+}
+
+/// What a VM writes, and what is its own as long as it runs.
+struct Outputs {
+    console: UnixStream,
+    log: File,
+    lans: Vec<Arc<LanPort>>,
+    passt: Option<Passt>,
+}
+
+impl Shared {
+    /// What is told of a device that cannot go on.
+    fn on_fault(self: &Arc<Self>, what: String) -> OnFault {
+        // The devices belong to the VM, which belongs to this.
+        let shared: Weak<Self> = Arc::downgrade(self);
+        Arc::new(move |_, fault: Fault| {
+            if let Some(shared) = shared.upgrade() {
+                let said = format!("{what} ended: {}", chain(&fault));
+                shared.end(ExitReason::FileServerFailed(said));
+            }
+        })
+    }
+
+    fn end(&self, reason: ExitReason) {
+        lock(&self.fate).asked.get_or_insert(reason);
+        let machine = lock(&self.machine).clone();
+        if let Some(machine) = machine {
+            machine.end(End::Stopped);
+        }
+    }
+
+    /// Looks after a VM until its end, and finds out why it ended.
+    fn supervise(self: &Arc<Self>, outputs: Outputs, deadline: Option<Instant>) {
+        let Outputs { console, log, lans, passt } = outputs;
+        let closing = console.try_clone();
+        {
+            let shared = Arc::clone(self);
+            thread::spawn(move || {
+                // What the guest says on its console must not end this process. It is only a log that ends.
+                let _ = bear_file_limits();
+                let stuck = |message| {
+                    if shared.runs() {
+                        shared.end(ExitReason::GuestPanic(Some(message)));
+                    }
+                };
+                shared.console.pump(console, log, stuck);
+            });
+        }
+        let machine = lock(&self.machine).clone();
+        let mut end = machine.as_ref().and_then(|machine| machine.wait(deadline));
+        if end.is_none() {
+            self.end(ExitReason::Timeout);
+            end = machine.as_ref().and_then(|machine| machine.wait(None));
+        }
+        // The threads of its processors and devices end with it, and with them the files of its disks are free for
+        // the next VM. Whoever has it still is about to give it back.
+        if let Some(machine) = &machine {
+            lock(&self.fate).exits = counts(machine);
+        }
+        lock(&self.machine).take();
+        drop(machine);
+        let drained = Instant::now() + DRAIN_TIME;
+        self.console.wait_closed(drained);
+        if let Ok(socket) = closing {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        // Others can have its places on networks.
+        drop((lans, passt));
+        let mut fate = lock(&self.fate);
+        fate.reason = Some(self.reason(end, fate.asked.as_ref()));
+        drop(fate);
+        self.ended.notify_all();
+    }
+
+    fn runs(&self) -> bool {
+        lock(&self.machine).as_ref().is_some_and(|machine| machine.runs())
+    }
+
+    fn reason(&self, end: Option<End>, asked: Option<&ExitReason>) -> ExitReason {
+        let panicked = || self.console.panic_message();
+        let or_panic = |otherwise| match panicked() {
+            Some(message) => ExitReason::GuestPanic(Some(message)),
+            None => otherwise,
+        };
+        match end {
+            Some(End::PowerOff) => ExitReason::Shutdown,
+            Some(End::Reset) => or_panic(ExitReason::Reset),
+            // A kernel that has nothing else to reset a PC by faults on purpose.
+            Some(End::TripleFault) if self.console.restart_announced() => {
+                or_panic(ExitReason::Reset)
+            }
+            Some(End::TripleFault) => or_panic(ExitReason::TripleFault),
+            Some(End::Panic) => ExitReason::GuestPanic(panicked()),
+            Some(End::InternalError(what)) => ExitReason::ProcessorFailed(what),
+            Some(End::Failed(what)) => ExitReason::MonitorFailed(what),
+            _ => match asked {
+                // It stayed in its panic: see `panic_patience`.
+                Some(ExitReason::Timeout) => or_panic(ExitReason::Timeout),
+                Some(asked) => asked.clone(),
+                None => ExitReason::Killed,
+            },
+        }
+    }
+}
+
+impl VmHandle for KvmVm {
+    fn state(&self) -> VmState {
+        match () {
+            () if lock(&self.shared.fate).reason.is_some() => VmState::Ended,
+            () if self.shared.runs() => VmState::Running,
+            () => VmState::Paused,
+        }
+    }
+
+    fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
+        let mut fate = lock(&self.shared.fate);
+        loop {
+            if let Some(reason) = &fate.reason {
+                return Some(reason.clone());
+            }
+            fate = wait_until(&self.shared.ended, fate, deadline)?;
+        }
+    }
+
+    fn take_agent_channel(&self) -> Option<UnixStream> {
+        lock(&self.agent).take()
+    }
+
+    fn serial(&self) -> &SerialConsole {
+        &self.shared.console
+    }
+
+    fn pause(&self) -> Result<(), HypervisorError> {
+        Ok(self.machine()?.pause()?)
+    }
+
+    fn resume(&self) -> Result<(), HypervisorError> {
+        Ok(self.machine()?.resume()?)
+    }
+
+    fn shutdown(&self) -> Result<(), HypervisorError> {
+        self.machine()?.press_power_button();
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, HypervisorError> {
+        let machine = self.machine()?;
+        machine.pause()?;
+        let state = machine.save()?;
+        let memory = self.memory(&machine)?;
+        let kept = self.shared.console.kept();
+        let said = [&self.said_before[..], &kept[..]].concat();
+        let run = self.in_run.then(|| self.run_devices()).transpose()?;
+        Ok(Snapshot {
+            state: state.into(),
+            memory: vec![match run {
+                // What goes on from the midst of a run may do so again.
+                Some(_) => Memory::Template(memory),
+                None => Memory::Own(memory),
+            }],
+            console: said[said.len().saturating_sub(KEPT)..].into(),
+            shares: u32::try_from(self.shares.len()).unwrap_or(u32::MAX),
+            kept: 0,
+            run: run.map(Arc::new),
+        })
+    }
+
+    fn attach_disk(&self, disk: &DiskDevice) -> Result<(), HypervisorError> {
+        self.pluggable.then_some(()).ok_or(HypervisorError::NotPluggable)?;
+        let (id, device, what) = places::disk(disk)?;
+        let mut placed = lock(&self.placed);
+        let free = |slot: &usize| placed.iter().all(|(other, _)| other != slot);
+        let slot = (FIRST..layout::MAX_SLOTS).find(free);
+        let slot = slot.ok_or(HypervisorError::Full { most: most_devices() })?;
+        let on_fault = self.shared.on_fault(what);
+        self.machine()?.plug(Plug { slot, device, on_fault })?;
+        placed.push((slot, id));
+        Ok(())
+    }
+
+    fn can_detach(&self, serial: &str) -> bool {
+        self.pluggable && self.slot_of_disk(serial).is_some()
+    }
+
+    fn detach_disk(&self, serial: &str) -> Result<(), HypervisorError> {
+        self.pluggable.then_some(()).ok_or(HypervisorError::NotPluggable)?;
+        let missing = || HypervisorError::NoSuchDisk { serial: serial.to_owned() };
+        let slot = self.slot_of_disk(serial).ok_or_else(missing)?;
+        self.machine()?.unplug(slot)?;
+        lock(&self.placed).retain(|(other, _)| *other != slot);
+        Ok(())
+    }
+
+    fn exits(&self) -> Vec<ExitCount> {
+        let machine = lock(&self.shared.machine).clone();
+        match machine {
+            Some(machine) => counts(&machine),
+            None => lock(&self.shared.fate).exits.clone(),
+        }
+    }
+
+    fn wind_down(&self) {
+        self.durable.store(false, Ordering::Relaxed);
+    }
+
+    fn kill(&self, reason: ExitReason) {
+        self.shared.end(reason);
+        self.wait(None);
+    }
+}
+
+impl KvmVm {
+    fn slot_of_disk(&self, serial: &str) -> Option<usize> {
+        let wanted = DeviceId::Disk(serial.to_owned());
+        lock(&self.placed).iter().find(|(_, id)| *id == wanted).map(|(slot, _)| *slot)
+    }
+
+    fn run_devices(&self) -> Result<RunDevices, HypervisorError> {
+        let places =
+            lock(&self.placed).iter().map(|(slot, id)| (*slot as u32, id.clone())).collect();
+        let again = |(tag, server): &FileServer| {
+            let copy = served::duplicate(server, &self.durable);
+            Ok((tag.clone(), copy.map_err(resource("another server of a share"))?))
+        };
+        let shares = self.shares.iter().map(again).collect::<Result<_, HypervisorError>>()?;
+        Ok(RunDevices { places, shares })
+    }
+}
+
+impl Drop for KvmVm {
+    fn drop(&mut self) {
+        self.shared.end(ExitReason::Killed);
+        let supervisor = lock(&self.supervisor).take();
+        if let Some(supervisor) = supervisor {
+            let _ = supervisor.join();
+        }
+    }
+}
