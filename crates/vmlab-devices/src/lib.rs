@@ -1,7 +1,7 @@
 //! Virtio devices that know neither a hypervisor nor how they are attached to one.
 //!
 //! ```text
-//! transport (vhost-user; mmio)                rings, memory, interrupts, worker threads
+//! transport (vhost-user; mmio)               rings, memory, interrupts, worker threads
 //!     VirtQueue, Chain
 //! Device (blk, console, fs, net, rng, vsock) requests of a guest
 //! ```

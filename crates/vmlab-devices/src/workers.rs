@@ -132,25 +132,20 @@ pub(crate) fn sleep_until(end: Instant) {
     });
 }
 
-/// Lets the calling thread wait until a descriptor is ready. Returns whether it is: not if the queue that the thread
-/// serves is stopped. A thread that serves none does not wait at all.
+/// Waits until a descriptor is ready for what `flags` say, or has an end or an error. False when the queue that the
+/// calling thread serves is to stop. A thread that serves none does not wait: what is not ready will not be.
 pub(crate) fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
     SERVED.with_borrow(|served| {
-        let stop = served.as_ref().map_or(fd, |shared| shared.stop.as_fd());
-        let mut fds =
-            [PollFd::from_borrowed_fd(fd, flags), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-        let count = if served.is_some() { fds.len() } else { 1 };
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let timeout = if served.is_some() { None } else { Some(&at_once) };
+        let mut fds = vec![PollFd::from_borrowed_fd(fd, flags)];
+        fds.extend(served.as_ref().map(|shared| PollFd::new(&shared.stop, PollFlags::IN)));
+        let timeout = served.is_none().then(Timespec::default);
         loop {
-            match poll(&mut fds[..count], timeout) {
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return false,
+                Ok(_) => return fds.get(1).is_none_or(|stop| stop.revents().is_empty()),
                 Err(Errno::INTR) => {}
-                // There is none that is known.
+                // An error is none that is known.
                 Err(_) => return false,
-                Ok(_) => {
-                    let stopped = served.is_some() && !fds[1].revents().is_empty();
-                    return !stopped && !fds[0].revents().is_empty();
-                }
             }
         }
     })
