@@ -36,7 +36,7 @@ struct SignalMask {
 }
 
 /// Shared between the thread of a vCPU and those that interrupt it.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Kick {
     sent: Arc<AtomicBool>,
 }

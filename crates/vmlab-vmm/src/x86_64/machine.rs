@@ -48,17 +48,48 @@ pub struct Config {
     pub generation: [u8; layout::VMGENID_LEN],
 }
 
-/// A VM in this process. When it is dropped, it has ended.
+/// A VM in this process. When it is dropped, it has ended; no thread of one of its devices may be the one that
+/// drops it.
 pub struct Machine {
     inner: Arc<Inner>,
 }
 
-/// What the threads of its processors share.
-pub(super) struct Inner {
+/// What ends a VM, and does not keep it: for the threads of its devices.
+#[derive(Debug, Clone)]
+pub struct Ender(Arc<Processors>);
+
+impl Ender {
+    /// Ends it for this reason, unless it has ended before.
+    pub fn end(&self, end: End) {
+        self.0.end(end);
+    }
+}
+
+/// The threads of a VM's processors.
+#[derive(Debug)]
+pub(super) struct Processors {
     pub(super) gate: Gate,
-    pub(super) cpus: Vec<Mutex<VcpuFd>>,
     pub(super) kicks: Vec<Kick>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Processors {
+    /// Has all of them leave their guests.
+    fn kick(&self) {
+        let threads = lock(&self.threads);
+        self.kicks.iter().zip(&*threads).for_each(|(kick, thread)| kick.send(thread));
+    }
+
+    pub(super) fn end(&self, end: End) {
+        self.gate.end(end);
+        self.kick();
+    }
+}
+
+/// What those threads share.
+pub(super) struct Inner {
+    pub(super) processors: Arc<Processors>,
+    pub(super) cpus: Vec<Mutex<VcpuFd>>,
     pub(super) slots: Slots,
     pub(super) lines: Vec<Line>,
     pub(super) exits: Exits,
@@ -145,7 +176,7 @@ impl Machine {
             let inner = Arc::clone(&machine.inner);
             let thread = thread::Builder::new().name(format!("vcpu{index}"));
             let thread = thread.spawn(move || inner.run(index)).map_err(host("start a thread"))?;
-            lock(&machine.inner.threads).push(thread);
+            lock(&machine.inner.processors.threads).push(thread);
         }
         Ok(machine)
     }
@@ -155,7 +186,7 @@ impl Machine {
     /// # Errors
     /// It has ended.
     pub fn resume(&self) -> Result<(), Error> {
-        self.inner.gate.open().then_some(()).ok_or(Error::Ended)
+        self.inner.processors.gate.open().then_some(()).ok_or(Error::Ended)
     }
 
     /// Stops its processors. When this returns, none of them runs.
@@ -163,8 +194,9 @@ impl Machine {
     /// # Errors
     /// It has ended.
     pub fn pause(&self) -> Result<(), Error> {
-        self.inner.gate.close(|| self.inner.kick());
-        match self.inner.gate.ended() {
+        let processors = &self.inner.processors;
+        processors.gate.close(|| processors.kick());
+        match self.inner.processors.gate.ended() {
             None => Ok(()),
             Some(_) => Err(Error::Ended),
         }
@@ -172,17 +204,22 @@ impl Machine {
 
     /// Whether its processors run.
     pub fn runs(&self) -> bool {
-        self.inner.gate.is_open()
+        self.inner.processors.gate.is_open()
     }
 
     /// Ends it for this reason, unless it has ended before.
     pub fn end(&self, end: End) {
-        self.inner.end(end);
+        self.inner.processors.end(end);
+    }
+
+    /// What ends it and does not keep it.
+    pub fn ender(&self) -> Ender {
+        Ender(Arc::clone(&self.inner.processors))
     }
 
     /// Waits for its end, until the deadline.
     pub fn wait(&self, deadline: Option<Instant>) -> Option<End> {
-        self.inner.gate.wait_ended(deadline)
+        self.inner.processors.gate.wait_ended(deadline)
     }
 
     /// Presses the power button.
@@ -223,10 +260,10 @@ impl Machine {
     /// It runs, has ended, or KVM refuses something.
     pub fn save(&self) -> Result<Vec<u8>, Error> {
         let inner = &self.inner;
-        if inner.gate.ended().is_some() {
+        if inner.processors.gate.ended().is_some() {
             return Err(Error::Ended);
         }
-        if inner.gate.is_open() {
+        if inner.processors.gate.is_open() {
             return Err(Error::Running);
         }
         inner.slots.quiesce();
@@ -251,26 +288,13 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.inner.end(End::Stopped);
-        let threads = std::mem::take(&mut *lock(&self.inner.threads));
+        self.inner.processors.end(End::Stopped);
+        let threads = std::mem::take(&mut *lock(&self.inner.processors.threads));
         for thread in threads {
             // Whatever it ended with has been reported.
             let _ = thread.join();
         }
         self.inner.slots.quiesce();
-    }
-}
-
-impl Inner {
-    /// Has all processors leave their guests.
-    pub(super) fn kick(&self) {
-        let threads = lock(&self.threads);
-        self.kicks.iter().zip(&*threads).for_each(|(kick, thread)| kick.send(thread));
-    }
-
-    pub(super) fn end(&self, end: End) {
-        self.gate.end(end);
-        self.kick();
     }
 }
 
@@ -339,9 +363,11 @@ impl Parts {
         }
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
-            gate: Gate::new(cpus.len()),
-            kicks: cpus.iter().map(|_| Kick::default()).collect(),
-            threads: Mutex::default(),
+            processors: Arc::new(Processors {
+                gate: Gate::new(cpus.len()),
+                kicks: cpus.iter().map(|_| Kick::default()).collect(),
+                threads: Mutex::default(),
+            }),
             slots: Slots::new(Arc::clone(&vm), atomic, slots)?,
             lines: built,
             exits: Exits::default(),

@@ -13,5 +13,5 @@ mod serial;
 mod slots;
 mod state;
 
-pub use machine::{Config, Machine};
+pub use machine::{Config, Ender, Machine};
 pub use slots::Plug;

@@ -44,11 +44,11 @@ impl Inner {
             Ok(Err(end)) => end,
             Err(_) => End::Failed(format!("the thread of processor {index} panicked")),
         };
-        self.end(end);
+        self.processors.end(end);
     }
 
     fn serve(&self, index: usize) -> Result<(), End> {
-        let kick = &self.kicks[index];
+        let kick = &self.processors.kicks[index];
         let failed = |what: &str, error: &dyn std::fmt::Display| {
             End::Failed(format!("processor {index} {what}: {error}"))
         };
@@ -60,7 +60,7 @@ impl Inner {
             let unblocked = kick.unblock_while_running(fd);
             unblocked.map_err(|error| failed("cannot be interrupted", &error))?;
         }
-        while self.gate.pass() {
+        while self.processors.gate.pass() {
             let mut vcpu = self.cpus[index].lock().unwrap_or_else(PoisonError::into_inner);
             while !kick.is_sent() {
                 self.enter(&mut vcpu)?;

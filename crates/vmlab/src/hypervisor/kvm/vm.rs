@@ -5,7 +5,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use vmlab_vmm::End;
 use vmlab_vmm::memory::{self, Backing};
 use vmlab_vmm::topology::Topology;
 use vmlab_vmm::x86_64::boot::Kernel;
-use vmlab_vmm::x86_64::{Config, Machine, Plug, layout};
+use vmlab_vmm::x86_64::{Config, Ender, Machine, Plug, layout};
 
 use super::super::console::KEPT;
 use super::super::panic::panic_patience;
@@ -67,6 +67,8 @@ pub(super) struct KvmVm {
 struct Shared {
     /// Gone when it has ended.
     machine: Mutex<Option<Arc<Machine>>>,
+    /// There before any of its devices could fail.
+    ender: OnceLock<Ender>,
     console: SerialConsole,
     fate: Mutex<Fate>,
     ended: Condvar,
@@ -168,6 +170,7 @@ impl KvmVm {
 
         let shared = Arc::new(Shared {
             machine: Mutex::default(),
+            ender: OnceLock::new(),
             console: serial,
             fate: Mutex::default(),
             ended: Condvar::new(),
@@ -210,6 +213,11 @@ impl KvmVm {
                 Machine::restore(machine_config, &snapshot.state, plugs)?
             }
         };
+        let _ = shared.ender.set(machine.ender());
+        if lock(&shared.fate).asked.is_some() {
+            // One of its devices has failed before there was anything to end.
+            machine.end(End::Stopped);
+        }
         let machine = Arc::new(machine);
         *lock(&shared.machine) = Some(Arc::clone(&machine));
         let supervisor = {
@@ -305,9 +313,9 @@ impl Shared {
 
     fn end(&self, reason: ExitReason) {
         lock(&self.fate).asked.get_or_insert(reason);
-        let machine = lock(&self.machine).clone();
-        if let Some(machine) = machine {
-            machine.end(End::Stopped);
+        // The machine itself is not for this thread to have, which may be one of its devices'.
+        if let Some(ender) = self.ender.get() {
+            ender.end(End::Stopped);
         }
     }
 
