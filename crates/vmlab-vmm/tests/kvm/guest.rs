@@ -19,7 +19,7 @@ pub(crate) const COUNT: u64 = 0x20_0000;
 pub(crate) const MEMORY: u64 = 32 << 20;
 
 /// No guest has more to do than some hundred instructions.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) const COM1: u16 = 0x3f8;
 
