@@ -6,7 +6,8 @@ use std::{env, fs, io};
 use vmlab_fuse::abi::{Opcode, OpenIn};
 use vmlab_fuse::testing::{RawRequest, samples};
 use vmlab_fuzz::ring::{self, Act};
-use vmlab_fuzz::{Request, input};
+use vmlab_fuzz::{Request, boot, input};
+use vmlab_vmm::x86_64::fuzzing;
 
 /// Flags of descriptors: `VRING_DESC_F_*`.
 const NEXT: u16 = 1;
@@ -174,5 +175,19 @@ fn main() -> io::Result<()> {
     for (number, request) in requests.chunks(1).enumerate() {
         fs::write(dir.join(format!("one-{number}")), blk_seed(4, request, false))?;
     }
+
+    let dir = corpus.join("boot_header");
+    fs::create_dir_all(&dir)?;
+    for (name, image) in [("elf", boot::elf()), ("bzimage", boot::bzimage())] {
+        for (number, how) in [[0, 0, 0], [1, 0, 2], [0, 8, 255]].iter().enumerate() {
+            fs::write(dir.join(format!("{name}-{number}")), [&how[..], &image].concat())?;
+        }
+    }
+
+    let dir = corpus.join("vm_state");
+    fs::create_dir_all(&dir)?;
+    let state = fuzzing::sample_state();
+    fs::write(dir.join("whole"), [&[1], &state[..]].concat())?;
+    fs::write(dir.join("body"), [&[0], &state[12..]].concat())?;
     Ok(())
 }
