@@ -6,7 +6,8 @@ use std::{env, fs, io};
 use vmlab_fuse::abi::{Opcode, OpenIn};
 use vmlab_fuse::testing::{RawRequest, samples};
 use vmlab_fuzz::ring::{self, Act};
-use vmlab_fuzz::{Request, input, mmio};
+use vmlab_fuzz::{Request, boot, input, mmio};
+use vmlab_vmm::x86_64::fuzzing;
 
 /// Flags of descriptors: `VRING_DESC_F_*`.
 const NEXT: u16 = 1;
@@ -306,5 +307,19 @@ fn main() -> io::Result<()> {
     for how in 0..4 {
         fs::write(dir.join(format!("all-{how}")), mmio_seed(how))?;
     }
+
+    let dir = corpus.join("boot_header");
+    fs::create_dir_all(&dir)?;
+    for (name, image) in [("elf", boot::elf()), ("bzimage", boot::bzimage())] {
+        for (number, how) in [[0, 0, 0], [1, 0, 2], [0, 8, 255]].iter().enumerate() {
+            fs::write(dir.join(format!("{name}-{number}")), [&how[..], &image].concat())?;
+        }
+    }
+
+    let dir = corpus.join("vm_state");
+    fs::create_dir_all(&dir)?;
+    let state = fuzzing::sample_state();
+    fs::write(dir.join("whole"), [&[1], &state[..]].concat())?;
+    fs::write(dir.join("body"), [&[0], &state[12..]].concat())?;
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! What fuzz targets share.
 
+pub mod boot;
+
 /// A request of a guest, and the room that it gives for the reply.
 #[derive(Debug)]
 pub struct Request {

@@ -57,7 +57,7 @@ pub(super) fn enter(vcpu: &VcpuFd, instruction: u64) -> Result<(), Error> {
 }
 
 /// A processor's registers.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct CpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -162,7 +162,7 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
 }
 
 /// The extended registers: what all processors have, and what some have besides.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Extended {
     region: kvm_xsave,
     more: Vec<u32>,

@@ -6,6 +6,8 @@ mod control;
 mod cpu;
 pub mod cpuid;
 mod exits;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod layout;
 mod machine;
 mod run;

@@ -204,11 +204,12 @@ impl Inner {
             return "its registers cannot be read".to_owned();
         };
         let code = vcpu.translate_gva(regs.rip).ok().filter(|found| found.valid != 0);
-        let code = code.map(|found| {
+        let code = code.and_then(|found| {
             let mut bytes = [0; SHOWN_CODE];
-            let read = self.memory.read(&mut bytes, GuestAddress(found.physical_address));
-            let bytes = bytes.iter().take(read.unwrap_or(0)).map(|byte| format!("{byte:02x}"));
-            bytes.collect::<Vec<_>>().join(" ")
+            // It may be where no memory is.
+            let read = self.memory.read(&mut bytes, GuestAddress(found.physical_address)).ok()?;
+            let bytes = bytes.iter().take(read).map(|byte| format!("{byte:02x}"));
+            Some(bytes.collect::<Vec<_>>().join(" "))
         });
         format!(
             "rip {:#x} [{}] rsp {:#x} rflags {:#x} rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x} \

@@ -206,3 +206,37 @@ fn read_empty(offset: u64, data: &mut [u8]) {
         data.copy_from_slice(&value.to_le_bytes());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn empty(offset: u64, length: usize) -> Vec<u8> {
+        let mut data = vec![0xaa; length];
+        read_empty(offset, &mut data);
+        data
+    }
+
+    #[test]
+    fn an_empty_slot_says_that_it_is_one() {
+        // Offsets and values of virtio 1.2, 4.2.2: MagicValue, Version, DeviceID and Status.
+        assert_eq!(empty(0x000, 4), b"virt");
+        assert_eq!(empty(0x004, 4), [2, 0, 0, 0]);
+        assert_eq!(empty(0x008, 4), [0; 4]);
+        assert_eq!(empty(0x070, 4), [0; 4]);
+        // Its registers are read as a whole.
+        for length in [1, 2, 8] {
+            assert_eq!(empty(0x000, length), vec![0; length]);
+        }
+        assert_eq!(empty(layout::SLOT_SIZE - 4, 4), [0; 4]);
+    }
+
+    #[test]
+    fn an_address_is_a_register_of_a_slot() {
+        for slot in [0, 1, layout::MAX_SLOTS - 1] {
+            for register in [0, 0x50, layout::SLOT_SIZE - 1] {
+                assert_eq!(place(layout::slot_address(slot) + register), (slot, register));
+            }
+        }
+    }
+}

@@ -88,3 +88,104 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fuzzing::sample as state;
+    use super::*;
+
+    fn shape() -> Shape {
+        state().shape
+    }
+
+    fn wrong(bytes: &[u8]) -> String {
+        match State::decode(bytes) {
+            Err(Error::State(what)) => what,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_state_is_what_it_was() {
+        let bytes = state().encode().unwrap();
+        assert_eq!(bytes[..12], *b"vmlab-vm\x01\0\0\0");
+        let found = State::decode(&bytes).unwrap();
+        assert_eq!(found.shape.difference(&shape()), None);
+        assert_eq!((found.cpus.len(), found.slots.len()), (2, 2));
+        assert_eq!(found.clock.clock, 0x0123_4567_89ab);
+        // All of it, without naming all.
+        assert_eq!(found.encode().unwrap(), bytes);
+        assert_eq!(format!("{found:?}"), format!("{:?}", state()));
+    }
+
+    #[test]
+    fn what_is_different_is_named() {
+        assert_eq!(shape().difference(&shape()), None);
+        let leaf = kvm_cpuid_entry2 { function: 1, eax: 0x8087, ..Default::default() };
+        let others = [
+            ("memory", Shape { memory: 2 << 30, ..shape() }),
+            ("grouped", Shape { topology: [1, 1, 1, 2], ..shape() }),
+            ("slots", Shape { slots: 1, ..shape() }),
+            ("lines", Shape { lines: 2, ..shape() }),
+            ("features", Shape { cpuid: vec![leaf], ..shape() }),
+            ("features", Shape { cpuid: Vec::new(), ..shape() }),
+        ];
+        for (what, other) in others {
+            assert!(shape().difference(&other).unwrap().contains(what), "{what}");
+            assert!(other.difference(&shape()).unwrap().contains(what), "{what}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_state_is_refused() {
+        let bytes = state().encode().unwrap();
+        for other in [&b""[..], b"vmlab-v", b"vmlab-vn\x01\0\0\0", &bytes[1..]] {
+            assert!(wrong(other).contains("something else"));
+        }
+        for length in 8..12 {
+            assert!(wrong(&bytes[..length]).contains("cut off"));
+        }
+        for version in [0, 2, u32::MAX] {
+            let mut bytes = bytes.clone();
+            bytes[8..12].copy_from_slice(&version.to_le_bytes());
+            assert!(wrong(&bytes).contains(&format!("version {version}, not 1")));
+        }
+        // However little is missing, or there is too much.
+        for length in 12..bytes.len() {
+            wrong(&bytes[..length]);
+        }
+        assert!(wrong(&[&bytes[..], b"\0"].concat()).contains("behind its end"));
+        assert!(wrong(&vec![0; MAX + 1]).contains("too long"));
+    }
+
+    #[test]
+    fn no_bytes_end_the_monitor() {
+        let bytes = state().encode().unwrap();
+        let head = &bytes[..12];
+        let mut random = 1_u64;
+        let mut next = || {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            random >> 33
+        };
+        for _ in 0..2000 {
+            // Bytes at random, of which those with the highest bit make long numbers; and a state with some changed.
+            let noise: Vec<u8> = (0..next() % 64).map(|_| next() as u8).collect();
+            let _ = State::decode(&[head, &noise].concat());
+            let mut changed = bytes.clone();
+            for _ in 0..next() % 8 {
+                let at = 12 + next() as usize % (bytes.len() - 12);
+                changed[at] = next() as u8;
+            }
+            if let Ok(state) = State::decode(&changed) {
+                state.encode().unwrap();
+            }
+        }
+        // Lengths that there is no memory for.
+        for count in [0x7f, 0xff] {
+            let huge = [&[count; 9][..], &[1]].concat();
+            for at in 0..40 {
+                let _ = State::decode(&[&bytes[..12 + at], &huge[..]].concat());
+            }
+        }
+    }
+}

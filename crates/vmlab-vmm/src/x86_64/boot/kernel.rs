@@ -5,16 +5,17 @@ use std::io::{self, Seek, SeekFrom};
 use std::mem::size_of;
 use std::os::unix::fs::FileExt;
 
-use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::setup_header;
-use linux_loader::loader::elf::Elf;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::layout;
-use super::BootError;
+use super::{BootError, elf};
 
 /// Where an image has its setup header.
-pub(super) const HEADER: usize = 0x1f1;
+const HEADER: usize = 0x1f1;
+
+/// How much longer than its known fields a header may be: as much as `struct boot_params` has room for.
+const MORE: usize = 0x290 - HEADER - size_of::<setup_header>();
 
 /// Where the header's own jump is, whose distance says how long it is.
 const JUMP: usize = 0x201;
@@ -42,7 +43,7 @@ const ALIGNMENT: u64 = 0x20_0000;
 const INITRD_MAX: u32 = 0x7fff_ffff;
 
 /// The longest command line, where a kernel does not say: x86's `COMMAND_LINE_SIZE` less its NUL.
-const COMMAND_LINE_MAX: usize = 2047;
+pub(super) const COMMAND_LINE_MAX: usize = 2047;
 
 const PAGE: u64 = 4096;
 
@@ -56,8 +57,8 @@ pub enum KernelError {
     #[error("the kernel is neither a 64-bit ELF file nor a bzImage")]
     Unknown,
     /// An ELF file with something wrong.
-    #[error("the kernel's ELF file cannot be loaded")]
-    Elf(#[source] linux_loader::loader::Error),
+    #[error("the kernel's ELF file cannot be loaded: {0}")]
+    Elf(&'static str),
     /// An image from before there was a 64-bit entry.
     #[error(
         "the kernel speaks version {}.{} of the boot protocol, and its 64-bit entry needs 2.12",
@@ -83,7 +84,7 @@ pub(super) struct Loaded {
     /// The end of what it uses before it looks at the memory map.
     end: u64,
     /// What its image says, where it is a bzImage.
-    pub(super) header: Option<setup_header>,
+    pub(super) header: Option<Header>,
 }
 
 /// Puts a kernel into memory below `end_of_memory`.
@@ -92,42 +93,54 @@ pub(super) fn load(
     image: &mut File,
     end_of_memory: u64,
 ) -> Result<Loaded, BootError> {
-    let mut start = [0; 4];
-    image.read_exact_at(&mut start, 0).map_err(KernelError::Read)?;
-    match &start {
-        b"\x7fELF" => load_elf(memory, image),
-        _ => load_bzimage(memory, image, end_of_memory),
+    let mut start = elf::MAGIC;
+    image.read_exact_at(&mut start, 0).map_err(unknown_if_short)?;
+    if start != elf::MAGIC {
+        return load_bzimage(memory, image, end_of_memory);
+    }
+    let (entry, end) = elf::load(memory, image, end_of_memory)?;
+    Ok(Loaded { entry, end, header: None })
+}
+
+/// Whatever is too short for a header is no kernel.
+fn unknown_if_short(error: io::Error) -> KernelError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => KernelError::Unknown,
+        _ => KernelError::Read(error),
     }
 }
 
-fn load_elf(memory: &GuestMemoryMmap, image: &mut File) -> Result<Loaded, BootError> {
-    let above = Some(GuestAddress(layout::HIGH_MEMORY));
-    let loaded = Elf::load(memory, None, image, above).map_err(KernelError::Elf)?;
-    Ok(Loaded { entry: loaded.kernel_load.0, end: loaded.kernel_end, header: None })
+/// The setup header of an image.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Header {
+    /// The fields that are known.
+    pub(super) fields: setup_header,
+    /// What later kernels have behind them.
+    pub(super) more: [u8; MORE],
 }
 
 /// Reads the setup header of a bzImage, as much as it has of it.
-pub(super) fn read_header(image: &File) -> Result<setup_header, KernelError> {
-    const LONGEST: usize = size_of::<setup_header>();
-    let mut head = [0; HEADER + LONGEST];
-    image.read_exact_at(&mut head, 0).map_err(|error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => KernelError::Unknown,
-        _ => KernelError::Read(error),
-    })?;
+fn read_header(image: &File) -> Result<Header, KernelError> {
+    const KNOWN: usize = size_of::<setup_header>();
+    let mut head = [0; HEADER + KNOWN + MORE];
+    image.read_exact_at(&mut head, 0).map_err(unknown_if_short)?;
     // The header ends where its jump goes to. What is behind is code.
     let end = JUMP + 1 + usize::from(head[JUMP]);
     if end < head.len() {
-        head[end.max(HEADER)..].fill(0);
+        head[end..].fill(0);
     }
-    let mut header = setup_header::default();
-    header.as_mut_slice().copy_from_slice(&head[HEADER..]);
-    if header.header != MAGIC {
+    let (known, behind) = head[HEADER..].split_at(KNOWN);
+    let mut header = Header { fields: setup_header::default(), more: [0; MORE] };
+    header.fields.as_mut_slice().copy_from_slice(known);
+    header.more.copy_from_slice(behind);
+    let setup_header { header: magic, version, xloadflags, .. } = header.fields;
+    if magic != MAGIC {
         return Err(KernelError::Unknown);
     }
-    if header.version < VERSION_XLOADFLAGS {
-        return Err(KernelError::Version { version: header.version });
+    if version < VERSION_XLOADFLAGS {
+        return Err(KernelError::Version { version });
     }
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
+    if xloadflags & XLF_KERNEL_64 == 0 {
         return Err(KernelError::No64);
     }
     Ok(header)
@@ -138,7 +151,8 @@ fn load_bzimage(
     image: &mut File,
     end_of_memory: u64,
 ) -> Result<Loaded, BootError> {
-    let header = read_header(image)?;
+    let read = read_header(image)?;
+    let header = read.fields;
     let sectors = match header.setup_sects {
         0 => SETUP_SECTORS,
         sectors => sectors,
@@ -159,13 +173,13 @@ fn load_bzimage(
     image.seek(SeekFrom::Start(from)).map_err(KernelError::Read)?;
     let size = usize::try_from(size).map_err(|_| KernelError::Header("it is too large"))?;
     memory.read_exact_volatile_from(GuestAddress(at), image, size)?;
-    Ok(Loaded { entry: at + ENTRY_64, end, header: Some(header) })
+    Ok(Loaded { entry: at + ENTRY_64, end, header: Some(read) })
 }
 
 impl Loaded {
     /// The longest command line, in bytes.
     pub(super) fn most_command_line(&self) -> usize {
-        let said = self.header.map_or(0, |header| header.cmdline_size as usize);
+        let said = self.header.map_or(0, |header| header.fields.cmdline_size as usize);
         let room = (layout::LOW_MEMORY_END - layout::COMMAND_LINE - 1) as usize;
         if said == 0 { COMMAND_LINE_MAX } else { said.min(room) }
     }
@@ -180,7 +194,7 @@ impl Loaded {
     ) -> Result<(u32, u32), BootError> {
         let size = file.metadata().map_err(BootError::Initrd)?.len();
         let no_room = || BootError::NoRoom { what: "the initial RAM filesystem", size };
-        let highest = match self.header.map_or(0, |header| header.initrd_addr_max) {
+        let highest = match self.header.map_or(0, |header| header.fields.initrd_addr_max) {
             0 => INITRD_MAX,
             highest => highest,
         };

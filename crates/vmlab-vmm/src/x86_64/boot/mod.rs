@@ -1,8 +1,11 @@
 //! A kernel in a guest's memory, as Linux's 64-bit boot protocol has it (`Documentation/arch/x86/boot.rst`).
 
+mod elf;
 mod kernel;
 mod params;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
@@ -49,6 +52,9 @@ pub enum BootError {
         /// The longest that there may be.
         most: usize,
     },
+    /// The kernel would take the command line's beginning for all of it.
+    #[error("the kernel's command line has a NUL in it, where it would end")]
+    Nul,
     /// A part of the guest's memory that should be there is not.
     #[error("the guest's memory cannot be written")]
     Memory(#[from] vm_memory::GuestMemoryError),
@@ -61,7 +67,7 @@ pub(super) struct Entry {
     pub(super) instruction: u64,
 }
 
-/// Puts a kernel and all that it is told into memory. The ACPI tables are somebody else's to write.
+/// Puts a kernel and all that it is told into memory, which is zero. The ACPI tables are somebody else's to write.
 pub(super) fn load(memory: &GuestMemoryMmap, mut boot: Kernel) -> Result<Entry, BootError> {
     let end_of_memory = low_memory_end(memory);
     let loaded = kernel::load(memory, &mut boot.image, end_of_memory)?;
@@ -70,11 +76,14 @@ pub(super) fn load(memory: &GuestMemoryMmap, mut boot: Kernel) -> Result<Entry, 
     if line.len() > most {
         return Err(BootError::CommandLine { length: line.len(), most });
     }
+    if line.contains(&0) {
+        return Err(BootError::Nul);
+    }
     memory.write_slice(line, GuestAddress(layout::COMMAND_LINE))?;
     memory.write_obj(0u8, GuestAddress(layout::COMMAND_LINE + line.len() as u64))?;
     let initrd = boot.initrd.as_mut().map(|file| loaded.place_initrd(memory, file, end_of_memory));
     let initrd = initrd.transpose()?;
-    let params = params::boot_params(&loaded, line.len(), initrd, memory);
+    let params = params::boot_params(&loaded, initrd, memory);
     memory.write_obj(params, GuestAddress(layout::BOOT_PARAMS))?;
     tables::write(memory)?;
     Ok(Entry { instruction: loaded.entry })

@@ -4,7 +4,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::super::layout;
-use super::kernel::Loaded;
+use super::kernel::{COMMAND_LINE_MAX, Header, Loaded};
 
 /// A boot loader without a number.
 const LOADER: u8 = 0xff;
@@ -19,28 +19,28 @@ const ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// All of it, for a kernel with a command line of this length. `initrd` is where its initial RAM filesystem is, and
-/// how long.
+/// All of it, for a loaded kernel. `initrd` is where its initial RAM filesystem is, and how long.
 pub(super) fn boot_params(
     loaded: &Loaded,
-    command_line: usize,
     initrd: Option<(u32, u32)>,
     memory: &GuestMemoryMmap,
 ) -> boot_params {
-    let mut params = boot_params {
-        hdr: loaded.header.unwrap_or(setup_header {
-            boot_flag: BOOT_FLAG,
-            header: MAGIC,
-            version: VERSION,
-            kernel_alignment: ALIGNMENT,
-            ..Default::default()
-        }),
-        acpi_rsdp_addr: layout::ACPI.start,
-        ..Default::default()
-    };
+    let mut params = boot_params { acpi_rsdp_addr: layout::ACPI.start, ..Default::default() };
+    match loaded.header {
+        Some(Header { fields, more }) => (params.hdr, params._pad7) = (fields, more),
+        None => {
+            params.hdr = setup_header {
+                boot_flag: BOOT_FLAG,
+                header: MAGIC,
+                version: VERSION,
+                kernel_alignment: ALIGNMENT,
+                cmdline_size: COMMAND_LINE_MAX as u32,
+                ..Default::default()
+            }
+        }
+    }
     params.hdr.type_of_loader = LOADER;
     params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
-    params.hdr.cmdline_size = command_line as u32;
     (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = initrd.unwrap_or_default();
     let map = memory_map(memory);
     params.e820_entries = map.len() as u8;
@@ -51,16 +51,18 @@ pub(super) fn boot_params(
 }
 
 /// The map of memory: what a PC has, and what is above its first megabyte.
-fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
+pub(super) fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
     let entry = |addr: u64, end: u64, r#type| boot_e820_entry { addr, size: end - addr, r#type };
     let mut map = vec![
         entry(0, layout::LOW_MEMORY_END, E820_RAM),
         entry(layout::LOW_MEMORY_END, layout::HIGH_MEMORY, E820_RESERVED),
     ];
     for region in memory.iter() {
-        let start = region.start_addr().0;
-        let end = start + region.len();
-        map.push(entry(start.max(layout::HIGH_MEMORY), end, E820_RAM));
+        let start = region.start_addr().0.max(layout::HIGH_MEMORY);
+        let end = region.start_addr().0 + region.len();
+        if start < end {
+            map.push(entry(start, end, E820_RAM));
+        }
     }
     map
 }

@@ -40,6 +40,8 @@ pub(super) fn write(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
     for (at, descriptor) in (layout::GDT..).step_by(8).zip(DESCRIPTORS) {
         put(at, descriptor)?;
     }
+    // What no entry below maps is not mapped, whatever was there.
+    memory.write_slice(&[0; 2 * PAGE as usize], GuestAddress(layout::PAGE_TABLES))?;
     let third = layout::PAGE_TABLES + PAGE;
     let second = third + PAGE;
     put(layout::PAGE_TABLES, third | PRESENT | WRITABLE)?;
