@@ -8,8 +8,7 @@
 use std::io;
 
 use libc::c_long;
-use vmlab_fuse::sandbox::Sandbox;
-pub use vmlab_fuse::sandbox::{Calls, Is};
+pub use vmlab_fuse::sandbox::{Calls, Is, Sandbox};
 
 /// What a device's threads do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

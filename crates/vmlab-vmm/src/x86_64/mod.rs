@@ -9,6 +9,7 @@ mod exits;
 pub mod layout;
 mod machine;
 mod run;
+mod sandbox;
 mod serial;
 mod slots;
 mod state;
