@@ -226,7 +226,7 @@ pub(crate) struct VmArgs {
     /// How the root and all shares reach the guest; auto takes virtiofs where the kernel has it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) share_via: ShareViaArg,
-    /// Do not restrict vmlab's own file servers to their shares (see `vmlab doctor`)
+    /// Do not restrict the threads of vmlab that serve the guest and run it (see `vmlab doctor`)
     #[arg(long)]
     pub(crate) no_sandbox: bool,
 

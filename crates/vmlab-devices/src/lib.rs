@@ -19,6 +19,7 @@ pub mod fs;
 pub mod net;
 mod queue;
 pub mod rng;
+pub mod sandbox;
 pub mod sparse;
 mod transfer;
 pub mod transport;

@@ -3,11 +3,10 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmlab_devices::blk::{Blk, BlockSize, OpenError, Options, Source};
-use vmlab_devices::{Device, MAX_GATHERED, Turn};
+use vmlab_devices::{Device, MAX_GATHERED};
 
 #[path = "common/driver.rs"]
 #[allow(dead_code, reason = "not every test uses all of it")]
@@ -71,8 +70,7 @@ impl Guest {
     fn serve(&self) -> (u8, u32) {
         let before = self.driver.number(driver::USED + 2);
         self.driver.offer(0);
-        let mutex = Mutex::new(());
-        self.device.process(0, &self.driver.queue, &mut Turn::take(&mutex)).unwrap();
+        driver::process(&self.device, 0, &self.driver.queue).unwrap();
         let used = self.driver.used();
         assert_eq!(used.len(), usize::from(before) + 1);
         assert_eq!(used.last().unwrap().0, 0);

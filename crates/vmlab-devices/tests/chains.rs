@@ -1,11 +1,9 @@
 //! What a guest's driver may write to a ring, and what a device sees of it.
 #![allow(clippy::unwrap_used, reason = "clippy takes the helpers of tests for other code")]
 
-use std::sync::Mutex;
-
 use vm_memory::{Bytes, GuestAddress};
 use vmlab_devices::rng::{MAX_REQUEST, Rng};
-use vmlab_devices::{ChainError, Device, MAX_GATHERED, Turn};
+use vmlab_devices::{ChainError, MAX_GATHERED};
 
 #[path = "common/driver.rs"]
 #[allow(dead_code, reason = "not every test uses all of it")]
@@ -15,8 +13,7 @@ use driver::{BUFFERS, Driver, INDIRECT, MEMORY, NEXT, SIZE, TABLE, USED, WRITE};
 
 /// Lets the random number generator serve what is there.
 fn serve(driver: &Driver) -> Result<(), vmlab_devices::QueueError> {
-    let mutex = Mutex::new(());
-    Rng.process(0, &driver.queue, &mut Turn::take(&mutex))
+    driver::process(&Rng, 0, &driver.queue)
 }
 
 /// Offers descriptor 0 and says why it was refused. The queue still works after that.

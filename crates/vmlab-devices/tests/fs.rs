@@ -2,13 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "clippy takes the helpers of tests for other code")]
 
 use std::fs;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 use vmlab_devices::fs::Fs;
-use vmlab_devices::{ChainError, Device, MAX_GATHERED, OnFault, Turn, Workers};
+use vmlab_devices::{ChainError, Device, MAX_GATHERED, OnFault, Workers};
 use vmlab_fuse::Server;
 use vmlab_fuse::abi::Opcode;
 
@@ -77,8 +77,7 @@ impl Guest {
         let before = self.driver.used().len();
         self.prepare(0, BUFFERS, opcode, node, args, room);
         self.driver.offer(0);
-        let mutex = Mutex::new(());
-        self.device.process(1, &self.driver.queue, &mut Turn::take(&mutex)).unwrap();
+        driver::process(&*self.device, 1, &self.driver.queue).unwrap();
         let (header, mut rest) = self.reply(BUFFERS, room);
         let length = u32::from_le_bytes(header[..4].try_into().unwrap());
         assert_eq!(self.driver.used()[before], (0, length), "the used length is the reply's");
@@ -145,8 +144,7 @@ fn a_read_with_more_room_than_can_be_gathered_gets_an_error() {
         driver.describe(4, (REPLY + 0x11000 + u64::from(size / 2), size - size / 2, WRITE, 0));
         let before = driver.used().len();
         driver.offer(0);
-        let mutex = Mutex::new(());
-        guest.device.process(1, &driver.queue, &mut Turn::take(&mutex)).unwrap();
+        driver::process(&*guest.device, 1, &driver.queue).unwrap();
         assert_eq!(driver.used()[before], (0, OUT_HEADER as u32), "{size}");
         let (header, _) = guest.reply(BUFFERS, 0);
         let error = i32::from_le_bytes(header[4..8].try_into().unwrap());

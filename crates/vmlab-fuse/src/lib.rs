@@ -16,7 +16,7 @@ mod directory;
 mod filesystem;
 mod passthrough;
 mod request;
-mod sandbox;
+pub mod sandbox;
 mod server;
 #[cfg(any(test, feature = "test-transport"))]
 pub mod testing;

@@ -1,8 +1,8 @@
-//! What a thread that serves a directory gives up before it serves anything.
+//! What a thread gives up before it does what a guest asks.
 //!
-//! Landlock leaves it the files of the share, seccomp the system calls that serving takes ([`syscalls`]). Both
-//! hold for the thread alone, as does `no_new_privs`, which both set: the process's other threads and what
-//! they start keep their rights. This is a second line, against mistakes in how requests are served. The
+//! Landlock leaves it the files that it serves ([`share`], or none), seccomp the system calls that its work takes
+//! ([`Calls`]). Both hold for the thread alone, as does `no_new_privs`, which both set: the process's other threads and
+//! what they start keep their rights. This is a second line, against mistakes in how requests are served. The
 //! threads share their memory with the rest of the process, so it is none against foreign code in it.
 //!
 //! Landlock knows no rights for permissions, owners, times and extended attributes, and before its third version
@@ -13,34 +13,25 @@ use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, make_bitflags,
+    ABI, Access, AccessFs, LandlockStatus, Ruleset, RulesetAttr, RulesetCreated, RulesetError,
 };
 use seccompiler::BpfProgram;
 
-mod syscalls;
+mod calls;
+mod share;
 
-/// What is forbidden outside of the share: all that Landlock knew of files at this version, which is the
-/// newest that adds something and that the tests have run with. An older kernel forbids what it knows.
+pub use calls::{Calls, Condition, Is};
+
+/// What is forbidden: all that Landlock knew of files at this version, which is the newest that adds something and that
+/// the tests have run with. An older kernel forbids what it knows.
 const KNOWN: ABI = ABI::V5;
 
-/// What a thread may do to files of a read-only share.
-const READ: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
-
-/// What a thread may do besides to files of a writable one: neither execute them nor talk to devices. The
-/// types of files that it may make are those that it may rename.
-const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
-    WriteFile | Truncate | RemoveDir | RemoveFile | MakeChar | MakeBlock | MakeDir | MakeReg | MakeSock
-        | MakeFifo | MakeSym | Refer
-});
-
-/// The restrictions of the threads that serve one directory.
+/// The restrictions of a thread.
 #[derive(Debug)]
-pub(crate) struct Sandbox {
+pub struct Sandbox {
     landlock: Option<RulesetCreated>,
     seccomp: Option<BpfProgram>,
 }
@@ -96,7 +87,7 @@ struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} refuses to restrict the threads of a file server", self.what)
+        write!(f, "{} refuses to restrict a thread", self.what)
     }
 }
 
@@ -111,15 +102,18 @@ fn refused<E: Into<Box<dyn Error + Send + Sync>>>(what: &'static str) -> impl Fn
 }
 
 impl Sandbox {
-    /// Restrictions to a directory. What the kernel lacks is left out.
+    /// For a thread that opens no file, with these system calls. What the kernel lacks is left out.
     ///
     /// # Errors
     /// The kernel has something and refuses it.
-    pub(crate) fn new(root: impl AsFd, read_only: bool) -> io::Result<Self> {
-        let failed = refused("Landlock");
-        let landlock = ruleset(root.as_fd(), read_only).map_err(failed)?;
+    pub fn without_files(calls: &Calls) -> io::Result<Self> {
+        let landlock = ruleset_of_nothing().map_err(refused("Landlock"))?;
+        Self::of(Some(landlock), calls)
+    }
+
+    fn of(landlock: Option<RulesetCreated>, calls: &Calls) -> io::Result<Self> {
         let seccomp = match seccomp_is_there() {
-            true => Some(syscalls::filter(read_only).map_err(refused("seccomp"))?),
+            true => Some(calls.filter().map_err(refused("seccomp"))?),
             false => None,
         };
         Ok(Self { landlock, seccomp })
@@ -129,7 +123,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The kernel has something and refuses it.
-    pub(crate) fn enter(&self) -> io::Result<Restrictions> {
+    pub fn enter(&self) -> io::Result<Restrictions> {
         let mut landlock = Landlock::Missing;
         if let Some(ruleset) = &self.landlock {
             let ruleset = ruleset.try_clone()?;
@@ -144,21 +138,9 @@ impl Sandbox {
     }
 }
 
-/// The rules for a directory, or `None` where they would keep it from being served.
-fn ruleset(
-    root: BorrowedFd<'_>,
-    read_only: bool,
-) -> Result<Option<RulesetCreated>, landlock::RulesetError> {
-    let knows = |access: AccessFs| {
-        let strict = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
-        strict.handle_access(access).is_ok()
-    };
-    if !read_only && knows(AccessFs::ReadFile) && !knows(AccessFs::Refer) {
-        return Ok(None);
-    }
-    let allowed = if read_only { READ } else { READ | WRITE };
-    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(KNOWN))?.create()?;
-    ruleset.add_rule(PathBeneath::new(root, allowed)).map(Some)
+/// Rules that allow nothing yet.
+fn ruleset_of_nothing() -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default().handle_access(AccessFs::from_all(KNOWN))?.create()
 }
 
 impl From<LandlockStatus> for Landlock {

@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         slots: 0,
         lines: vec![line],
         generation: [0; 16],
+        sandbox: true,
     };
     let started = std::time::Instant::now();
     let machine = Machine::boot(config, Kernel { image, initrd, command_line }, Vec::new())?;

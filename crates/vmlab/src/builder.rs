@@ -258,8 +258,8 @@ impl VmBuilder {
         self
     }
 
-    /// Whether vmlab's own file servers restrict themselves to their shares, as far as the host's kernel
-    /// can; they do unless set.
+    /// Whether vmlab's own file servers restrict themselves to their shares, and other threads that serve the guest
+    /// or run it to no file, as far as the host's kernel can; they do unless set.
     pub fn sandbox(mut self, sandbox: bool) -> Self {
         self.sandbox = sandbox;
         self

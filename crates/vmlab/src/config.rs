@@ -332,7 +332,8 @@ pub struct VmConfig {
     pub shares: Vec<ShareDevice>,
     /// Disks.
     pub disks: Vec<DiskDevice>,
-    /// Whether the threads of vmlab's own file servers are restricted to their shares.
+    /// Whether the threads of this process that serve the guest and run it are restricted: file servers to their
+    /// shares, all others to no file.
     pub sandbox: bool,
     /// Network.
     pub network: NetworkMode,
@@ -429,7 +430,7 @@ impl VmConfigBuilder {
         self
     }
 
-    /// Sets whether file servers are restricted.
+    /// Sets whether the threads that serve the guest and run it are restricted.
     pub fn sandbox(mut self, sandbox: bool) -> Self {
         self.config.sandbox = sandbox;
         self

@@ -125,7 +125,7 @@ fn sandbox() -> Check {
     let found = match sandbox::of_host() {
         Ok(found) => found,
         Err(why) => {
-            let remedy = "`vmlab run --no-sandbox` shares files over virtio-fs without it";
+            let remedy = "`vmlab run --no-sandbox` runs and serves guests without it";
             return wrong(name, Status::Lacking, why, remedy);
         }
     };
@@ -141,7 +141,7 @@ fn sandbox() -> Check {
             name,
             Status::Lacking,
             "no seccomp: the host's kernel does not filter system calls",
-            "file servers are restricted to fewer system calls where a kernel has \
+            "what serves guests is restricted to fewer system calls where a kernel has \
              CONFIG_SECCOMP_FILTER",
         ),
     }

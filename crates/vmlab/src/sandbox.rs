@@ -1,4 +1,27 @@
-//! What restricts the threads of vmlab's own file servers, in words.
+//! What restricts the threads that do what guests ask, in words.
+//!
+//! A guest is taken for hostile: whatever it writes may be made to lead a thread astray that looks at it. Those threads
+//! give up most of the process's rights, unless that was not wanted (`--no-sandbox`):
+//!
+//! | thread | is left with |
+//! |---|---|
+//! | of a file server (`virtio26-…`) | the files of its share, and the calls for them |
+//! | of a disk, a network, a console, … (`virtioN-…`) | no file, and the calls of its kind: [`vmlab_devices::sandbox`] |
+//! | of a processor (`vcpuN`, in the native monitor) | no file, its processor, the sockets of serial lines |
+//!
+//! They are the same threads under both hypervisors, but that QEMU runs its own processors, and devices that are not
+//! vmlab's, in its process. These are not restricted:
+//!
+//! - `devices` (native monitor): starts and ends the threads above, which would inherit its restrictions. Of the guest
+//!   it sees that the status of a device was written to, and which bits of it. Where queues are is checked by the same
+//!   code as everywhere, before any thread looks at them.
+//! - `vhost-userN` (QEMU): the same, as asked by QEMU. It maps the guest's memory and does not read from it but the
+//!   index of used rings.
+//! - `serial` (native monitor): bytes of the host for the guest. It shares the registers of the line with the thread
+//!   of the processor, and takes nothing else from the guest.
+//! - The pump of the console, what speaks to the agent, and the switch of a network of VMs: they read what a guest has
+//!   sent, as bytes in buffers of their own. They write logs and files that the user has asked for.
+//! - The supervisor: waits for the end, and sees nothing of a guest.
 
 use vmlab_devices::fs::{Landlock, Restrictions};
 

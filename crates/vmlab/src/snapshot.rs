@@ -164,7 +164,7 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     config.disks.clear();
     // All such VMs are.
     config.pluggable = false;
-    // It restricts the servers of shares.
+    // It restricts threads of the process, which a run has its own of.
     config.sandbox = true;
     // Tells the agent. First, so that the user's own arguments have the last word.
     if let Some(kernel) = config.boot.kernel_mut() {

@@ -18,6 +18,7 @@ use crate::blk::request::{HEADER, Limits, Refusal, Request, SERIAL, STATUS};
 use crate::chain::Chain;
 use crate::device::{Device, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue};
+use crate::sandbox::{self, Work};
 
 /// The most queues. More of them than a guest has CPUs are of no use, and each has threads.
 pub const MAX_QUEUES: u16 = 16;
@@ -35,6 +36,7 @@ pub struct Blk {
     limits: Limits,
     serial: [u8; SERIAL],
     queues: u16,
+    sandbox: bool,
 }
 
 /// Where the content of a disk is, and what becomes of what is written to it.
@@ -116,7 +118,8 @@ impl Blk {
         for (to, from) in field.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Ok(Self { backend, limits: Limits { capacity, block, read_only }, serial: field, queues })
+        let limits = Limits { capacity, block, read_only };
+        Ok(Self { backend, limits, serial: field, queues, sandbox: true })
     }
 
     /// A disk of a file, which is locked as QEMU would, with all that `options` ask for in front of it.
@@ -143,6 +146,12 @@ impl Blk {
             }
         };
         Self::new(options.stack(backend)?, serial, read_only, options)
+    }
+
+    /// Sets whether its threads keep no rights but those that they need, as they do unless set.
+    #[must_use]
+    pub fn sandbox(self, sandbox: bool) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Serves a request. Returns how many bytes were written to its room before the status.
@@ -235,6 +244,10 @@ impl Device for Blk {
 
     fn provides_config(&self) -> bool {
         true
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        if self.sandbox { sandbox::enter(Work::Disk) } else { Ok(()) }
     }
 
     fn process(&self, _: usize, queue: &VirtQueue, turn: &mut Turn<'_>) -> Result<(), QueueError> {

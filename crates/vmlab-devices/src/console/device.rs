@@ -14,6 +14,7 @@ use crate::console::gate::Gate;
 use crate::console::stream::{receive, send};
 use crate::device::{Device, DeviceStateError, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue};
+use crate::sandbox::{self, Work};
 use crate::transfer::may_wait;
 use crate::workers::wait_for;
 
@@ -69,6 +70,7 @@ pub struct Console {
     control: Mutex<Control>,
     /// Open as long as there is something to tell.
     news: Gate,
+    sandbox: bool,
 }
 
 struct Ends {
@@ -144,9 +146,15 @@ impl Console {
             ends.push(Ends { stream, input: Gate::new()?, sent: Mutex::default() });
         }
         let control = Mutex::new(Control::new(kinds, host_open));
-        let console = Self { ports: ends, control, news: Gate::new()? };
+        let console = Self { ports: ends, control, news: Gate::new()?, sandbox: true };
         console.change(|_| {});
         Ok(console)
+    }
+
+    /// Sets whether its threads keep no rights but those that they need, as they do unless set.
+    #[must_use]
+    pub fn sandbox(self, sandbox: bool) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Tells the guest the size of its consoles. (A driver that knows one port only has to be told by the transport
@@ -321,6 +329,10 @@ impl Device for Console {
 
     fn provides_config(&self) -> bool {
         true
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        if self.sandbox { sandbox::enter(Work::Streams) } else { Ok(()) }
     }
 
     fn process(&self, index: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {

@@ -1,5 +1,6 @@
 //! The device: its two queues, and the headers of frames in them.
 
+use std::io;
 use std::mem::offset_of;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use super::backend::{Backend, Received, Sent};
 use super::frame::{MAX_FRAME, MIN_FRAME, MacAddress};
 use crate::device::{Device, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue, lock};
+use crate::sandbox::{self, Work};
 use crate::workers::{wait_for, wait_for_stop};
 
 /// The size of both rings, as of other monitors.
@@ -33,6 +35,7 @@ pub struct Net {
     receive: Mutex<Receive>,
     transmit: Mutex<Box<[u8]>>,
     counters: Counters,
+    sandbox: bool,
 }
 
 /// What became of frames, since the device is there.
@@ -73,7 +76,13 @@ impl Net {
         let room = || vec![0; MAX_FRAME + 1].into();
         let receive = Mutex::new(Receive { buffer: room(), held: None });
         let (transmit, counters) = (Mutex::new(room()), Counters::default());
-        Self { backend, address, mtu, receive, transmit, counters }
+        Self { backend, address, mtu, receive, transmit, counters, sandbox: true }
+    }
+
+    /// Sets whether its threads keep no rights but those that they need, as they do unless set.
+    #[must_use]
+    pub fn sandbox(self, sandbox: bool) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// What became of frames.
@@ -184,6 +193,10 @@ impl Device for Net {
 
     fn provides_config(&self) -> bool {
         true
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        if self.sandbox { sandbox::enter(Work::Frames) } else { Ok(()) }
     }
 
     fn process(&self, index: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {

@@ -1,10 +1,13 @@
 //! virtio-rng: random numbers of the host for the guest.
 
+use std::io;
+
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use crate::chain::Chain;
 use crate::device::{Device, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue};
+use crate::sandbox::{self, Work};
 
 /// The most bytes for one request. Kernels ask for 64 at a time; a request for more gets less, which the
 /// specification allows, and no guest keeps the host busy with one request.
@@ -13,7 +16,7 @@ pub const MAX_REQUEST: usize = 64 * 1024;
 /// The size of its ring, as of other monitors.
 const RING: u16 = 256;
 
-/// The device.
+/// The device. Its threads keep no rights but those that they need.
 #[derive(Debug, Default)]
 pub struct Rng;
 
@@ -24,6 +27,10 @@ impl Device for Rng {
 
     fn queues(&self) -> Vec<QueueKind> {
         vec![QueueKind { max_size: RING, workers: 1 }]
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        sandbox::enter(Work::Random)
     }
 
     fn process(&self, _: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {

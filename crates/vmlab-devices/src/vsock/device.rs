@@ -13,6 +13,7 @@ use super::muxer::Muxer;
 use super::packet::{HEADER, Header, MAX_PAYLOAD, TRANSPORT_RESET};
 use crate::device::{Device, DeviceStateError, QueueKind};
 use crate::queue::{QueueError, Turn, VirtQueue, lock};
+use crate::sandbox::{self, Work};
 use crate::workers::wait_for;
 
 /// The size of all rings, as of other monitors.
@@ -37,6 +38,7 @@ pub struct Vsock {
     payload: Mutex<Box<[u8]>>,
     /// An eventfd: the guest has yet to be told that all connections are over.
     reset: OwnedFd,
+    sandbox: bool,
 }
 
 /// There can be no such device.
@@ -84,7 +86,13 @@ impl Vsock {
         let muxer = Muxer::new(cid, base, Arc::clone(&epoll), woken)
             .map_err(|source| OpenError::Listen { path: base.to_owned(), source })?;
         let payload = Mutex::new(vec![0; MAX_PAYLOAD].into());
-        Ok(Self { cid, muxer: Mutex::new(muxer), epoll, wake, payload, reset })
+        Ok(Self { cid, muxer: Mutex::new(muxer), epoll, wake, payload, reset, sandbox: true })
+    }
+
+    /// Sets whether its threads keep no rights but those that they need, as they do unless set.
+    #[must_use]
+    pub fn sandbox(self, sandbox: bool) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Ends all connections, and has the guest told, as where it goes on from a snapshot. It then asks for its context
@@ -184,6 +192,10 @@ impl Device for Vsock {
 
     fn provides_config(&self) -> bool {
         true
+    }
+
+    fn prepare_thread(&self) -> io::Result<()> {
+        if self.sandbox { sandbox::enter(Work::Connections) } else { Ok(()) }
     }
 
     fn process(&self, index: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {

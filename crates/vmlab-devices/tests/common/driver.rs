@@ -1,11 +1,11 @@
 //! The guest's side of a ring, as wrong as a test wants it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
-use vmlab_devices::{Interrupt, VirtQueue};
+use vmlab_devices::{Device, Interrupt, QueueError, Turn, VirtQueue};
 
 #[allow(unused_imports, reason = "not every test uses all of it")]
 pub(crate) use virtio_bindings::virtio_ring::{
@@ -105,4 +105,18 @@ impl Driver {
     pub(crate) fn interrupts(&self) -> u64 {
         self.interrupts.0.load(Ordering::SeqCst)
     }
+}
+
+/// Has a device serve a queue, by a thread that has given up what those do that serve one.
+pub(crate) fn process(
+    device: &dyn Device,
+    index: usize,
+    queue: &VirtQueue,
+) -> Result<(), QueueError> {
+    let serve = || {
+        device.prepare_thread().unwrap();
+        let mutex = Mutex::new(());
+        device.process(index, queue, &mut Turn::take(&mutex))
+    };
+    std::thread::scope(|scope| scope.spawn(serve).join().unwrap())
 }

@@ -293,3 +293,39 @@ fn what_the_kernel_refuses_is_an_error() {
     assert!(text.starts_with("Landlock refuses"), "{text}");
     assert!(error.source().is_some(), "{error:?}");
 }
+
+fn without_files<T: Send + 'static>(calls: &Calls, does: fn() -> T) -> T {
+    let sandbox = Sandbox::without_files(calls).unwrap();
+    let thread = std::thread::spawn(move || {
+        sandbox.enter().unwrap();
+        does()
+    });
+    thread.join().unwrap()
+}
+
+#[test]
+fn no_file_is_reached_without_a_share() {
+    // Nothing but Landlock is in the way of these.
+    let calls = Calls::runtime().and(&[libc::SYS_openat, libc::SYS_unlinkat]);
+    without_files(&calls, || {
+        assert_eq!(read("/etc/passwd").unwrap_err(), Errno::ACCESS);
+        assert_eq!(read("/proc/self/status").unwrap_err(), Errno::ACCESS);
+        let removed = unlinkat(CWD, "Cargo.toml", AtFlags::empty());
+        assert_eq!(removed.unwrap_err(), Errno::ACCESS);
+    });
+    without_files(&Calls::runtime(), || {
+        assert_eq!(read("/etc/passwd").unwrap_err(), Errno::NOSYS);
+    });
+}
+
+#[test]
+fn a_call_can_be_kept_for_some_arguments() {
+    let only = |name| vec![(0, Is::This(name))];
+    // That of a priority takes any numbers, and changes nothing.
+    let calls = Calls::runtime().and_if(libc::SYS_getpriority, [only(0), only(2)]);
+    without_files(&calls, || {
+        assert!(rustix::process::getpriority_process(None).is_ok());
+        assert!(rustix::process::getpriority_user(rustix::process::Uid::ROOT).is_ok());
+        assert_eq!(rustix::process::getpriority_pgrp(None).unwrap_err(), Errno::NOSYS);
+    });
+}

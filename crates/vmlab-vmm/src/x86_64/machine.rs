@@ -46,6 +46,8 @@ pub struct Config {
     pub lines: Vec<UnixStream>,
     /// A number that no other VM has, and that its kernel is told of.
     pub generation: [u8; layout::VMGENID_LEN],
+    /// Whether the threads of its processors keep no rights but those that running a guest takes.
+    pub sandbox: bool,
 }
 
 /// A VM in this process. When it is dropped, it has ended; no thread of one of its devices may be the one that
@@ -96,6 +98,7 @@ pub(super) struct Inner {
     /// Its kernel has said that it panicked.
     pub(super) panicked: AtomicBool,
     pub(super) memory: GuestMemoryMmap,
+    pub(super) sandbox: bool,
     power_button: Event,
     generation: Event,
     shape: Shape,
@@ -306,6 +309,7 @@ struct Parts {
     shape: Shape,
     slots: usize,
     msrs: Vec<u32>,
+    sandbox: bool,
 }
 
 impl Parts {
@@ -340,12 +344,13 @@ impl Parts {
             lines: config.lines.len(),
             cpuid: first.map_or_else(Vec::new, |cpuid| cpuid.as_slice().to_vec()),
         };
-        let (slots, msrs) = (config.slots, cpu::msrs(&kvm)?);
-        Ok(Self { vm: Arc::new(vm), memory, cpus, shape, slots, msrs })
+        let Config { slots, sandbox, .. } = *config;
+        let msrs = cpu::msrs(&kvm)?;
+        Ok(Self { vm: Arc::new(vm), memory, cpus, shape, slots, msrs, sandbox })
     }
 
     fn build(self, lines: Vec<UnixStream>, states: Option<&[LineState]>) -> Result<Inner, Error> {
-        let Self { vm, memory, cpus, shape, slots, msrs } = self;
+        let Self { vm, memory, cpus, shape, slots, msrs, sandbox } = self;
         let interrupt = |gsi| -> Result<Event, Error> {
             const EVENTS: &str = "make an event";
             let event = Event::new().map_err(host(EVENTS))?;
@@ -377,6 +382,7 @@ impl Parts {
             more_registers: cpu::more_registers(&vm),
             cpus: cpus.into_iter().map(Mutex::new).collect(),
             memory,
+            sandbox,
             shape,
             msrs,
             vm,

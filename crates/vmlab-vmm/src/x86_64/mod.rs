@@ -11,6 +11,7 @@ pub mod fuzzing;
 pub mod layout;
 mod machine;
 mod run;
+mod sandbox;
 mod serial;
 mod slots;
 mod state;

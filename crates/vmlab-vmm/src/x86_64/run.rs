@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::exits::Exit;
 use super::layout;
 use super::machine::Inner;
+use super::sandbox;
 use crate::gate::End;
 
 /// The ports of a serial line.
@@ -59,6 +60,9 @@ impl Inner {
             let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
             let unblocked = kick.unblock_while_running(fd);
             unblocked.map_err(|error| failed("cannot be interrupted", &error))?;
+            if self.sandbox {
+                sandbox::enter(fd).map_err(|error| failed("cannot be restricted", &error))?;
+            }
         }
         while self.processors.gate.pass() {
             let mut vcpu = self.cpus[index].lock().unwrap_or_else(PoisonError::into_inner);

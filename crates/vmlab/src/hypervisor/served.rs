@@ -83,10 +83,11 @@ pub(super) fn name_of_share(share: &ShareDevice) -> String {
 pub(super) fn disk(
     disk: &DiskDevice,
     options: &blk::Options,
+    sandbox: bool,
 ) -> Result<(Arc<dyn Device>, String), HypervisorError> {
     let path = disk.path.display();
     let said = |why: String| HypervisorError::Disk { said: format!("{path}: {why}") };
-    let device = Arc::new(open(disk, options).map_err(said)?);
+    let device = Arc::new(open(disk, options).map_err(said)?.sandbox(sandbox));
     Ok((device, format!("the server of the disk `{}` ({path})", disk.serial)))
 }
 

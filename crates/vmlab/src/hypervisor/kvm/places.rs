@@ -69,10 +69,11 @@ impl Making<'_> {
         let mut devices = Devices::default();
         if let (AgentChannel::Virtio, Some(agent)) = (config.channel, agent) {
             let console = Console::new(vec![Port::channel(AGENT_PORT).with_stream(agent)]);
+            let console = console.map_err(resource("a console"))?.sandbox(config.sandbox);
             devices.placed.push(Placed {
                 slot: CONSOLE,
                 id: None,
-                device: Arc::new(console.map_err(resource("a console"))?),
+                device: Arc::new(console),
                 what: "the channel to the agent".to_owned(),
             });
         }
@@ -99,17 +100,19 @@ impl Making<'_> {
                 let (passt, socket) = Passt::start().map_err(HypervisorError::Network)?;
                 devices.passt = Some(passt);
                 let net = Net::new(Box::new(Stream::new(socket)), MacAddress(USER_MAC), None);
+                let net = net.sandbox(config.sandbox);
                 place(DeviceId::Network, Arc::new(net), "the network".to_owned())?;
             }
         }
         for (lan, port) in config.lans.iter().zip(lans) {
             let socket = port.device().try_clone_to_owned().map_err(resource("a port"))?;
             let net = Net::new(Box::new(Datagrams::new(socket)), lan.mac, None);
+            let net = net.sandbox(config.sandbox);
             let what = format!("the network interface {}", lan.mac);
             place(DeviceId::Lan(lan.mac), Arc::new(net), what)?;
         }
         for disk in &config.disks {
-            let (id, device, what) = self::disk(disk)?;
+            let (id, device, what) = self::disk(disk, config.sandbox)?;
             place(id, device, what)?;
         }
         Ok(devices)
@@ -119,8 +122,9 @@ impl Making<'_> {
 /// A disk's device, and what it is for a person.
 pub(super) fn disk(
     disk: &DiskDevice,
+    sandbox: bool,
 ) -> Result<(DeviceId, Arc<dyn Device>, String), HypervisorError> {
     let options = disk.serve.clone().unwrap_or_default();
-    let (device, what) = served::disk(disk, &options)?;
+    let (device, what) = served::disk(disk, &options, sandbox)?;
     Ok((DeviceId::Disk(disk.serial.clone()), device, what))
 }

@@ -59,6 +59,8 @@ pub(super) struct KvmVm {
     /// Whether it has the devices of a run.
     in_run: bool,
     pluggable: bool,
+    /// Whether what serves its disks is restricted.
+    sandbox: bool,
     /// What its console had shown before it went on from a snapshot.
     said_before: Arc<[u8]>,
 }
@@ -198,6 +200,7 @@ impl KvmVm {
             slots,
             lines,
             generation,
+            sandbox: config.sandbox,
         };
         let mut said_before = Arc::default();
         let machine = match origin {
@@ -237,6 +240,7 @@ impl KvmVm {
             placed: Mutex::new(placed),
             in_run,
             pluggable: config.pluggable,
+            sandbox: config.sandbox,
             said_before,
         };
         // A file server may have failed already. Whoever uses the VM finds out why.
@@ -457,7 +461,7 @@ impl VmHandle for KvmVm {
 
     fn attach_disk(&self, disk: &DiskDevice) -> Result<(), HypervisorError> {
         self.pluggable.then_some(()).ok_or(HypervisorError::NotPluggable)?;
-        let (id, device, what) = places::disk(disk)?;
+        let (id, device, what) = places::disk(disk, self.sandbox)?;
         let mut placed = lock(&self.placed);
         let free = |slot: &usize| placed.iter().all(|(other, _)| other != slot);
         let slot = (FIRST..layout::MAX_SLOTS).find(free);

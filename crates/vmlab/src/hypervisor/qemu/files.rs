@@ -70,7 +70,7 @@ impl Servers {
             servers.waiting.push(Waiting { id: share_id(index), what, device });
         }
         for (disk, options) in config.served_disks() {
-            servers.waiting.push(Waiting::of_disk(disk, options)?);
+            servers.waiting.push(Waiting::of_disk(disk, options, config.sandbox)?);
         }
         Ok(servers)
     }
@@ -79,9 +79,9 @@ impl Servers {
     ///
     /// # Errors
     /// It cannot be opened.
-    pub(super) fn of_disk(disk: &DiskDevice) -> Result<Self, HypervisorError> {
+    pub(super) fn of_disk(disk: &DiskDevice, sandbox: bool) -> Result<Self, HypervisorError> {
         let options = disk.serve.as_ref().ok_or(HypervisorError::NotPluggable)?;
-        let waiting = vec![Waiting::of_disk(disk, options)?];
+        let waiting = vec![Waiting::of_disk(disk, options, sandbox)?];
         Ok(Self { waiting, shares: Vec::new(), goes_on: false })
     }
 
@@ -110,8 +110,12 @@ impl Servers {
 }
 
 impl Waiting {
-    fn of_disk(disk: &DiskDevice, options: &blk::Options) -> Result<Self, HypervisorError> {
-        let (device, what) = served::disk(disk, options)?;
+    fn of_disk(
+        disk: &DiskDevice,
+        options: &blk::Options,
+        sandbox: bool,
+    ) -> Result<Self, HypervisorError> {
+        let (device, what) = served::disk(disk, options, sandbox)?;
         Ok(Self { id: disk_id(&disk.serial), what, device })
     }
 }

@@ -64,7 +64,7 @@ impl QemuVm {
             let free = |place: &u32| plugged.iter().all(|device| device.place != *place);
             (0..PLACES).find(free).ok_or(HypervisorError::Full { most: PLACES })?
         };
-        let server = Servers::of_disk(disk)?;
+        let server = Servers::of_disk(disk, self.sandbox)?;
         let (ours, theirs) = UnixStream::pair().map_err(resource("sockets"))?;
         for server in server.serve(vec![ours]).map_err(resource("a server of a disk"))? {
             self.shared.watch(server);

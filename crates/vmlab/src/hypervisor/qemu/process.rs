@@ -57,6 +57,8 @@ pub(super) struct QemuVm {
     pub(super) in_run: bool,
     /// Whether disks can be plugged in.
     pluggable: bool,
+    /// Whether what serves its disks is restricted.
+    pub(super) sandbox: bool,
     /// What its console had shown before it went on from a snapshot.
     pub(super) said_before: Arc<[u8]>,
 }
@@ -239,6 +241,7 @@ impl QemuVm {
             on_bridge,
             in_run,
             pluggable: config.pluggable,
+            sandbox: config.sandbox,
             said_before,
         };
         if !vm.shared.qmp.wait_ready()

@@ -1,0 +1,43 @@
+//! What the thread of a processor gives up before it enters its guest.
+//!
+//! It opens no file, and runs its own processor alone. Threads of devices start and end in another thread
+//! ([`Control`](super::control::Control)), since they would inherit this.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use kvm_bindings::{KVMIO, kvm_regs, kvm_sregs, kvm_translation};
+use rustix::ioctl::{Opcode, opcode};
+use vmlab_devices::sandbox::{Calls, Is, Sandbox};
+
+const GROUP: u8 = KVMIO as u8;
+
+/// Of `linux/kvm.h`: running, what is told of a processor that cannot run, and the clock of one that was paused.
+const ON_PROCESSOR: [Opcode; 5] = [
+    opcode::none(GROUP, 0x80),                          // KVM_RUN
+    opcode::read::<kvm_regs>(GROUP, 0x81),              // KVM_GET_REGS
+    opcode::read::<kvm_sregs>(GROUP, 0x83),             // KVM_GET_SREGS
+    opcode::read_write::<kvm_translation>(GROUP, 0x85), // KVM_TRANSLATE
+    opcode::none(GROUP, 0xad),                          // KVM_KVMCLOCK_CTRL
+];
+
+/// Restricts the calling thread, which runs this processor and has blocked the signal of its kick, for good. What the
+/// host's kernel lacks is left out.
+///
+/// # Errors
+/// The kernel has something and refuses it.
+pub(super) fn enter(vcpu: BorrowedFd<'_>) -> io::Result<()> {
+    let number = vcpu.as_raw_fd().cast_unsigned();
+    let on_it = |operation| vec![(0, Is::This(number)), (1, Is::This(operation))];
+    // What a serial line says goes to its socket, which has its other end. To others, nothing is sent.
+    let connected = vec![(4, Is::This(0)), (5, Is::This(0))];
+    let calls = Calls::runtime()
+        // The kick is taken by it.
+        .and(&[libc::SYS_rt_sigtimedwait])
+        .and_if(libc::SYS_sendto, [connected])
+        .and_if(libc::SYS_ioctl, ON_PROCESSOR.map(on_it));
+    Sandbox::without_files(&calls)?.enter().map(drop)
+}
+
+#[cfg(test)]
+mod tests;
