@@ -112,6 +112,10 @@ impl Making<'_> {
             let (id, device, what) = self::disk(disk)?;
             place(id, device, what)?;
         }
+        if let Some(vsock) = &config.vsock {
+            let (device, what) = served::vsock(vsock)?;
+            place(DeviceId::Vsock, device, what)?;
+        }
         Ok(devices)
     }
 }
