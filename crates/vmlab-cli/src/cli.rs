@@ -238,6 +238,13 @@ pub(crate) struct VmArgs {
     /// Network: none, or user for what the host's user can reach
     #[arg(long, value_enum, default_value = "none")]
     pub(crate) net: NetArg,
+    /// Give the guest streams to programs of the host (vsock), as Unix sockets in a directory
+    ///
+    /// The guest's CID is 3. A program of the host that connects to DIR/vsock, writes `CONNECT PORT` and a newline, and
+    /// reads `OK` and a number is connected to that port of the guest. Where the guest connects to a port of the host,
+    /// CID 2, it is DIR/vsock_PORT that is connected to. DIR is made if it is missing, and is one VM's at a time.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) vsock: Option<PathBuf>,
     /// Load a module before the command, with its parameters: 'kvm-amd nested=1'
     #[arg(long, value_name = "MODULE")]
     pub(crate) module: Vec<String>,

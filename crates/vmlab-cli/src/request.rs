@@ -143,6 +143,12 @@ fn request(
     if args.keep.is_some() && (args.kernel.len() > 1 || repeat.is_some()) {
         bail!("--keep is for one VM: the copies of several would have the same names");
     }
+    let at_once = repeat.as_ref().is_some_and(|repeat| repeat.jobs != Some(1));
+    if args.vsock.is_some() && at_once {
+        bail!(
+            "--vsock is for one VM at a time: --repeat and --until-failure need --jobs 1 with it"
+        );
+    }
     let kernels = match args.kernel.is_empty() {
         true => vec![None],
         false => args.kernel.iter().cloned().map(Some).collect(),
@@ -235,6 +241,9 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
     }
     if let Some(dir) = args.keep {
         vm = vm.keep_disks(std::path::absolute(dir).context("--keep")?);
+    }
+    if let Some(dir) = args.vsock {
+        vm = vm.vsock(dir);
     }
     for arguments in args.append {
         vm = vm.append(arguments);

@@ -74,6 +74,8 @@ pub(crate) struct Needs {
     pub(crate) overlay: bool,
     /// There is a network interface.
     pub(crate) network: bool,
+    /// There are streams to programs of the host.
+    pub(crate) vsock: bool,
     /// How host directories are carried.
     pub(crate) share_via: ShareVia,
     /// There is a disk.
@@ -294,6 +296,9 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     }
     if needs.network {
         required.push((Feature::VirtioNet, "reach the network"));
+    }
+    if needs.vsock {
+        required.push((Feature::Vsock, "reach programs of the host over vsock"));
     }
     let has_serial = |config: &KernelConfig| config.get("CONFIG_SERIAL_8250") == Tristate::BuiltIn;
     let channel = match features.get(Feature::VirtioConsole) {

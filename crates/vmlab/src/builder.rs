@@ -28,6 +28,7 @@ use crate::timings::Timeline;
 use crate::tsc::TscPoint;
 use crate::units::{Bytes, MIB};
 use crate::vm::Vm;
+use crate::vsock::VsockDevice;
 use parts::Parts;
 
 /// How long a guest may take to come up. Booting takes one to three seconds under TCG; the rest is for
@@ -91,6 +92,7 @@ pub struct VmBuilder {
     network: NetworkMode,
     pluggable: bool,
     lans: Vec<(Lan, String)>,
+    vsock: Option<PathBuf>,
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
@@ -137,6 +139,7 @@ impl Default for VmBuilder {
             network: NetworkMode::None,
             pluggable: false,
             lans: Vec::new(),
+            vsock: None,
             hostname: None,
             append: Vec::new(),
             full_console: false,
@@ -275,6 +278,14 @@ impl VmBuilder {
     /// or it is on another one before. Can be called several times.
     pub fn lan(mut self, lan: &Lan, member: impl Into<String>) -> Self {
         self.lans.push((lan.clone(), member.into()));
+        self
+    }
+
+    /// Gives the guest streams to programs of the host: a virtio-vsock device, whose Unix sockets are in a directory. It
+    /// is made if it is missing, for this user alone, and is one VM's at a time. The guest's CID is
+    /// [`GUEST_CID`](crate::vsock::GUEST_CID).
+    pub fn vsock(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.vsock = Some(dir.into());
         self
     }
 
@@ -479,6 +490,9 @@ impl VmBuilder {
             .qemu_args(self.qemu_args);
         if let Some(machine) = self.machine {
             config = config.machine(machine);
+        }
+        if let Some(dir) = &self.vsock {
+            config = config.vsock(VsockDevice::in_dir(dir)?);
         }
         let mut config = config.build()?;
         if let Some(cpu) = self.kvm_cpu.filter(|_| config.accel == Accel::Kvm) {

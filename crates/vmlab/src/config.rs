@@ -16,6 +16,7 @@ use vmlab_devices::net::MacAddress;
 use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
 
+pub use crate::vsock::VsockDevice;
 pub use error::ConfigError;
 
 /// The least memory that a guest can be given. Distribution kernels do not reach their init with less.
@@ -340,6 +341,9 @@ pub struct VmConfig {
     /// Interfaces on networks of VMs. Each start brings a port for each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lans: Vec<LanDevice>,
+    /// Streams to programs of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockDevice>,
     /// How the agent is reached.
     pub channel: AgentChannel,
     /// Whether disks can be plugged in and taken out while it runs, and a snapshot taken in the midst of a run.
@@ -362,7 +366,8 @@ impl VmConfig {
 
     /// How many servers of vmlab's own read and write the guest's memory.
     pub(crate) fn servers(&self) -> usize {
-        self.served_shares().count() + self.served_disks().count()
+        let vsock = usize::from(self.vsock.is_some());
+        self.served_shares().count() + self.served_disks().count() + vsock
     }
 }
 
@@ -387,6 +392,7 @@ impl VmConfigBuilder {
                 sandbox: true,
                 network: NetworkMode::None,
                 lans: Vec::new(),
+                vsock: None,
                 channel: AgentChannel::Virtio,
                 pluggable: false,
                 qemu_args: Vec::new(),
@@ -445,6 +451,12 @@ impl VmConfigBuilder {
     /// Adds an interface on a network of VMs.
     pub fn lan(mut self, lan: LanDevice) -> Self {
         self.config.lans.push(lan);
+        self
+    }
+
+    /// Adds streams to programs of the host.
+    pub fn vsock(mut self, vsock: VsockDevice) -> Self {
+        self.config.vsock = Some(vsock);
         self
     }
 
@@ -507,6 +519,7 @@ impl VmConfigBuilder {
         check_boot(&config.boot)?;
         check_shares(&config.shares)?;
         check_disks(&config.disks)?;
+        config.vsock.iter().try_for_each(VsockDevice::check)?;
         Ok(config)
     }
 }

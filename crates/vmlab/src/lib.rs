@@ -52,6 +52,7 @@ pub mod timings;
 mod tsc;
 pub mod units;
 mod vm;
+pub mod vsock;
 mod ways_in;
 
 pub use accel::AccelChoice;

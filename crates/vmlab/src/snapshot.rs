@@ -162,6 +162,7 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     config.network = NetworkMode::None;
     config.lans.clear();
     config.disks.clear();
+    config.vsock = None;
     // All such VMs are.
     config.pluggable = false;
     // It restricts threads of the process, which a run has its own of.

@@ -336,7 +336,8 @@ impl Devices {
         let more = shares > kept
             || config.network != NetworkMode::None
             || !config.lans.is_empty()
-            || !config.disks.is_empty();
+            || !config.disks.is_empty()
+            || config.vsock.is_some();
         let revive = if keeps_devices { 0 } else { kept.min(shares) };
         Self { revive, more }
     }

@@ -198,6 +198,8 @@ pub struct VmSpec {
     pub fast: bool,
     /// Its network.
     pub network: NetworkMode,
+    /// The directory of its vsock's sockets.
+    pub vsock: Option<PathBuf>,
     /// Its name.
     pub hostname: Option<String>,
     /// Words behind the kernel's command line.

@@ -3,6 +3,7 @@
 mod again;
 mod control;
 mod snapshot;
+mod vsock;
 
 pub use snapshot::VmSnapshot;
 
@@ -29,6 +30,7 @@ use crate::start::{Booted, Starter};
 use crate::sync::lock;
 use crate::testing::ObservedVm;
 use crate::timings::{Timeline, millis};
+use crate::vsock::Listening;
 
 /// How long the hypervisor may take to end after it closed the channel to the agent.
 const END_TIME: Duration = Duration::from_secs(5);
@@ -80,6 +82,7 @@ pub struct Vm {
     run_dir: RunDir,
     starts: u32,
     own_disks: Vec<Arc<OwnDisks>>,
+    listening: Listening,
     observed: Option<Arc<ObservedVm>>,
 }
 
@@ -132,6 +135,7 @@ impl Vm {
             run_dir,
             starts: 1,
             own_disks: vec![Arc::new(own_disks)],
+            listening: Listening::default(),
             prepared,
             observed,
         };

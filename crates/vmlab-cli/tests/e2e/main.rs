@@ -42,3 +42,4 @@ mod tools;
 mod users;
 mod virtiofs;
 mod vmtest;
+mod vsock;

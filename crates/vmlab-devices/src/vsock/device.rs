@@ -1,5 +1,6 @@
 //! The device: its three queues.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,9 @@ const TRANSMIT: usize = 1;
 /// The lowest context that a guest can have: those below are of the kernel's own making, and the host.
 const FIRST_CID: u64 = 3;
 
+/// What a device keeps for somebody else.
+pub type Kept = Box<dyn Any + Send + Sync>;
+
 /// A virtio-vsock device.
 pub struct Vsock {
     cid: u64,
@@ -39,6 +43,8 @@ pub struct Vsock {
     /// An eventfd: the guest has yet to be told that all connections are over.
     reset: OwnedFd,
     sandbox: bool,
+    /// The last one to go.
+    _kept: Option<Kept>,
 }
 
 /// There can be no such device.
@@ -86,13 +92,28 @@ impl Vsock {
         let muxer = Muxer::new(cid, base, Arc::clone(&epoll), woken)
             .map_err(|source| OpenError::Listen { path: base.to_owned(), source })?;
         let payload = Mutex::new(vec![0; MAX_PAYLOAD].into());
-        Ok(Self { cid, muxer: Mutex::new(muxer), epoll, wake, payload, reset, sandbox: true })
+        Ok(Self {
+            cid,
+            muxer: Mutex::new(muxer),
+            epoll,
+            wake,
+            payload,
+            reset,
+            sandbox: true,
+            _kept: None,
+        })
     }
 
     /// Sets whether its threads keep no rights but those that they need, as they do unless set.
     #[must_use]
     pub fn sandbox(self, sandbox: bool) -> Self {
         Self { sandbox, ..self }
+    }
+
+    /// Keeps something as long as the device and its sockets are there, such as a lock on their directory.
+    #[must_use]
+    pub fn keeping(self, kept: Kept) -> Self {
+        Self { _kept: Some(kept), ..self }
     }
 
     /// Ends all connections, and has the guest told, as where it goes on from a snapshot. It then asks for its context

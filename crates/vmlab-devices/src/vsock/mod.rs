@@ -17,6 +17,6 @@ mod muxer;
 mod packet;
 
 pub use connection::MAX_BUFFERED;
-pub use device::{OpenError, Vsock};
+pub use device::{Kept, OpenError, Vsock};
 pub use muxer::MAX_CONNECTIONS;
 pub use packet::MAX_PAYLOAD;

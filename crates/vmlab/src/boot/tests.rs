@@ -9,6 +9,7 @@ const NEEDS: Needs = Needs {
     disk_root: false,
     overlay: true,
     network: false,
+    vsock: false,
     share_via: ShareVia::Only(ShareTransport::NineP),
     modules_place: false,
 };
@@ -67,6 +68,11 @@ fn exactly_what_is_missing_is_named() {
         (&["CONFIG_VIRTIO_PCI"], NEEDS, "reach the host's files"),
         (&["CONFIG_OVERLAY_FS"], NEEDS, "lay a writable layer over its root"),
         (&["CONFIG_VIRTIO_NET"], Needs { network: true, ..NEEDS }, "reach the network"),
+        (
+            &["CONFIG_VIRTIO_VSOCKETS"],
+            Needs { vsock: true, ..NEEDS },
+            "reach programs of the host over vsock",
+        ),
         (&["CONFIG_VIRTIO_BLK"], Needs { disk: true, ..NEEDS }, "reach its disks"),
         (&["CONFIG_BLK_DEV_INITRD"], NEEDS, "run the agent"),
         (&["CONFIG_BINFMT_ELF"], NEEDS, "run the agent"),

@@ -257,6 +257,7 @@ impl VmBuilder {
             disk_later: self.pluggable,
             disk_root: self.image.is_some(),
             network: self.network != NetworkMode::None || !self.lans.is_empty(),
+            vsock: self.vsock.is_some(),
             share_via: self.share_via,
             modules_place: self.chosen_root_mode() == RootMode::ReadOnly
                 && self.image.is_none()

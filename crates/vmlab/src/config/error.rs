@@ -8,6 +8,7 @@ use vmlab_devices::blk::MAX_QUEUES;
 
 use super::{MAX_COMMAND_LINE, MAX_CPUS, MAX_MEMORY, MAX_SERIAL, MAX_TAG, MIN_MEMORY, Topology};
 use crate::units::Bytes;
+use crate::vsock::MAX_DIR;
 
 /// A request that cannot work, found before anything was started.
 #[derive(Debug, Error)]
@@ -150,6 +151,18 @@ pub enum ConfigError {
         serial: String,
         /// How many were asked for.
         queues: u16,
+    },
+    /// Sockets whose paths would be too long.
+    #[error(
+        "{} cannot be the directory of a VM's vsock: it has {len} bytes, and {MAX_DIR} bytes are possible, as \
+         Linux has 107 for the path of a socket in it",
+        dir.display()
+    )]
+    VsockDir {
+        /// The directory.
+        dir: PathBuf,
+        /// Its length in bytes.
+        len: usize,
     },
     /// Kernel arguments too long.
     #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]

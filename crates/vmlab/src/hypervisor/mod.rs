@@ -220,6 +220,8 @@ pub struct Capabilities {
     pub networks: Vec<NetworkMode>,
     /// Whether it can be on networks of VMs.
     pub lans: bool,
+    /// Whether it has streams between guest and host.
+    pub vsock: bool,
     /// Whether disks can be in other formats than raw.
     pub disk_formats: bool,
     /// Whether arguments can be handed through to QEMU.
@@ -254,6 +256,7 @@ impl Capabilities {
             ("this network", self.networks.contains(&config.network)),
             ("devices that are plugged in later", self.pluggable || !config.pluggable),
             ("networks of VMs", self.lans || config.lans.is_empty()),
+            ("vsock", self.vsock || config.vsock.is_none()),
             ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
         ];
         match needs.iter().find(|(_, can)| !can) {
@@ -384,6 +387,15 @@ pub enum HypervisorError {
     Share {
         /// The directory.
         path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The sockets of a VM's vsock cannot be made.
+    #[error("{} cannot be used for the VM's vsock", dir.display())]
+    Vsock {
+        /// The directory that they were to be in.
+        dir: PathBuf,
         /// Why.
         #[source]
         source: std::io::Error,

@@ -13,6 +13,7 @@ use vmlab_devices::fs::{self, CachePolicy, Fs, Passthrough, PassthroughConfig};
 use super::HypervisorError;
 use crate::config::{Caching, DiskDevice, DiskWrites, ShareDevice};
 use crate::error::chain;
+use crate::vsock::VsockDevice;
 
 /// Queues for requests of one share.
 const REQUEST_QUEUES: u32 = 1;
@@ -89,6 +90,18 @@ pub(super) fn disk(
     let said = |why: String| HypervisorError::Disk { said: format!("{path}: {why}") };
     let device = Arc::new(open(disk, options).map_err(said)?.sandbox(sandbox));
     Ok((device, format!("the server of the disk `{}` ({path})", disk.serial)))
+}
+
+/// The device of a VM's vsock, and what it is for a person.
+///
+/// # Errors
+/// Its sockets cannot be made.
+pub(super) fn vsock(
+    vsock: &VsockDevice,
+    sandbox: bool,
+) -> Result<(Arc<dyn Device>, String), HypervisorError> {
+    let what = format!("the vsock in {}", vsock.dir.display());
+    Ok((Arc::new(vsock.open()?.sandbox(sandbox)), what))
 }
 
 /// The disk, or why there is none.

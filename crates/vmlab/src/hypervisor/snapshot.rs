@@ -44,6 +44,8 @@ pub(crate) enum DeviceId {
     Lan(MacAddress),
     /// A disk, by its serial number.
     Disk(String),
+    /// Streams to programs of the host.
+    Vsock,
 }
 
 /// The content of some RAM.

@@ -89,6 +89,9 @@ impl Target {
         if let Some(hostname) = &spec.hostname {
             vm = vm.hostname(hostname);
         }
+        if let Some(dir) = &spec.vsock {
+            vm = vm.vsock(dir);
+        }
         if let Some(limit) = spec.boot_timeout {
             vm = vm.boot_timeout(limit);
         }

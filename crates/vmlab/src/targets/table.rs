@@ -215,6 +215,8 @@ table! {
         fast: bool,
         /// Network: `none` (the default) or `user`.
         net: Word<NetworkMode>,
+        /// Directory for the sockets of the guest's vsock, which one VM can have at a time.
+        vsock: String,
         /// The guest's host name.
         hostname: String,
         /// Host directories in the guest: names from `[shares]`, or tables.

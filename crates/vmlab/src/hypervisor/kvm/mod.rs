@@ -53,6 +53,7 @@ impl Hypervisor for Kvm {
             shares: vec![ShareTransport::VirtioFs],
             networks,
             lans: true,
+            vsock: true,
             disk_formats: false,
             qemu_args: false,
             pause: true,

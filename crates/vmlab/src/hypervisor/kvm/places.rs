@@ -115,6 +115,10 @@ impl Making<'_> {
             let (id, device, what) = self::disk(disk, config.sandbox)?;
             place(id, device, what)?;
         }
+        if let Some(vsock) = &config.vsock {
+            let (device, what) = served::vsock(vsock, config.sandbox)?;
+            place(DeviceId::Vsock, device, what)?;
+        }
         Ok(devices)
     }
 }

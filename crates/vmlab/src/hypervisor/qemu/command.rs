@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use super::devices::{PLUG_BUS, devices, disk_id, lan_id, share_id};
+use super::devices::{PLUG_BUS, VSOCK, devices, disk_id, lan_id, share_id};
 use crate::config::{
     Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
     ShareTransport, Topology, VmConfig,
@@ -27,7 +27,7 @@ pub(super) struct Descriptors {
     /// The way to qemu-guest-agent, for images.
     pub(super) guest_agent: Option<RawFd>,
     /// Connections to servers of ours: one for each share over virtio-fs, then one for each disk that is served
-    /// here, in their order.
+    /// here, in their order, then one for a vsock.
     pub(super) servers: Vec<RawFd>,
     /// Datagram sockets of ports on networks of VMs.
     pub(super) lans: Vec<RawFd>,
@@ -326,6 +326,11 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         let drive = format!("if=none,id={id},discard=unmap,format={format}{how},file={path}");
         args.option("-drive", drive);
     }
+    if config.vsock.is_some()
+        && let Some(fd) = servers.next()
+    {
+        args.option("-chardev", format!("socket,id={VSOCK},fd={fd}"));
+    }
 }
 
 #[cfg(test)]
@@ -333,7 +338,9 @@ mod tests {
     use super::*;
     use vmlab_artifacts::image::ImageFormat;
 
-    use crate::config::{Caching, DiskDevice, KernelBoot, LanDevice, ShareDevice, VmConfigBuilder};
+    use crate::config::{
+        Caching, DiskDevice, KernelBoot, LanDevice, ShareDevice, VmConfigBuilder, VsockDevice,
+    };
     use crate::units::Bytes;
     use vmlab_artifacts::Arch;
     use vmlab_devices::net::MacAddress;
@@ -548,6 +555,15 @@ mod tests {
         assert_eq!(values(&line, "-drive").len(), 1, "{line:?}");
         let device = "vhost-user-blk-pci,chardev=disk-b,num-queues=3,queue-size=256";
         assert!(values(&line, "-device").contains(&device), "{line:?}");
+        assert!(values(&line, "-object")[0].ends_with(",share=on"), "{line:?}");
+    }
+
+    #[test]
+    fn a_vsock_is_the_last_connection() {
+        let vsock = VsockDevice { dir: "/run/x".into() };
+        let line = line(|config| config.vsock(vsock));
+        assert!(values(&line, "-chardev").contains(&"socket,id=vsock,fd=10"), "{line:?}");
+        assert!(values(&line, "-device").contains(&"vhost-user-vsock-pci,chardev=vsock"));
         assert!(values(&line, "-object")[0].ends_with(",share=on"), "{line:?}");
     }
 

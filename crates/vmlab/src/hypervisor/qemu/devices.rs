@@ -16,6 +16,9 @@ pub(super) const PLUG_BUS: &str = "plug";
 /// Requests that a guest may have under way on one share.
 const FS_QUEUE_SIZE: u16 = 1024;
 
+/// The name of the back end of a vsock.
+pub(super) const VSOCK: &str = "vsock";
+
 /// The name of a share's back end.
 pub(super) fn share_id(index: usize) -> String {
     format!("share{index}")
@@ -135,6 +138,14 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
             device.properties.push(("bootindex", "0".to_owned()));
         }
         devices.push(device);
+    }
+    if config.vsock.is_some() {
+        devices.push(Device {
+            id: DeviceId::Vsock,
+            served: true,
+            driver: "vhost-user-vsock-pci",
+            properties: vec![("chardev", VSOCK.to_owned())],
+        });
     }
     devices
 }

@@ -11,7 +11,7 @@ use vmlab_devices::transport::vhost_user::{self, Served};
 
 use super::super::HypervisorError;
 use super::super::served::{self, FileServer};
-use super::devices::{disk_id, share_id};
+use super::devices::{VSOCK, disk_id, share_id};
 use crate::config::{DiskDevice, ShareTransport, VmConfig};
 use crate::error::chain;
 
@@ -39,8 +39,8 @@ pub(super) struct Server {
 }
 
 impl Servers {
-    /// Opens the directories of all shares over virtio-fs, and the files of disks of our own. A guest's sync(2) waits for the host's disks
-    /// as long as `durable` says so. The process has file servers for so many `vms`. Where the guest goes on
+    /// Opens the directories of all shares over virtio-fs, the files of disks of our own, and the sockets of a vsock.
+    /// A guest's sync(2) waits for the host's disks as long as `durable` says so. The process has file servers for so many `vms`. Where the guest goes on
     /// with file servers that it had, those are given in `known`.
     ///
     /// # Errors
@@ -71,6 +71,10 @@ impl Servers {
         }
         for (disk, options) in config.served_disks() {
             servers.waiting.push(Waiting::of_disk(disk, options, config.sandbox)?);
+        }
+        if let Some(vsock) = &config.vsock {
+            let (device, what) = served::vsock(vsock, config.sandbox)?;
+            servers.waiting.push(Waiting { id: VSOCK.to_owned(), what, device });
         }
         Ok(servers)
     }

@@ -101,6 +101,7 @@ impl Hypervisor for Qemu {
             shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
             networks: vec![NetworkMode::None, NetworkMode::User],
             lans: true,
+            vsock: true,
             disk_formats: true,
             qemu_args: true,
             pause: true,

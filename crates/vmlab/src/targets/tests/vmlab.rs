@@ -95,6 +95,7 @@ fn each_key_of_a_target_is_read() {
         kvm-cpu-args = "max"
         fast = true
         net = "user"
+        vsock = "sockets"
         hostname = "guest"
         shares = ["src", "cache", { host = "x", guest = "/x" }]
         disks = ["log", "data", "old", "scratch"]
@@ -138,6 +139,7 @@ fn each_key_of_a_target_is_read() {
             kvm_cpu: Some("max".to_owned()),
             fast: true,
             network: NetworkMode::User,
+            vsock: Some(here.join("sockets")),
             hostname: Some("guest".to_owned()),
             append: ["a=1", "b", "c"].map(text).into(),
             modules: ["kvm-amd nested=1", "loop"].map(text).into(),
