@@ -11,12 +11,12 @@ use common::Logs;
 use tempfile::TempDir;
 use vmlab::hypervisor::ExitReason;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Disk, Error, Share, SnapshotMode, Vm, VmBuilder};
+use vmlab::{Disk, Error, Share, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
 fn builder() -> VmBuilder {
-    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg);
+    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(common::accel());
     builder.share_cwd(false).pluggable(true)
 }
 

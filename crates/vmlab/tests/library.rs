@@ -22,7 +22,7 @@ use vmlab::hypervisor::{
 };
 use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Error, GuestUser, Share, SnapshotMode, Stdio, Vm, VmBuilder};
+use vmlab::{Error, GuestUser, Share, SnapshotMode, Stdio, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -30,7 +30,7 @@ const KERNEL: &str = "debian:6.12";
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn builder() -> VmBuilder {
-    Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg)
+    Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(common::accel())
 }
 
 /// For a VM that boots in any case.

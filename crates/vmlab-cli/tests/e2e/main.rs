@@ -7,6 +7,7 @@ mod common;
 mod facts;
 
 mod action;
+mod both;
 mod cache;
 mod disks;
 mod environment;
