@@ -14,9 +14,7 @@ use common::Logs;
 use vmlab::config::NetworkMode;
 use vmlab::lan::MAX_LANS;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{
-    Error, GuestUser, Image, Lan, LanError, Output, SnapshotMode, Vm, VmBuilder,
-};
+use vmlab::{Error, GuestUser, Image, Lan, LanError, Output, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
