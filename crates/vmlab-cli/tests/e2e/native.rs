@@ -114,7 +114,7 @@ fn all_kernels() {
 }
 
 #[test]
-fn fifty_boots_leave_nothing_behind() {
+fn fifty_vms_leave_nothing_behind() {
     let outer = Outer::new();
     let program = test_program("boots");
     let script = format!("{} --nocapture --test-threads 1", program.display());
