@@ -42,6 +42,7 @@ need xz-utils xz
 need fdisk /usr/sbin/sfdisk
 need qemu-utils qemu-img
 need passt passt
+need util-linux lscpu
 need ovmf /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
 need acpica-tools iasl
 install_needed
@@ -161,6 +162,7 @@ end_to_end_program() {
 # End-to-end tests of what a guest is, not of what the caller may do, or that only root can set up: root's run
 # of them is enough.
 once_only=(
+    both::
     image_build::a_build_that_is_ended
     images::disks_come_to
     images::images_of_a_vmtest
@@ -169,6 +171,7 @@ once_only=(
     images::the_agent
     images::uefi_starts
     images::what_a_system
+    native::
     nested::
     new_disks::a_full_disk
     new_disks::blocks_are_shared

@@ -456,6 +456,10 @@ impl VmBuilder {
         let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
         hypervisor.find()?;
+        if !can.tcg && self.image.is_some() && self.kernel.is_none() {
+            let (hypervisor, what) = (hypervisor.name(), "systems of images");
+            return Err(ConfigError::Unsupported { hypervisor, what }.into());
+        }
         let leases = Leases::default();
         let since = Instant::now();
         let mut disks = disk::devices(&self, &self.disks, (&cache, &leases))?;

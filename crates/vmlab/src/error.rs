@@ -130,7 +130,9 @@ pub enum Error {
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
     /// KVM was asked for and does not work here.
-    #[error("KVM cannot be used ({0}); without --accel kvm, TCG is used instead")]
+    #[error(
+        "KVM cannot be used; without --accel kvm or --hypervisor kvm, QEMU's TCG is used instead"
+    )]
     Kvm(#[source] KvmUnusable),
     /// A file or directory of vmlab's own cannot be used.
     #[error("cannot {what} {}{}", path.display(), hint)]

@@ -11,12 +11,12 @@ use common::Logs;
 use tempfile::TempDir;
 use vmlab::hypervisor::ExitReason;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Disk, Error, Share, SnapshotMode, Vm, VmBuilder};
+use vmlab::{Disk, Error, Share, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
 fn builder() -> VmBuilder {
-    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg);
+    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(common::accel());
     builder.share_cwd(false).pluggable(true)
 }
 
@@ -189,6 +189,24 @@ fn a_guest_goes_back_to_a_snapshot() {
         assert_eq!(sh(&vm, WARNINGS), warnings);
         vm.shutdown().unwrap();
     }
+}
+
+#[test]
+fn a_guest_that_goes_back_knows_nothing_of_what_came_after() {
+    let _logs = Logs::new();
+    let disk = Disk::blank(Bytes(32 * MIB)).filesystem("ext4").named("data");
+    let mut vm = builder().disk(disk).start().unwrap();
+    let write = |vm: &Vm, what: &str| {
+        sh(vm, &format!("for f in /tmp/f /mnt/data/f /f; do echo {what} > $f; done; sync"));
+    };
+    write(&vm, "then");
+    let snapshot = vm.snapshot().unwrap();
+    for _ in 0..2 {
+        write(&vm, "later");
+        vm.restore(&snapshot).unwrap();
+        assert_eq!(sh(&vm, "cat /tmp/f /mnt/data/f /f"), "then\nthen\nthen");
+    }
+    vm.shutdown().unwrap();
 }
 
 /// Reads and writes without end, and says so where something is not as it was written.

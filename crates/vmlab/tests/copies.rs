@@ -24,7 +24,7 @@ use vmlab::{AccelChoice, Error, GuestUser, LogLevel, Share, Vm, VmBuilder};
 
 fn builder(memory: u64) -> VmBuilder {
     let builder = Vm::builder().kernel("debian:6.12").memory(Bytes(memory * MIB));
-    builder.accel(AccelChoice::Tcg).share_cwd(false)
+    builder.accel(common::accel()).share_cwd(false)
 }
 
 fn digest(path: &Path) -> Vec<u8> {

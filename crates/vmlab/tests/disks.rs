@@ -19,7 +19,7 @@ use vmlab::config::DiskWrites;
 use vmlab::hypervisor::ExitReason;
 use vmlab::report::Phase;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Disk, SnapshotMode, Vm, VmBuilder};
+use vmlab::{Disk, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -27,7 +27,7 @@ const KERNEL: &str = "debian:6.12";
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn builder(mode: SnapshotMode) -> VmBuilder {
-    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(AccelChoice::Tcg);
+    let builder = Vm::builder().kernel(KERNEL).memory(Bytes(512 * MIB)).accel(common::accel());
     builder.snapshots(mode).share_cwd(false)
 }
 

@@ -14,9 +14,7 @@ use common::Logs;
 use vmlab::config::NetworkMode;
 use vmlab::lan::MAX_LANS;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{
-    AccelChoice, Error, GuestUser, Image, Lan, LanError, Output, SnapshotMode, Vm, VmBuilder,
-};
+use vmlab::{Error, GuestUser, Image, Lan, LanError, Output, SnapshotMode, Vm, VmBuilder};
 
 const KERNEL: &str = "debian:6.12";
 
@@ -30,7 +28,7 @@ const PORT: u16 = 7000;
 
 fn builder() -> VmBuilder {
     let exe = std::env::current_exe().unwrap();
-    let vm = Vm::builder().kernel(KERNEL).memory(Bytes(256 * MIB)).accel(AccelChoice::Tcg);
+    let vm = Vm::builder().kernel(KERNEL).memory(Bytes(256 * MIB)).accel(common::accel());
     vm.share_cwd(false).program(&exe)
 }
 

@@ -1,8 +1,10 @@
 //! What many restores leave behind, in a program of its own: nothing else makes threads or descriptors here.
 
+mod common;
+
 use tempfile::TempDir;
 use vmlab::units::{Bytes, MIB};
-use vmlab::{AccelChoice, Disk, Vm};
+use vmlab::{Disk, Vm};
 
 fn count(what: &str) -> usize {
     std::fs::read_dir(format!("/proc/self/{what}")).map_or(0, Iterator::count)
@@ -26,7 +28,7 @@ fn many_restores_leave_nothing_behind() {
     unsafe { std::env::set_var("XDG_STATE_HOME", logs.path()) };
     let disk = Disk::blank(Bytes(64 * MIB)).filesystem("ext4").named("data");
     let builder = Vm::builder().kernel("debian:6.12").memory(Bytes(512 * MIB));
-    let builder = builder.accel(AccelChoice::Tcg).share_cwd(false).pluggable(true).disk(disk);
+    let builder = builder.accel(common::accel()).share_cwd(false).pluggable(true).disk(disk);
     // What a process keeps from its first VM on is no leak.
     builder.clone().start().unwrap().shutdown().unwrap();
     std::thread::sleep(std::time::Duration::from_secs(2));

@@ -7,6 +7,7 @@ mod common;
 mod facts;
 
 mod action;
+mod both;
 mod cache;
 mod disks;
 mod environment;
@@ -20,6 +21,7 @@ mod images;
 mod kept_apart;
 mod kernels;
 mod machine;
+mod native;
 mod nested;
 mod new_disks;
 mod other_tests;

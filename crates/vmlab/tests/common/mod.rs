@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex};
 
-use vmlab::Vm;
+use vmlab::{AccelChoice, Vm};
 
 /// A place for the logs of this program's runs, as long as some test goes on.
 pub struct Logs;
@@ -42,6 +42,15 @@ impl Drop for Logs {
             // A test that fails before its first VM has made nothing.
             let _ = std::fs::remove_dir_all(&*LOGS);
         }
+    }
+}
+
+/// What executes the instructions of guests: QEMU's TCG, the same everywhere, unless the environment asks for
+/// vmlab's own monitor, as it does where these tests run in a guest that has KVM.
+pub fn accel() -> AccelChoice {
+    match std::env::var_os("VMLAB_HYPERVISOR") {
+        Some(name) if name == "kvm" => AccelChoice::Auto,
+        _ => AccelChoice::Tcg,
     }
 }
 

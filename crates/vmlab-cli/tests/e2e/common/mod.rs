@@ -3,6 +3,7 @@
 //!
 //! Nothing here skips: what is missing fails the test, with what to install.
 
+pub(crate) mod outer;
 pub(crate) mod pty;
 pub(crate) mod snapshots;
 
@@ -43,6 +44,17 @@ pub(crate) fn vmlab_bin() -> PathBuf {
 /// Whether the tests run as root.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Whether vmlab's own monitor runs the VMs of these tests, as the environment says.
+pub(crate) fn native() -> bool {
+    std::env::var_os("VMLAB_HYPERVISOR").is_some_and(|name| name == "kvm")
+}
+
+/// Whether a console's log is of a boot from its beginning. Under KVM a guest keeps that to itself unless it
+/// is asked to.
+pub(crate) fn has_boot(log: &str) -> bool {
+    native() || log.contains("Linux version")
 }
 
 /// Fails unless a program is there.

@@ -1,0 +1,97 @@
+//! The tests that both hypervisors have to pass: QEMU where they are tests like any other, and vmlab's own
+//! monitor here, in a guest that has KVM. `both.list` has their names.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::common::outer::{Outer, test_program};
+
+/// One list for all.
+const LIST: &str = include_str!("both.list");
+
+/// How long one test may take; most need a few seconds.
+const TEST_TIME: u32 = 150;
+
+/// How long a group may take, on a machine that has much else to do.
+const GROUP_TIME: Duration = Duration::from_secs(900);
+
+/// Runs tests one after the other, each in a process of its own, and says of each how it went.
+const RUN: &str = r#"
+one() { # LIMIT PROGRAM NAME
+    begin=${EPOCHREALTIME/./}
+    timeout -k 5 $1 "$2" --exact "$3" --test-threads 1 > /tmp/said 2>&1 < /dev/null
+    code=$?
+    took=$(((${EPOCHREALTIME/./} - begin) / 100000))
+    if [ $code = 0 ] && grep -q '^test result: ok. 1 passed' /tmp/said; then
+        echo "passed $3 ${took%?}.${took: -1} s"
+    else
+        echo "FAILED $3 ${took%?}.${took: -1} s, code $code"
+        sed 's/^/    /' /tmp/said
+    fi
+}
+"#;
+
+/// The tests of each group, with their programs.
+fn groups() -> BTreeMap<&'static str, Vec<(&'static str, &'static str)>> {
+    let mut groups = BTreeMap::<_, Vec<_>>::new();
+    let mut group = "";
+    for line in LIST.lines() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            group = name;
+        } else if let Some((program, test)) = line.split_once(' ') {
+            groups.entry(group).or_default().push((program, test.trim()));
+        } else {
+            assert_eq!(line, "", "neither a group nor a program and a test");
+        }
+    }
+    groups
+}
+
+fn run(group: &str) {
+    let groups = groups();
+    let tests = &groups[group];
+    let outer = Outer::new();
+    let lines = tests.iter().map(|(program, name)| {
+        format!("one {TEST_TIME} {} {name}\n", test_program(program).display())
+    });
+    let script: String = std::iter::once(RUN.to_owned()).chain(lines).collect();
+    let outcome = outer.bash(&script, GROUP_TIME);
+    let said = outcome.stdout_text();
+    println!("{said}");
+    outcome.expect_code(0);
+    let passed = said.lines().filter(|line| line.starts_with("passed ")).count();
+    assert_eq!(passed, tests.len(), "not all tests passed with vmlab's own monitor:\n{said}");
+}
+
+#[test]
+fn commands() {
+    run("commands");
+}
+
+#[test]
+fn machines() {
+    run("machines");
+}
+
+#[test]
+fn disks_and_snapshots() {
+    run("disks and snapshots");
+}
+
+#[test]
+fn library() {
+    run("library");
+}
+
+#[test]
+fn all_groups_are_run() {
+    let source = include_str!("both.rs");
+    for (group, tests) in groups() {
+        assert!(source.contains(&format!("    run(\"{group}\");")), "nothing runs {group}");
+        for (program, _) in tests {
+            assert!(test_program(program).exists() && Path::new(program).is_relative());
+        }
+    }
+}
