@@ -51,7 +51,7 @@ fn builder() -> VmBuilder {
 }
 
 fn python<'a>(vm: &'a Vm, script: &str) -> vmlab::Command<'a> {
-    vm.command("python3").args(["-SEc", script])
+    vm.command("/usr/bin/python3").args(["-SEc", script])
 }
 
 /// A server of the guest that listens.
