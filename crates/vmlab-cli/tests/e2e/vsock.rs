@@ -61,7 +61,7 @@ def serve(port, count=1):
 fn guest(dir: &Path, script: &str) -> (Vec<String>, Vec<String>) {
     need("python3", "python3");
     let options = ["-m", "512M", "--vsock", dir.to_str().unwrap()].map(str::to_owned);
-    let command = ["python3", "-SEc", &format!("{GUEST}\n{script}")].map(str::to_owned);
+    let command = ["/usr/bin/python3", "-SEc", &format!("{GUEST}\n{script}")].map(str::to_owned);
     (options.into(), command.into())
 }
 
