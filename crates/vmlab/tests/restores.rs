@@ -1,5 +1,7 @@
 //! What many restores leave behind, in a program of its own: nothing else makes threads or descriptors here.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
+
 mod common;
 
 use tempfile::TempDir;
