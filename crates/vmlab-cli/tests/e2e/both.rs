@@ -1,6 +1,8 @@
 //! The tests that both hypervisors have to pass: QEMU where they are tests like any other, and vmlab's own
 //! monitor here, in a guest that has KVM. `both.list` has their names.
 
+#![allow(clippy::print_stdout, reason = "how each test went is what these are for")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
