@@ -519,7 +519,7 @@ impl VmConfigBuilder {
         check_boot(&config.boot)?;
         check_shares(&config.shares)?;
         check_disks(&config.disks)?;
-        config.vsock.iter().try_for_each(VsockDevice::check)?;
+        config.vsock.iter().try_for_each(|vsock| vsock.check(&config.shares))?;
         Ok(config)
     }
 }

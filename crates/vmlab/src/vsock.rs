@@ -14,7 +14,7 @@ use serde::Serialize;
 use vmlab_devices::vsock::Vsock;
 
 use crate::Error;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, ShareDevice};
 use crate::hypervisor::HypervisorError;
 
 /// The address (CID) of every guest. The host is 2, as ever.
@@ -70,10 +70,20 @@ impl VsockDevice {
         self.dir.join(format!("{SOCKET}_{port}"))
     }
 
-    pub(crate) fn check(&self) -> Result<(), ConfigError> {
-        match self.dir.as_os_str().len() {
-            0..=MAX_DIR => Ok(()),
-            len => Err(ConfigError::VsockDir { dir: self.dir.clone(), len }),
+    /// Checks it for a VM with these shares. A guest that can write to the directory could make a link there, to any
+    /// socket of the host that this process can connect to.
+    pub(crate) fn check(&self, shares: &[ShareDevice]) -> Result<(), ConfigError> {
+        let dir = self.dir.clone();
+        let len = dir.as_os_str().len();
+        if len > MAX_DIR {
+            return Err(ConfigError::VsockDir { dir, len });
+        }
+        let place = real(&dir);
+        let inside =
+            |share: &&ShareDevice| !share.read_only && place.starts_with(real(&share.path));
+        match shares.iter().find(inside) {
+            Some(share) => Err(ConfigError::VsockInShare { dir, share: share.path.clone() }),
+            None => Ok(()),
         }
     }
 
@@ -145,6 +155,13 @@ impl VsockDevice {
     }
 }
 
+/// A path without links, also of what is not there yet.
+fn real(path: &Path) -> PathBuf {
+    let found = path.ancestors().find_map(|there| Some((there, there.canonicalize().ok()?)));
+    let below = found.and_then(|(there, real)| Some(real.join(path.strip_prefix(there).ok()?)));
+    below.unwrap_or_else(|| path.to_owned())
+}
+
 /// Removes a socket, and nothing else.
 fn remove_socket(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
@@ -194,6 +211,7 @@ impl Drop for Listening {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Caching, ShareTransport};
 
     fn device() -> (tempfile::TempDir, VsockDevice) {
         let dir = tempfile::tempdir().unwrap();
@@ -251,9 +269,34 @@ mod tests {
             |len: usize| VsockDevice { dir: PathBuf::from(format!("/{:x<1$}", "", len - 1)) };
         let socket = device(MAX_DIR).socket_of(u32::MAX);
         assert_eq!(socket.as_os_str().len(), MAX_SOCKET);
-        device(MAX_DIR).check().unwrap();
-        let error = device(MAX_DIR + 1).check().unwrap_err().to_string();
+        device(MAX_DIR).check(&[]).unwrap();
+        let error = device(MAX_DIR + 1).check(&[]).unwrap_err().to_string();
         assert!(error.contains("90 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_guest_cannot_write_to_the_directory() {
+        let (dir, device) = device();
+        let share = |path: &Path, read_only| ShareDevice {
+            tag: "a".to_owned(),
+            path: path.to_owned(),
+            read_only,
+            transport: ShareTransport::VirtioFs,
+            caching: Caching::Coherent,
+        };
+        let refused = |device: &VsockDevice, share| {
+            matches!(device.check(&[share]), Err(ConfigError::VsockInShare { .. }))
+        };
+        assert!(refused(&device, share(dir.path(), false)));
+        assert!(!refused(&device, share(dir.path(), true)));
+        assert!(!refused(&device, share(&dir.path().join("other"), false)));
+        // Neither of the two is what it seems to be.
+        let link = dir.path().join("link");
+        fs::create_dir(dir.path().join("a")).unwrap();
+        std::os::unix::fs::symlink("a", &link).unwrap();
+        assert!(refused(&device, share(&link, false)));
+        let device = VsockDevice { dir: link.join("c") };
+        assert!(refused(&device, share(&dir.path().join("a"), false)));
     }
 
     #[test]

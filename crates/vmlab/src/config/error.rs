@@ -164,6 +164,19 @@ pub enum ConfigError {
         /// Its length in bytes.
         len: usize,
     },
+    /// Sockets that a guest could replace by links.
+    #[error(
+        "{} cannot be the directory of a VM's vsock: the guest can write to {}, and with it decide to which sockets of \
+         the host it is connected; take a directory outside of writable shares",
+        dir.display(),
+        share.display()
+    )]
+    VsockInShare {
+        /// The directory.
+        dir: PathBuf,
+        /// The share that it is in.
+        share: PathBuf,
+    },
     /// Kernel arguments too long.
     #[error("the kernel command line has {len} bytes, {MAX_COMMAND_LINE} are possible")]
     CommandLineLength {

@@ -11,7 +11,7 @@ use vmlab_wire::message::Ready;
 use super::*;
 use crate::config::{
     Accel, AgentChannel, Caching, KernelBoot, LanDevice, Machine, ShareDevice, ShareTransport,
-    Topology, VmConfigBuilder,
+    Topology, VmConfigBuilder, VsockDevice,
 };
 use crate::hypervisor::{Capabilities, HypervisorError, ProbeReport, StartOptions, VmHandle};
 use crate::units::{Bytes, MIB};
@@ -453,6 +453,7 @@ fn what_a_run_brings_is_not_in_the_key() {
         world.config(|config| served(config).share(another())),
         world.config(|config| served(config).network(NetworkMode::User)),
         world.config(|config| served(config).lan(LanDevice { mac: MacAddress([2; 6]) })),
+        world.config(|config| served(config).vsock(VsockDevice { dir: "/run/x".into() })),
         world.config(|config| served(config).sandbox(false)),
     ] {
         assert_eq!(world.key(&config), usual, "{config:?}");
