@@ -7,7 +7,7 @@ mod common;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::Logs;
 use tempfile::TempDir;
@@ -62,6 +62,14 @@ fn serve(vm: &Vm) -> Child<'_> {
     said.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n");
     server
+}
+
+/// Waits until streams hold: the guest ends all that it has when it hears of the snapshot, also a new one.
+fn settle(vm: &Vm) {
+    let until = Instant::now() + PATIENCE;
+    while let Err(error) = vm.vsock_connect(99) {
+        assert!(Instant::now() < until, "{error}");
+    }
 }
 
 fn echo(vm: &Vm) {
@@ -151,9 +159,11 @@ fn a_snapshot_in_the_midst_of_a_run_ends_all_streams_or_is_refused() {
     };
     for _ in 0..2 {
         assert_eq!((&open).read(&mut [0]).unwrap_or(0), 0);
+        settle(&vm);
         echo(&vm);
         vm.restore(&snapshot).unwrap();
     }
+    settle(&vm);
     echo(&vm);
     // One stream was open, and the server has seen its end.
     let error = vm.exec(["cat", "/tmp/error"]).unwrap();
