@@ -1,6 +1,6 @@
 //! What a thread gives up before it does what a guest asks.
 //!
-//! Landlock leaves it the files that it serves ([`share`], or none), seccomp the system calls that its work takes
+//! Landlock leaves it the files that it serves (`share`, or none), seccomp the system calls that its work takes
 //! ([`Calls`]). Both hold for the thread alone, as does `no_new_privs`, which both set: the process's other threads and
 //! what they start keep their rights. This is a second line, against mistakes in how requests are served. The
 //! threads share their memory with the rest of the process, so it is none against foreign code in it.

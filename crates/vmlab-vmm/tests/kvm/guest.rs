@@ -80,6 +80,7 @@ pub(crate) fn config(cpus: u32) -> (Config, UnixStream) {
         topology: Topology { nodes: 1, llcs: 1, cores: cpus, threads: 1 },
         slots: 1,
         lines: vec![line],
+        sandbox: true,
         generation: [0; 16],
     };
     (config, console)
