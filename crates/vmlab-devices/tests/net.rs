@@ -394,7 +394,7 @@ fn arp(of: [u8; 4]) -> Vec<u8> {
 
 #[test]
 fn passt_answers_a_guest() {
-    let (mut passt, socket) = match Passt::start() {
+    let (mut passt, socket) = match Passt::start(|_| ()) {
         Ok(started) => started,
         Err(error) => panic!("this test needs the package passt: {error}"),
     };
@@ -424,7 +424,7 @@ fn passt_answers_a_guest() {
 
 #[test]
 fn passt_ends_with_its_socket() {
-    let (mut passt, socket) = match Passt::start() {
+    let (mut passt, socket) = match Passt::start(|_| ()) {
         Ok(started) => started,
         Err(error) => panic!("this test needs the package passt: {error}"),
     };

@@ -37,6 +37,9 @@ pub enum Error {
     /// It cannot be done to a VM that runs.
     #[error("the VM runs, and has to be paused for that")]
     Running,
+    /// It cannot be done to a VM that goes on elsewhere.
+    #[error("the VM was saved, and goes on elsewhere")]
+    Saved,
     /// It cannot be done to a VM that has ended.
     #[error("the VM has ended")]
     Ended,

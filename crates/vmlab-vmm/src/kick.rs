@@ -56,9 +56,15 @@ impl Kick {
         unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGNAL) };
     }
 
-    /// Forgets what was sent to the calling thread, so that its vCPU can run on.
+    /// Forgets what was sent to the calling thread, so that its vCPU can run on. The signal may come later than that.
     pub(crate) fn take(&self) {
         self.sent.store(false, Ordering::SeqCst);
+        self.drain();
+    }
+
+    /// Takes a signal that is pending, with which no vCPU of the calling thread would run. Whether there is a kick is
+    /// said by [`is_sent`](Self::is_sent) alone.
+    pub(crate) fn drain(&self) {
         let Ok(set) = signal_set() else { return };
         let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the set is initialised, what was sent is not asked for, and `now` is a valid time.

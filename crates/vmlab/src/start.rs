@@ -92,6 +92,9 @@ fn may_be_the_snapshots(error: &Error) -> bool {
             )
         }
         Error::Hypervisor(HypervisorError::Refused { .. })
+        | Error::Hypervisor(HypervisorError::Monitor(
+            vmlab_vmm::Error::State(_) | vmlab_vmm::Error::Kvm { .. },
+        ))
         | Error::BootTimeout { .. }
         | Error::Protocol { .. } => true,
         _ => false,

@@ -4,6 +4,7 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -82,16 +83,21 @@ pub enum StartError {
 
 impl Passt {
     /// Starts passt. The second value is the end of its socket for a [`Stream`](super::Stream). That passt has come up
-    /// is not waited for, since a guest takes longer; where it cannot, [`ended`](Self::ended) says why.
+    /// is not waited for, since a guest takes longer. `on_end` is told what it said when it ends, also when that is
+    /// because this is dropped.
     ///
     /// # Errors
     /// It is not installed, or there is not what it needs.
-    pub fn start() -> Result<(Self, OwnedFd), StartError> {
+    pub fn start(
+        on_end: impl FnOnce(&str) + Send + 'static,
+    ) -> Result<(Self, OwnedFd), StartError> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(|error| StartError::Resources(error.into()))?;
         let mut command = Command::new("passt");
         command.args(NETWORK).args(RUN);
+        // What a terminal sends to its foreground group is for others.
+        command.process_group(0);
         command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::piped());
         let child = command.spawn().map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => StartError::Missing,
@@ -101,7 +107,11 @@ impl Passt {
         if let Some(stderr) = passt.child.stderr.take() {
             let said = Arc::clone(&passt.said);
             let listener = thread::Builder::new().name("vmlab-passt".to_owned());
-            let listener = listener.spawn(move || listen(stderr, &said));
+            let listener = listener.spawn(move || {
+                listen(stderr, &said);
+                let said = lock(&said).trim_end().to_owned();
+                on_end(&said);
+            });
             passt.listener = Some(listener.map_err(StartError::Resources)?);
         }
         Ok((passt, ours))

@@ -4,6 +4,7 @@
 //! it starts. Devices' threads need other rights, so this one starts them.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
@@ -19,22 +20,25 @@ pub(super) struct Control {
 impl Control {
     pub(super) fn new() -> io::Result<Self> {
         let (jobs, todo) = channel::<Job>();
-        let work = move || todo.iter().for_each(|job| job());
+        let work = move || {
+            for job in todo {
+                // Whoever waits for it is told.
+                let _ = catch_unwind(AssertUnwindSafe(job));
+            }
+        };
         let thread = thread::Builder::new().name("devices".into()).spawn(work)?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 
-    /// Has something done there, and waits until it is.
-    pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+    /// Has something done there, and waits until it is. False when it panicked.
+    pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) -> bool {
         let (done, wait) = sync_channel::<()>(1);
         let job = Box::new(move || {
             job();
-            drop(done);
+            // Nobody but the one below waits for it.
+            let _ = done.send(());
         });
-        if self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok()) {
-            // It ends with an error, since nothing is sent: the other end is gone when the job is done.
-            let _ = wait.recv();
-        }
+        self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok()) && wait.recv().is_ok()
     }
 }
 
@@ -44,5 +48,18 @@ impl Drop for Control {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_told_and_ends_nothing() {
+        let control = Control::new().unwrap();
+        assert!(control.run(|| ()));
+        assert!(!control.run(|| panic!("as a device might")));
+        assert!(control.run(|| ()));
     }
 }

@@ -2,9 +2,12 @@
 
 use std::mem::size_of;
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    CpuId, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_MSR_ENTRIES, KVM_STATE_NESTED_FORMAT_SVM, KVM_STATE_NESTED_FORMAT_VMX,
+    KVM_STATE_NESTED_GIF_SET, KVM_STATE_NESTED_GUEST_MODE, Msrs, Xsave, kvm_debugregs, kvm_fpu,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -57,7 +60,7 @@ pub(super) fn enter(vcpu: &VcpuFd, instruction: u64) -> Result<(), Error> {
 }
 
 /// A processor's registers.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub(super) struct CpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -69,6 +72,8 @@ pub(super) struct CpuState {
     events: kvm_vcpu_events,
     tsc_khz: Option<u32>,
     msrs: Vec<(u32, u64)>,
+    /// What it is as a host of guests of its own, where it is one.
+    nested: Option<KvmNestedStateBuffer>,
 }
 
 /// The MSRs that this KVM can save.
@@ -77,16 +82,17 @@ pub(super) fn msrs(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     Ok(list.as_slice().to_vec())
 }
 
-/// How many words of extended registers the processors of a VM have beyond those that all have.
-pub(super) fn more_registers(vm: &VmFd) -> usize {
-    // Before there was an answer, there were none.
+/// How many words of extended registers the processors of a VM have beyond those that all have; `None` where KVM knows
+/// of no others (before Linux 5.17).
+pub(super) fn more_registers(vm: &VmFd) -> Option<usize> {
     let said = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-    said.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>())
+    let more = |said: usize| said.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
+    (said > 0).then(|| more(said))
 }
 
 impl CpuState {
     /// Reads them. The processor must not run, and has finished what it had begun.
-    pub(super) fn read(vcpu: &VcpuFd, msrs: &[u32], more: usize) -> Result<Self, Error> {
+    pub(super) fn read(vcpu: &VcpuFd, msrs: &[u32], more: Option<usize>) -> Result<Self, Error> {
         Ok(Self {
             // First, since it settles what is pending for the others.
             run: vcpu.get_mp_state().map_err(kvm("read a processor's state"))?,
@@ -98,12 +104,13 @@ impl CpuState {
             lapic: vcpu.get_lapic().map_err(kvm("read a local APIC"))?,
             tsc_khz: vcpu.get_tsc_khz().ok(),
             msrs: get_msrs(vcpu, msrs)?,
+            nested: nested(vcpu)?,
             events: vcpu.get_vcpu_events().map_err(kvm("read a processor's events"))?,
         })
     }
 
     /// Sets them. The processor has its CPUID already.
-    pub(super) fn write(&self, vcpu: &VcpuFd, more: usize) -> Result<(), Error> {
+    pub(super) fn write(&self, vcpu: &VcpuFd, more: Option<usize>) -> Result<(), Error> {
         if let Some(khz) = self.tsc_khz.filter(|khz| vcpu.get_tsc_khz().ok() != Some(*khz)) {
             // On hardware that cannot scale it, the guest would lose its time.
             vcpu.set_tsc_khz(khz).map_err(kvm("set the frequency of a processor's counter"))?;
@@ -126,8 +133,32 @@ impl CpuState {
         let ordered = all.clone().filter(first).chain(all.clone().filter(between));
         let ordered: Vec<_> = ordered.chain(all.filter(last)).map(entry).collect();
         set_msrs(vcpu, &ordered)?;
+        if let Some(nested) = &self.nested {
+            vcpu.set_nested_state(nested).map_err(kvm("set what a processor is as a host"))?;
+        }
         vcpu.set_vcpu_events(&self.events).map_err(kvm("set a processor's events"))
     }
+}
+
+/// What a processor is as a host; `None` where it is none, as after power-on.
+fn nested(vcpu: &VcpuFd) -> Result<Option<KvmNestedStateBuffer>, Error> {
+    let mut state = KvmNestedStateBuffer::empty();
+    match vcpu.nested_state(&mut state) {
+        Ok(_) => {}
+        // A KVM that lets no guest be a host.
+        Err(error) if matches!(error.errno(), libc::EINVAL | libc::ENOTTY) => return Ok(None),
+        Err(error) => return Err(kvm("read what a processor is as a host")(error)),
+    }
+    let has = |flag: u32| u32::from(state.flags) & flag != 0;
+    let hosts = match u32::from(state.format) {
+        KVM_STATE_NESTED_FORMAT_VMX => {
+            // SAFETY: KVM has filled in the member of this format, which is made of integers.
+            unsafe { state.hdr.vmx.vmxon_pa != u64::MAX }
+        }
+        KVM_STATE_NESTED_FORMAT_SVM => !has(KVM_STATE_NESTED_GIF_SET),
+        _ => true,
+    };
+    Ok((hosts || has(KVM_STATE_NESTED_GUEST_MODE)).then_some(state))
 }
 
 fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
@@ -170,18 +201,23 @@ struct Extended {
 
 impl Extended {
     /// Reads them, of which there are so many words behind the region.
-    fn read(vcpu: &VcpuFd, more: usize) -> Result<Self, Error> {
+    fn read(vcpu: &VcpuFd, more: Option<usize>) -> Result<Self, Error> {
+        const READ: &str = "read a processor's extended registers";
+        let Some(more) = more else {
+            let region = vcpu.get_xsave().map_err(kvm(READ))?;
+            return Ok(Self { region, more: Vec::new() });
+        };
         let mut xsave = empty(more)?;
         // SAFETY: there is room for as much as KVM has said that it writes, and no process of vmlab enables more
         // of the processor's registers after it was asked.
-        unsafe { vcpu.get_xsave2(&mut xsave) }
-            .map_err(kvm("read a processor's extended registers"))?;
+        unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(kvm(READ))?;
         let region = xsave.as_fam_struct_ref().xsave.region;
         let region = kvm_xsave { region, ..Default::default() };
         Ok(Self { region, more: xsave.as_slice().to_vec() })
     }
 
-    fn write(&self, vcpu: &VcpuFd, more: usize) -> Result<(), Error> {
+    fn write(&self, vcpu: &VcpuFd, more: Option<usize>) -> Result<(), Error> {
+        let more = more.unwrap_or(0);
         if self.more.len() != more {
             return Err(Error::State("its processors have other registers".to_owned()));
         }
@@ -196,4 +232,10 @@ impl Extended {
 
 fn empty(more: usize) -> Result<Xsave, Error> {
     Xsave::new(more).map_err(|_| Error::State("it has too many extended registers".to_owned()))
+}
+
+impl std::fmt::Debug for CpuState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CpuState").field("regs", &self.regs).finish_non_exhaustive()
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -24,6 +24,8 @@ use super::serial::{Line, LineState};
 use super::slots::{Plug, Slots};
 use super::state::{Shape, State};
 use super::{acpi, cpuid, layout};
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::error::{Error, host, kvm};
 use crate::event::{Event, for_kvm};
 use crate::gate::{End, Gate};
@@ -101,9 +103,13 @@ pub(super) struct Inner {
     pub(super) sandbox: bool,
     power_button: Event,
     generation: Event,
+    /// The events above and those of the lines as KVM has them, with their interrupts.
+    routed: Vec<(EventFd, u32)>,
+    /// It goes on elsewhere.
+    saved: AtomicBool,
     shape: Shape,
     msrs: Vec<u32>,
-    more_registers: usize,
+    more_registers: Option<usize>,
     // Last: all that KVM has of it goes with this.
     vm: Arc<VmFd>,
 }
@@ -169,6 +175,7 @@ impl Machine {
             inner.memory.write_slice(&config.generation, GuestAddress(layout::VMGENID));
         generation.map_err(boot::BootError::from)?;
         inner.slots.restore(&state.slots)?;
+        inner.lines.iter().for_each(Line::raise);
         inner.generation.signal();
         Self::start(inner)
     }
@@ -187,8 +194,11 @@ impl Machine {
     /// Lets its processors run.
     ///
     /// # Errors
-    /// It has ended.
+    /// It has ended, or was [saved](Self::save).
     pub fn resume(&self) -> Result<(), Error> {
+        if self.inner.saved.load(Ordering::Relaxed) {
+            return Err(Error::Saved);
+        }
         self.inner.processors.gate.open().then_some(()).ok_or(Error::Ended)
     }
 
@@ -269,7 +279,17 @@ impl Machine {
         if inner.processors.gate.is_open() {
             return Err(Error::Running);
         }
+        inner.saved.store(true, Ordering::Relaxed);
         inner.slots.quiesce();
+        inner.lines.iter().for_each(Line::quiesce);
+        // What they have signalled is passed on by a thread of KVM's, which has done so when this is over.
+        inner.slots.let_go();
+        for (event, gsi) in &inner.routed {
+            inner
+                .vm
+                .unregister_irqfd(event, *gsi)
+                .map_err(kvm("end the routing of an interrupt"))?;
+        }
         let cpus = inner.cpus.iter();
         let cpus = cpus.map(|cpu| CpuState::read(&lock(cpu), &inner.msrs, inner.more_registers));
         let interrupts = CHIPS.into_iter().map(|chip_id| {
@@ -292,6 +312,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.inner.processors.end(End::Stopped);
+        self.inner.lines.iter().for_each(Line::hang_up);
         let threads = std::mem::take(&mut *lock(&self.inner.processors.threads));
         for thread in threads {
             // Whatever it ended with has been reported.
@@ -351,11 +372,13 @@ impl Parts {
 
     fn build(self, lines: Vec<UnixStream>, states: Option<&[LineState]>) -> Result<Inner, Error> {
         let Self { vm, memory, cpus, shape, slots, msrs, sandbox } = self;
-        let interrupt = |gsi| -> Result<Event, Error> {
+        let mut routed = Vec::new();
+        let mut interrupt = |gsi| -> Result<Event, Error> {
             const EVENTS: &str = "make an event";
             let event = Event::new().map_err(host(EVENTS))?;
             let fd = for_kvm(std::os::fd::AsFd::as_fd(&event)).map_err(host(EVENTS))?;
             vm.register_irqfd(&fd, gsi).map_err(kvm("route an interrupt"))?;
+            routed.push((fd, gsi));
             Ok(event)
         };
         let mut built = Vec::new();
@@ -366,6 +389,8 @@ impl Parts {
             let line = Line::new(socket, Arc::new(interrupt(gsi)?), state);
             built.push(line.map_err(host("start a serial line"))?);
         }
+        let power_button = interrupt(layout::gsi::POWER_BUTTON)?;
+        let generation = interrupt(layout::gsi::VMGENID)?;
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
             processors: Arc::new(Processors {
@@ -377,8 +402,10 @@ impl Parts {
             lines: built,
             exits: Exits::default(),
             panicked: AtomicBool::new(false),
-            power_button: interrupt(layout::gsi::POWER_BUTTON)?,
-            generation: interrupt(layout::gsi::VMGENID)?,
+            power_button,
+            generation,
+            routed,
+            saved: AtomicBool::new(false),
             more_registers: cpu::more_registers(&vm),
             cpus: cpus.into_iter().map(Mutex::new).collect(),
             memory,

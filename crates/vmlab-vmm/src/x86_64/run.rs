@@ -36,6 +36,15 @@ const NOTHING: u8 = 0xff;
 /// How many bytes of code are shown where KVM could not go on.
 const SHOWN_CODE: usize = 15;
 
+/// Why a processor has left its guest, which can go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// For something that was done.
+    Served,
+    /// By a signal.
+    Interrupted,
+}
+
 impl Inner {
     /// Runs a processor until the VM has ended.
     pub(super) fn run(&self, index: usize) {
@@ -67,30 +76,52 @@ impl Inner {
         while self.processors.gate.pass() {
             let mut vcpu = self.cpus[index].lock().unwrap_or_else(PoisonError::into_inner);
             while !kick.is_sent() {
-                self.enter(&mut vcpu)?;
+                if self.enter(&mut vcpu)? == Left::Interrupted {
+                    kick.drain();
+                }
             }
             kick.take();
-            finish(&mut vcpu);
+            self.finish(&mut vcpu)?;
             // Tells the guest that it was not its own fault that it did not run. Not all have such a clock.
             let _ = vcpu.kvmclock_ctrl();
         }
         Ok(())
     }
 
+    /// Has KVM finish the instruction that it left the guest for, so that the registers are those after it.
+    fn finish(&self, vcpu: &mut VcpuFd) -> Result<(), End> {
+        vcpu.set_kvm_immediate_exit(1);
+        let finished = loop {
+            // One that is done in several steps leaves the guest for each.
+            match self.enter(vcpu) {
+                Ok(Left::Served) => {}
+                Ok(Left::Interrupted) => break Ok(()),
+                Err(end) => break Err(end),
+            }
+        };
+        vcpu.set_kvm_immediate_exit(0);
+        finished
+    }
+
     /// Runs the guest until it needs something, and does that.
-    fn enter(&self, vcpu: &mut VcpuFd) -> Result<(), End> {
+    fn enter(&self, vcpu: &mut VcpuFd) -> Result<Left, End> {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            Err(error) if error.errno() == libc::EINTR => {
                 self.exits.count(Exit::Kick);
-                return Ok(());
+                return Ok(Left::Interrupted);
+            }
+            // A processor that another one has started.
+            Err(error) if error.errno() == libc::EAGAIN => {
+                self.exits.count(Exit::Other);
+                return Ok(Left::Served);
             }
             Err(error) => return Err(End::Failed(format!("a processor cannot run: {error}"))),
         };
         match exit {
             VcpuExit::IoOut(port, data) => {
                 self.exits.count(Exit::Port);
-                return data.iter().try_for_each(|value| self.write_port(port, *value));
+                data.iter().try_for_each(|value| self.write_port(port, *value))?;
             }
             VcpuExit::IoIn(port, data) => {
                 self.exits.count(Exit::Port);
@@ -105,11 +136,15 @@ impl Inner {
             }
             VcpuExit::MmioWrite(address, data) => {
                 self.exits.count(Exit::Register);
-                if is_slot(address) {
-                    self.slots.write(address, data);
+                if is_slot(address) && !self.slots.write(address, data) {
+                    let what = "the thread that sets up devices panicked".to_owned();
+                    return Err(End::Failed(what));
                 }
             }
-            VcpuExit::Intr => self.exits.count(Exit::Kick),
+            VcpuExit::Intr => {
+                self.exits.count(Exit::Kick);
+                return Ok(Left::Interrupted);
+            }
             VcpuExit::Shutdown => {
                 self.exits.count(Exit::End);
                 return Err(self.ended_by_guest(End::TripleFault));
@@ -136,7 +171,7 @@ impl Inner {
                 )));
             }
         }
-        Ok(())
+        Ok(Left::Served)
     }
 
     /// The reason for an end that the guest has brought about.
@@ -236,14 +271,6 @@ impl Inner {
             sregs.cs.selector,
         )
     }
-}
-
-/// Has KVM finish the instruction that it left the guest for, so that the registers are those after it.
-fn finish(vcpu: &mut VcpuFd) {
-    vcpu.set_kvm_immediate_exit(1);
-    // It ends at once, as it was asked to.
-    let _ = vcpu.run();
-    vcpu.set_kvm_immediate_exit(0);
 }
 
 /// Whether a slot's registers are at an address.

@@ -1,6 +1,7 @@
 //! A serial line, as PCs have it: a 16550 between the guest and a socket.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -60,7 +61,8 @@ type Device = Serial<Interrupt, Emptied, Output>;
 /// A line and the thread that has its input.
 pub(super) struct Line {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    socket: UnixStream,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -88,7 +90,7 @@ impl Line {
         state: Option<&LineState>,
     ) -> io::Result<Self> {
         let emptied = Arc::new(Event::new()?);
-        let input = socket.try_clone()?;
+        let (input, socket_again) = (socket.try_clone()?, socket.try_clone()?);
         let state = state.map_or_else(SerialState::default, LineState::to_device);
         let parts = (Interrupt(interrupt), Emptied(Arc::clone(&emptied)), Output(socket));
         let device = Serial::from_state(&state, parts.0, parts.1, parts.2);
@@ -98,7 +100,7 @@ impl Line {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name("serial".into()).spawn(move || shared.take_input(input))?
         };
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, socket: socket_again, thread: Mutex::new(Some(thread)) })
     }
 
     /// What the guest reads from a register.
@@ -110,6 +112,27 @@ impl Line {
     pub(super) fn write(&self, register: u8, value: u8) {
         // There is nothing that could fail: see `Output` and `Interrupt`. A full input in loop mode is the guest's.
         let _ = self.shared.device().write(register, value);
+    }
+
+    /// Interrupts the guest, in case that it was interrupted before and has not seen it. One too many does no harm.
+    pub(super) fn raise(&self) {
+        // It cannot fail.
+        let Ok(()) = self.shared.device().interrupt_evt().trigger();
+    }
+
+    /// Takes no more input.
+    pub(super) fn quiesce(&self) {
+        self.shared.stop.signal();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    /// Ends the connection: a processor that waits for a host which does not read goes on.
+    pub(super) fn hang_up(&self) {
+        // It fails where the host has done so already.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     /// Its registers.
@@ -163,10 +186,7 @@ impl Shared {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.shared.stop.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.quiesce();
     }
 }
 
@@ -263,6 +283,18 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_does_not_read_can_be_hung_up_on() {
+        let (line, host, _) = line(None);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| (0..10_000_000).for_each(|_| line.write(DATA, b'x')));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!writer.is_finished(), "the socket takes everything");
+            line.hang_up();
+        });
+        drop(host);
+    }
+
+    #[test]
     fn a_line_goes_on_with_its_registers_and_input() {
         let (before, mut host, _) = line(None);
         before.write(SCRATCH, 0x5a);
@@ -272,7 +304,10 @@ mod tests {
         }
         let state = before.state();
         drop(before);
-        let (after, _host, _) = line(Some(&state));
+        let (after, _host, interrupt) = line(Some(&state));
+        interrupt.clear();
+        after.raise();
+        assert!(readable(&interrupt));
         assert_eq!(after.read(SCRATCH), 0x5a);
         assert_eq!([after.read(DATA), after.read(DATA)], *b"ab");
         let too_much = LineState { input: vec![0; 1000], ..state };

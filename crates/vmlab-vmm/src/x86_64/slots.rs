@@ -92,22 +92,27 @@ impl Slots {
         }
     }
 
-    /// What a guest writes to them.
-    pub(super) fn write(&self, address: u64, data: &[u8]) {
+    /// What a guest writes to them. False when the device panicked at it.
+    pub(super) fn write(&self, address: u64, data: &[u8]) -> bool {
         let (slot, offset) = place(address);
-        let Some(plugged) = self.get(slot) else { return };
+        let Some(plugged) = self.get(slot) else { return true };
         if offset == u64::from(register::STATUS) {
             // This may start and end threads.
             let data = data.to_vec();
-            self.control.run(move || plugged.mmio.write(offset, &data));
-        } else {
-            plugged.mmio.write(offset, data);
+            return self.control.run(move || plugged.mmio.write(offset, &data));
         }
+        plugged.mmio.write(offset, data);
+        true
     }
 
     /// Ends all that devices do. When this returns, no request is in progress.
     pub(super) fn quiesce(&self) {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.mmio.quiesce());
+    }
+
+    /// Ends all that KVM does for devices. When this returns, no interrupt of theirs is on its way.
+    pub(super) fn let_go(&self) {
+        (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.let_go());
     }
 
     /// The devices' registers.
@@ -164,8 +169,12 @@ impl Plugged {
         let mut plugged = Self { mmio, vm: Arc::clone(vm), interrupt, kicks: Vec::new(), slot };
         for kick in kicks {
             let queue = plugged.kicks.len() as u32;
-            vm.register_ioevent(&kick, &plugged.notify_address(), queue)
-                .map_err(kvm("route a queue's notifications"))?;
+            let routed = vm.register_ioevent(&kick, &plugged.notify_address(), queue);
+            if let Err(error) = routed {
+                // The slot may get another one.
+                plugged.let_go();
+                return Err(kvm("route a queue's notifications")(error));
+            }
             plugged.kicks.push(kick);
         }
         Ok(plugged)

@@ -52,6 +52,8 @@ pub(super) struct Making<'a> {
     /// File servers that the guest goes on with.
     pub(super) known: &'a [FileServer],
     pub(super) lans: &'a [Arc<LanPort>],
+    /// Is told when the user's network cannot go on, and what it said.
+    pub(super) network_ended: Box<dyn FnOnce(&str) + Send>,
 }
 
 fn resource(what: &'static str) -> impl FnOnce(std::io::Error) -> HypervisorError {
@@ -65,7 +67,7 @@ impl Making<'_> {
         agent: Option<UnixStream>,
         mut slot: impl FnMut(&DeviceId) -> Result<usize, HypervisorError>,
     ) -> Result<Devices, HypervisorError> {
-        let Self { config, vms, durable, known, lans } = self;
+        let Self { config, vms, durable, known, lans, network_ended } = self;
         let mut devices = Devices::default();
         if let (AgentChannel::Virtio, Some(agent)) = (config.channel, agent) {
             let console = Console::new(vec![Port::channel(AGENT_PORT).with_stream(agent)]);
@@ -97,7 +99,8 @@ impl Making<'_> {
         match config.network {
             NetworkMode::None => {}
             NetworkMode::User => {
-                let (passt, socket) = Passt::start().map_err(HypervisorError::Network)?;
+                let (passt, socket) =
+                    Passt::start(network_ended).map_err(HypervisorError::Network)?;
                 devices.passt = Some(passt);
                 let net = Net::new(Box::new(Stream::new(socket)), MacAddress(USER_MAC), None);
                 let net = net.sandbox(config.sandbox);

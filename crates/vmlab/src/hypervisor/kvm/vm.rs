@@ -153,6 +153,13 @@ impl KvmVm {
             }
         };
 
+        let shared = Arc::new(Shared {
+            machine: Mutex::default(),
+            ender: OnceLock::new(),
+            console: serial,
+            fate: Mutex::default(),
+            ended: Condvar::new(),
+        });
         let mut next = FIRST..layout::MAX_SLOTS;
         let making = Making {
             config,
@@ -160,6 +167,7 @@ impl KvmVm {
             durable: &durable,
             known: run.as_ref().map_or(&[], |run| &run.shares),
             lans: &lans,
+            network_ended: shared.network_ended(),
         };
         let devices = making.devices(to_console, |id| match &run {
             Some(run) => run.slot_of(id),
@@ -170,13 +178,6 @@ impl KvmVm {
             false => devices.placed.iter().map(|placed| placed.slot + 1).max().unwrap_or(0),
         };
 
-        let shared = Arc::new(Shared {
-            machine: Mutex::default(),
-            ender: OnceLock::new(),
-            console: serial,
-            fate: Mutex::default(),
-            ended: Condvar::new(),
-        });
         let mut plugs = Vec::new();
         let mut placed = Vec::new();
         for device in devices.placed {
@@ -290,7 +291,10 @@ impl RunDevices {
     fn slot_of(&self, id: &DeviceId) -> Result<usize, HypervisorError> {
         let place = self.places.iter().find(|(_, other)| other == id);
         let place = place.map(|(place, _)| *place as usize);
-        place.ok_or(HypervisorError::Full { most: most_devices() })
+        place.ok_or_else(|| HypervisorError::Command {
+            command: "restore",
+            said: format!("the snapshot has no place for {id:?}"),
+        })
     }
 }
 
@@ -310,6 +314,17 @@ impl Shared {
         Arc::new(move |_, fault: Fault| {
             if let Some(shared) = shared.upgrade() {
                 let said = format!("{what} ended: {}", chain(&fault));
+                shared.end(ExitReason::FileServerFailed(said));
+            }
+        })
+    }
+
+    /// The same of the user's network.
+    fn network_ended(self: &Arc<Self>) -> Box<dyn FnOnce(&str) + Send> {
+        let shared: Weak<Self> = Arc::downgrade(self);
+        Box::new(move |said| {
+            if let Some(shared) = shared.upgrade() {
+                let said = format!("the network ended, as passt did: {said}");
                 shared.end(ExitReason::FileServerFailed(said));
             }
         })
