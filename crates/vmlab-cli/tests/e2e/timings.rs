@@ -18,13 +18,16 @@ fn lists(outcome: &Outcome) -> Vec<(String, Vec<Line>)> {
     for text in outcome.stderr_text().lines() {
         if text.ends_with(" in all") {
             lists.push((text.to_owned(), Vec::new()));
-        } else if let Some(start) = text.trim_start().split_once(" ms ").map(|(start, _)| start) {
-            let bar_end = text.rfind('#').unwrap();
+        } else if let Some(bar_end) = text.rfind('#') {
+            let mut words = text.split_whitespace();
+            let start: f64 = words.next().unwrap().parse().unwrap();
+            // From ten seconds on.
+            let start_ms = if words.next() == Some("s") { start * 1000.0 } else { start };
             let rest = text[bar_end + 1..].trim_start();
             let (track, name) = rest.split_at(8);
             let depth = (name.len() - name.trim_start().len()) / 2;
             lists.last_mut().unwrap().1.push(Line {
-                start_ms: start.parse().unwrap(),
+                start_ms,
                 track: track.trim().to_owned(),
                 depth,
                 name: name.trim().to_owned(),

@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_state_is_what_it_was() {
         let bytes = state().encode().unwrap();
-        assert_eq!(bytes[..12], *b"vmlab-vm\x01\0\0\0");
+        assert_eq!(bytes[..12], *b"vmlab-vm\x02\0\0\0");
         let found = State::decode(&bytes).unwrap();
         assert_eq!(found.shape.difference(&shape()), None);
         assert_eq!((found.cpus.len(), found.slots.len()), (2, 2));
