@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use vmlab_vmm::x86_64::fuzzing;
 
 /// The magic number and the version.
-const HEAD: &[u8] = b"vmlab-vm\x01\0\0\0";
+const HEAD: &[u8] = b"vmlab-vm\x02\0\0\0";
 
 fuzz_target!(|data: &[u8]| {
     let Some((how, rest)) = data.split_first() else { return };

@@ -152,10 +152,10 @@ mod tests {
         for length in 8..12 {
             assert!(wrong(&bytes[..length]).contains("cut off"));
         }
-        for version in [0, 2, u32::MAX] {
+        for version in [0, VERSION + 1, u32::MAX] {
             let mut bytes = bytes.clone();
             bytes[8..12].copy_from_slice(&version.to_le_bytes());
-            assert!(wrong(&bytes).contains(&format!("version {version}, not 1")));
+            assert!(wrong(&bytes).contains(&format!("version {version}, not {VERSION}")));
         }
         // However little is missing, or there is too much.
         for length in 12..bytes.len() {
