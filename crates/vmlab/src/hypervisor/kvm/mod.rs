@@ -27,6 +27,17 @@ const PASST: &str = "passt";
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Kvm;
 
+/// Whether the host has a default route over IPv4, without which passt does not start.
+fn has_way_out() -> bool {
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    is_way_out(&routes)
+}
+
+/// Whether one of these routes is a default one: its destination, in the second column, is 0.
+fn is_way_out(routes: &str) -> bool {
+    routes.lines().any(|line| line.split_whitespace().nth(1) == Some("00000000"))
+}
+
 impl Hypervisor for Kvm {
     fn name(&self) -> &'static str {
         "kvm"
@@ -43,7 +54,7 @@ impl Hypervisor for Kvm {
 
     fn capabilities(&self) -> Capabilities {
         let mut networks = vec![NetworkMode::None];
-        if find_program(PASST).is_some() {
+        if find_program(PASST).is_some() && has_way_out() {
             networks.push(NetworkMode::User);
         }
         Capabilities {
@@ -89,5 +100,20 @@ impl Hypervisor for Kvm {
 
     fn command_line(&self, _: &VmConfig) -> Vec<OsString> {
         Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_way_out;
+
+    #[test]
+    fn a_default_route_is_a_way_out() {
+        let head = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\n";
+        let near = "eth0\t0002000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\n";
+        let default = "eth0\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\n";
+        assert!(is_way_out(&[head, near, default].concat()));
+        assert!(!is_way_out(&[head, near].concat()));
+        assert!(!is_way_out(""));
     }
 }
