@@ -65,7 +65,8 @@ fn tree(at: &Path) {
     fs::write(at.join("x".repeat(255)), "long").unwrap();
     symlink("../outside/nowhere", at.join("a/link")).unwrap();
     symlink("a", at.join("to a directory")).unwrap();
-    symlink("t".repeat(4095), at.join("a/far")).unwrap();
+    // As long as XFS has them.
+    symlink("t".repeat(1023), at.join("a/far")).unwrap();
     let mut sparse = fs::File::create(at.join("sparse")).unwrap();
     sparse.seek(SeekFrom::Start(8 << 20)).unwrap();
     sparse.write_all(b"middle").unwrap();
