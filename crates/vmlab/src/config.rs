@@ -364,6 +364,13 @@ impl VmConfig {
         self.disks.iter().filter_map(|disk| Some((disk, disk.serve.as_ref()?)))
     }
 
+    /// How many devices a run brings.
+    pub(crate) fn devices(&self) -> usize {
+        let network = usize::from(self.network != NetworkMode::None);
+        let vsock = usize::from(self.vsock.is_some());
+        self.shares.len() + network + self.lans.len() + vsock + self.disks.len()
+    }
+
     /// How many servers of vmlab's own read and write the guest's memory.
     pub(crate) fn servers(&self) -> usize {
         let vsock = usize::from(self.vsock.is_some());

@@ -210,6 +210,8 @@ pub enum VirtioBus {
 pub struct Capabilities {
     /// Whether it can run guests without KVM.
     pub tcg: bool,
+    /// Whether it has firmware, which starts systems of disks.
+    pub firmware: bool,
     /// Boards it can be.
     pub machines: Vec<Machine>,
     /// Where the guest finds its virtio devices, on whichever board.
@@ -222,6 +224,8 @@ pub struct Capabilities {
     pub lans: bool,
     /// Whether it has streams between guest and host.
     pub vsock: bool,
+    /// How many devices a run can bring, where there is a limit that is lower than QEMU's.
+    pub devices: Option<usize>,
     /// Whether disks can be in other formats than raw.
     pub disk_formats: bool,
     /// Whether arguments can be handed through to QEMU.
@@ -246,7 +250,7 @@ impl Capabilities {
         let raw = |disk: &DiskDevice| disk.format == ImageFormat::Raw;
         let needs = [
             ("TCG", self.tcg || config.accel != Accel::Tcg),
-            ("systems of images", self.tcg || config.boot.kernel().is_some()),
+            ("systems of images", self.firmware || config.boot.kernel().is_some()),
             ("disks that are not raw", self.disk_formats || config.disks.iter().all(raw)),
             ("this machine", self.machines.contains(&config.machine)),
             (
@@ -257,6 +261,7 @@ impl Capabilities {
             ("devices that are plugged in later", self.pluggable || !config.pluggable),
             ("networks of VMs", self.lans || config.lans.is_empty()),
             ("vsock", self.vsock || config.vsock.is_none()),
+            ("so many devices", self.devices.is_none_or(|most| config.devices() <= most)),
             ("arguments for QEMU", self.qemu_args || config.qemu_args.is_empty()),
         ];
         match needs.iter().find(|(_, can)| !can) {

@@ -48,6 +48,10 @@ const HYPERVISOR: u32 = 1 << 31;
 const HTT: u32 = 1 << 28;
 /// [`MORE_FEATURES`], ECX: page tables may have five levels.
 const LA57: u32 = 1 << 16;
+/// [`MORE_FEATURES`], ECX and EDX: shadow stacks and branch tracking. Where a shadow stack is, a snapshot would have
+/// to save beside the processor's registers.
+const SHSTK: u32 = 1 << 7;
+const IBT: u32 = 1 << 20;
 /// [`AMD_FEATURES`], ECX: if [`HTT`] is set, it is about cores.
 const CMP_LEGACY: u32 = 1 << 1;
 /// [`AMD_FEATURES`], ECX: the leaves of AMD for caches and topology are there.
@@ -154,7 +158,8 @@ fn features(leaves: &mut Leaves, topology: Topology, cpu: u32, maker: Maker, opt
     }
     set(&mut entry.edx, HTT, together > 1);
     for entry in leaves.all(MORE_FEATURES).filter(|entry| entry.index == 0) {
-        entry.ecx &= !LA57;
+        entry.ecx &= !(LA57 | SHSTK);
+        entry.edx &= !IBT;
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::config::{Machine, NetworkMode, ShareTransport, VmConfig};
 use crate::identity::{of_this_program, processor};
-use vm::KvmVm;
+use vm::{KvmVm, MOST_DEVICES};
 
 /// The host's device.
 const DEVICE: &str = "/dev/kvm";
@@ -59,6 +59,8 @@ impl Hypervisor for Kvm {
         }
         Capabilities {
             tcg: false,
+            firmware: false,
+            devices: Some(MOST_DEVICES),
             machines: vec![Machine::Native],
             bus: VirtioBus::Mmio,
             shares: vec![ShareTransport::VirtioFs],

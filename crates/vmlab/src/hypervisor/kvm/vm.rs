@@ -41,6 +41,9 @@ const DRAIN_TIME: Duration = Duration::from_secs(2);
 /// The first slot for what a run brings; the console is before it.
 const FIRST: usize = 1;
 
+/// How many devices a run can bring.
+pub(super) const MOST_DEVICES: usize = layout::MAX_SLOTS - FIRST;
+
 /// A VM.
 #[derive(Debug)]
 pub(super) struct KvmVm {
@@ -171,7 +174,7 @@ impl KvmVm {
         };
         let devices = making.devices(to_console, |id| match &run {
             Some(run) => run.slot_of(id),
-            None => next.next().ok_or(HypervisorError::Full { most: most_devices() }),
+            None => next.next().ok_or(HypervisorError::Full { most: MOST_DEVICES as u32 }),
         })?;
         let slots = match may_change {
             true => layout::MAX_SLOTS,
@@ -265,11 +268,6 @@ impl KvmVm {
             }),
         }
     }
-}
-
-/// How many devices a run can bring.
-fn most_devices() -> u32 {
-    (layout::MAX_SLOTS - FIRST) as u32
 }
 
 fn open(kernel: &KernelBoot) -> Result<Kernel, HypervisorError> {
@@ -480,7 +478,7 @@ impl VmHandle for KvmVm {
         let mut placed = lock(&self.placed);
         let free = |slot: &usize| placed.iter().all(|(other, _)| other != slot);
         let slot = (FIRST..layout::MAX_SLOTS).find(free);
-        let slot = slot.ok_or(HypervisorError::Full { most: most_devices() })?;
+        let slot = slot.ok_or(HypervisorError::Full { most: MOST_DEVICES as u32 })?;
         let on_fault = self.shared.on_fault(what);
         self.machine()?.plug(Plug { slot, device, on_fault })?;
         placed.push((slot, id));

@@ -96,6 +96,8 @@ impl Hypervisor for Qemu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             tcg: true,
+            firmware: true,
+            devices: None,
             machines: vec![Machine::Microvm, Machine::Q35],
             bus: VirtioBus::Pci,
             shares: vec![ShareTransport::VirtioFs, ShareTransport::NineP],
