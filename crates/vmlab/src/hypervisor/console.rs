@@ -12,7 +12,7 @@ use crate::error::EmulatorFault;
 use crate::sync::{lock, wait_until};
 
 /// How much of the output is kept in memory; all of it is in the log.
-pub(super) const KEPT: usize = 256 * 1024;
+const KEPT: usize = 256 * 1024;
 
 /// The longest line that is scanned; a guest that writes no newline costs no more than this.
 const MAX_LINE: usize = 4096;
@@ -103,6 +103,13 @@ impl SerialConsole {
     /// All output, as far back as it is kept.
     pub(crate) fn kept(&self) -> Vec<u8> {
         self.lock().kept()
+    }
+
+    /// The same behind what the guest had said before it went on here, together no more than is kept.
+    pub(super) fn kept_after(&self, before: &[u8]) -> Vec<u8> {
+        let mut all = [before, &self.kept()[..]].concat();
+        all.drain(..all.len().saturating_sub(KEPT));
+        all
     }
 
     /// How many bytes have come so far.

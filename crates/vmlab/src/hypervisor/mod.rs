@@ -2,6 +2,7 @@
 
 mod choice;
 mod console;
+mod fate;
 pub mod kvm;
 mod panic;
 pub mod qemu;
@@ -335,6 +336,11 @@ impl fmt::Display for ExitReason {
             Self::FileServerFailed(what) => f.write_str(what),
         }
     }
+}
+
+/// An error of the host, which lacks something that a VM needs.
+fn resource(what: &'static str) -> impl FnOnce(std::io::Error) -> HypervisorError {
+    move |source| HypervisorError::Resource { what, source }
 }
 
 /// A hypervisor that cannot do what it was asked for.

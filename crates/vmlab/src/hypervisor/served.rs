@@ -22,7 +22,7 @@ const REQUEST_QUEUES: u32 = 1;
 const FEWEST_DESCRIPTORS: usize = 16;
 
 /// The file server of a share, by its tag.
-pub(super) type FileServer = (String, Arc<Fs<Passthrough>>);
+pub(crate) type FileServer = (String, Arc<Fs<Passthrough>>);
 
 /// How many descriptors each of so many servers may keep of what is used: half of what the process has for all
 /// of them. The rest is for what guests really open, and for the VMs themselves.

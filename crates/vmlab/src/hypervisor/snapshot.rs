@@ -2,10 +2,15 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use vmlab_devices::fs::{Fs, Passthrough};
+use rustix::fs::{MemfdFlags, memfd_create};
 use vmlab_devices::net::MacAddress;
+
+use super::served::{self, FileServer};
+use super::{HypervisorError, resource};
 
 /// A VM at one moment: its memory, the state of its devices, and what its console had said.
 #[derive(Clone)]
@@ -30,7 +35,39 @@ pub struct RunDevices {
     /// Where each was plugged in.
     pub(crate) places: Vec<(u32, DeviceId)>,
     /// The file servers, by the tags of their shares.
-    pub(crate) shares: Vec<(String, Arc<Fs<Passthrough>>)>,
+    pub(crate) shares: Vec<FileServer>,
+}
+
+impl RunDevices {
+    /// Those that are in these places, with file servers of their own that go on where these are. A guest's sync(2)
+    /// waits for the host's disks as long as `durable` says so.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub(super) fn of(
+        places: Vec<(u32, DeviceId)>,
+        shares: &[FileServer],
+        durable: &Arc<AtomicBool>,
+    ) -> Result<Self, HypervisorError> {
+        let again = |(tag, server): &FileServer| {
+            let copy = served::duplicate(server, durable);
+            Ok((tag.clone(), copy.map_err(resource("another server of a share"))?))
+        };
+        let shares = shares.iter().map(again).collect::<Result<_, HypervisorError>>()?;
+        Ok(Self { places, shares })
+    }
+
+    /// Where a device was.
+    pub(super) fn place_of(&self, id: &DeviceId) -> Option<u32> {
+        self.places.iter().find(|(_, other)| other == id).map(|(place, _)| *place)
+    }
+}
+
+/// Memory that reads as zeros, of so many bytes.
+pub(super) fn empty_memory(size: u64) -> io::Result<Arc<File>> {
+    let file = File::from(memfd_create("vmlab-ram", MemfdFlags::CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(Arc::new(file))
 }
 
 /// Tells the devices of a run apart.

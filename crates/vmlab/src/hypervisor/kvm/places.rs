@@ -10,7 +10,7 @@ use vmlab_devices::net::Passt;
 use vmlab_devices::net::{Datagrams, MacAddress, Net, Stream};
 
 use super::super::served::{self, FileServer};
-use super::super::{DeviceId, HypervisorError};
+use super::super::{DeviceId, HypervisorError, resource};
 use crate::config::{AgentChannel, DiskDevice, NetworkMode, VmConfig};
 use crate::lan::LanPort;
 
@@ -54,10 +54,6 @@ pub(super) struct Making<'a> {
     pub(super) lans: &'a [Arc<LanPort>],
     /// Is told when the user's network cannot go on, and what it said.
     pub(super) network_ended: Box<dyn FnOnce(&str) + Send>,
-}
-
-fn resource(what: &'static str) -> impl FnOnce(std::io::Error) -> HypervisorError {
-    move |source| HypervisorError::Resource { what, source }
 }
 
 impl Making<'_> {

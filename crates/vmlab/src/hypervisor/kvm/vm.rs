@@ -5,11 +5,10 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, memfd_create};
 use vmlab_devices::net::Passt;
 use vmlab_devices::{Fault, OnFault, bear_file_limits, sparse};
 use vmlab_vmm::End;
@@ -18,12 +17,13 @@ use vmlab_vmm::topology::Topology;
 use vmlab_vmm::x86_64::boot::Kernel;
 use vmlab_vmm::x86_64::{Config, Ender, Machine, Plug, layout};
 
-use super::super::console::KEPT;
+use super::super::fate::Fate;
 use super::super::panic::panic_patience;
-use super::super::served::{self, FileServer};
+use super::super::served::FileServer;
+use super::super::snapshot::empty_memory;
 use super::super::{
     DeviceId, ExitReason, HypervisorError, Memory, Origin, RunDevices, SerialConsole, Snapshot,
-    StartOptions, VmHandle, VmState,
+    StartOptions, VmHandle, VmState, resource,
 };
 use super::places::{self, Making};
 use crate::config::{AgentChannel, DiskDevice, KernelBoot, VmConfig};
@@ -32,7 +32,7 @@ use crate::lan::LanPort;
 use crate::random;
 use crate::report::ExitCount;
 use crate::runs::private_file;
-use crate::sync::{lock, wait_until};
+use crate::sync::lock;
 
 /// How long the last output of an ended VM may take to be read. It is there already, so this only bounds a
 /// fault.
@@ -54,8 +54,6 @@ pub(super) struct KvmVm {
     durable: Arc<AtomicBool>,
     /// What is behind its memory, if a snapshot can be taken.
     backing: Option<Backing>,
-    /// In bytes.
-    memory_size: u64,
     shares: Vec<FileServer>,
     /// The devices that its run has brought, and their slots.
     placed: Mutex<Vec<(usize, DeviceId)>>,
@@ -75,15 +73,9 @@ struct Shared {
     /// There before any of its devices could fail.
     ender: OnceLock<Ender>,
     console: SerialConsole,
-    fate: Mutex<Fate>,
-    ended: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Fate {
-    asked: Option<ExitReason>,
-    reason: Option<ExitReason>,
-    exits: Vec<ExitCount>,
+    fate: Fate,
+    /// How often its processors had left the guest, once it has ended.
+    exits: OnceLock<Vec<ExitCount>>,
 }
 
 fn counts(machine: &Machine) -> Vec<ExitCount> {
@@ -96,22 +88,11 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-fn resource(what: &'static str) -> impl FnOnce(io::Error) -> HypervisorError {
-    move |source| HypervisorError::Resource { what, source }
-}
-
-/// Memory that reads as zeros.
-fn empty(size: u64) -> io::Result<Arc<File>> {
-    let file = File::from(memfd_create("vmlab-ram", MemfdFlags::CLOEXEC)?);
-    file.set_len(size)?;
-    Ok(Arc::new(file))
-}
-
 /// What is behind the memory of a VM that begins so.
 fn backing(config: &VmConfig, origin: &Origin) -> io::Result<Backing> {
     Ok(match origin {
         Origin::Boot if !config.pluggable => Backing::Anonymous,
-        Origin::Boot | Origin::BootForSnapshot => Backing::Shared(empty(config.memory.0)?),
+        Origin::Boot | Origin::BootForSnapshot => Backing::Shared(empty_memory(config.memory.0)?),
         Origin::Snapshot(snapshot) => match snapshot.memory.first() {
             Some(Memory::Own(file)) => Backing::Shared(Arc::clone(file)),
             Some(Memory::Template(file)) => Backing::Private(Arc::clone(file)),
@@ -160,8 +141,8 @@ impl KvmVm {
             machine: Mutex::default(),
             ender: OnceLock::new(),
             console: serial,
-            fate: Mutex::default(),
-            ended: Condvar::new(),
+            fate: Fate::default(),
+            exits: OnceLock::new(),
         });
         let mut next = FIRST..layout::MAX_SLOTS;
         let making = Making {
@@ -221,7 +202,7 @@ impl KvmVm {
             }
         };
         let _ = shared.ender.set(machine.ender());
-        if lock(&shared.fate).asked.is_some() {
+        if shared.fate.is_asked() {
             // One of its devices has failed before there was anything to end.
             machine.end(End::Stopped);
         }
@@ -239,7 +220,6 @@ impl KvmVm {
             supervisor: Mutex::new(Some(supervisor.map_err(resource("a thread"))?)),
             durable,
             backing: may_change.then_some(backing),
-            memory_size: config.memory.0,
             shares: devices.shares,
             placed: Mutex::new(placed),
             in_run,
@@ -260,8 +240,9 @@ impl KvmVm {
     fn memory(&self, machine: &Machine) -> Result<Arc<File>, HypervisorError> {
         match &self.backing {
             Some(Backing::Shared(file)) => Ok(Arc::clone(file)),
-            Some(Backing::Private(template)) => copy(template, machine, self.memory_size)
-                .map_err(resource("a copy of the guest's memory")),
+            Some(Backing::Private(template)) => {
+                copy(template, machine).map_err(resource("a copy of the guest's memory"))
+            }
             Some(Backing::Anonymous) | None => Err(HypervisorError::Command {
                 command: "snapshot",
                 said: "it was not started for a snapshot".to_owned(),
@@ -277,8 +258,8 @@ fn open(kernel: &KernelBoot) -> Result<Kernel, HypervisorError> {
 }
 
 /// A guest's memory, which began as this file, in a new one.
-fn copy(template: &File, machine: &Machine, size: u64) -> io::Result<Arc<File>> {
-    let file = empty(size)?;
+fn copy(template: &File, machine: &Machine) -> io::Result<Arc<File>> {
+    let file = empty_memory(template.metadata()?.len())?;
     sparse::copy(template, &file)?;
     memory::write_changes(machine.memory(), &file)?;
     Ok(file)
@@ -287,8 +268,7 @@ fn copy(template: &File, machine: &Machine, size: u64) -> io::Result<Arc<File>> 
 impl RunDevices {
     /// The slot that a device had.
     fn slot_of(&self, id: &DeviceId) -> Result<usize, HypervisorError> {
-        let place = self.places.iter().find(|(_, other)| other == id);
-        let place = place.map(|(place, _)| *place as usize);
+        let place = self.place_of(id).map(|place| place as usize);
         place.ok_or_else(|| HypervisorError::Command {
             command: "restore",
             said: format!("the snapshot has no place for {id:?}"),
@@ -305,31 +285,31 @@ struct Outputs {
 }
 
 impl Shared {
-    /// What is told of a device that cannot go on.
-    fn on_fault(self: &Arc<Self>, what: String) -> OnFault {
+    /// What ends the VM, with what has happened to something that serves it.
+    fn fails(self: &Arc<Self>) -> impl Fn(String) + Send + Sync + 'static {
         // The devices belong to the VM, which belongs to this.
-        let shared: Weak<Self> = Arc::downgrade(self);
-        Arc::new(move |_, fault: Fault| {
+        let shared = Arc::downgrade(self);
+        move |said| {
             if let Some(shared) = shared.upgrade() {
-                let said = format!("{what} ended: {}", chain(&fault));
                 shared.end(ExitReason::FileServerFailed(said));
             }
-        })
+        }
+    }
+
+    /// What is told of a device that cannot go on.
+    fn on_fault(self: &Arc<Self>, what: String) -> OnFault {
+        let fails = self.fails();
+        Arc::new(move |_, fault: Fault| fails(format!("{what} ended: {}", chain(&fault))))
     }
 
     /// The same of the user's network.
     fn network_ended(self: &Arc<Self>) -> Box<dyn FnOnce(&str) + Send> {
-        let shared: Weak<Self> = Arc::downgrade(self);
-        Box::new(move |said| {
-            if let Some(shared) = shared.upgrade() {
-                let said = format!("the network ended, as passt did: {said}");
-                shared.end(ExitReason::FileServerFailed(said));
-            }
-        })
+        let fails = self.fails();
+        Box::new(move |said| fails(format!("the network ended, as passt did: {said}")))
     }
 
     fn end(&self, reason: ExitReason) {
-        lock(&self.fate).asked.get_or_insert(reason);
+        self.fate.ask(reason);
         // The machine itself is not for this thread to have, which may be one of its devices'.
         if let Some(ender) = self.ender.get() {
             ender.end(End::Stopped);
@@ -362,7 +342,7 @@ impl Shared {
         // The threads of its processors and devices end with it, and with them the files of its disks are free for
         // the next VM. Whoever has it still is about to give it back.
         if let Some(machine) = &machine {
-            lock(&self.fate).exits = counts(machine);
+            let _ = self.exits.set(counts(machine));
         }
         lock(&self.machine).take();
         drop(machine);
@@ -373,10 +353,7 @@ impl Shared {
         }
         // Others can have its places on networks.
         drop((lans, passt));
-        let mut fate = lock(&self.fate);
-        fate.reason = Some(self.reason(end, fate.asked.as_ref()));
-        drop(fate);
-        self.ended.notify_all();
+        self.fate.decide(|asked| self.reason(end, asked));
     }
 
     fn runs(&self) -> bool {
@@ -413,20 +390,14 @@ impl Shared {
 impl VmHandle for KvmVm {
     fn state(&self) -> VmState {
         match () {
-            () if lock(&self.shared.fate).reason.is_some() => VmState::Ended,
+            () if self.shared.fate.is_decided() => VmState::Ended,
             () if self.shared.runs() => VmState::Running,
             () => VmState::Paused,
         }
     }
 
     fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
-        let mut fate = lock(&self.shared.fate);
-        loop {
-            if let Some(reason) = &fate.reason {
-                return Some(reason.clone());
-            }
-            fate = wait_until(&self.shared.ended, fate, deadline)?;
-        }
+        self.shared.fate.wait(deadline)
     }
 
     fn take_agent_channel(&self) -> Option<UnixStream> {
@@ -455,9 +426,8 @@ impl VmHandle for KvmVm {
         machine.pause()?;
         let state = machine.save()?;
         let memory = self.memory(&machine)?;
-        let kept = self.shared.console.kept();
-        let said = [&self.said_before[..], &kept[..]].concat();
-        let run = self.in_run.then(|| self.run_devices()).transpose()?;
+        let run = || RunDevices::of(self.places(), &self.shares, &self.durable);
+        let run = self.in_run.then(run).transpose()?;
         Ok(Snapshot {
             state: state.into(),
             memory: vec![match run {
@@ -465,7 +435,7 @@ impl VmHandle for KvmVm {
                 Some(_) => Memory::Template(memory),
                 None => Memory::Own(memory),
             }],
-            console: said[said.len().saturating_sub(KEPT)..].into(),
+            console: self.shared.console.kept_after(&self.said_before).into(),
             shares: u32::try_from(self.shares.len()).unwrap_or(u32::MAX),
             kept: 0,
             run: run.map(Arc::new),
@@ -502,7 +472,7 @@ impl VmHandle for KvmVm {
         let machine = lock(&self.shared.machine).clone();
         match machine {
             Some(machine) => counts(&machine),
-            None => lock(&self.shared.fate).exits.clone(),
+            None => self.shared.exits.get().cloned().unwrap_or_default(),
         }
     }
 
@@ -522,15 +492,9 @@ impl KvmVm {
         lock(&self.placed).iter().find(|(_, id)| *id == wanted).map(|(slot, _)| *slot)
     }
 
-    fn run_devices(&self) -> Result<RunDevices, HypervisorError> {
-        let places =
-            lock(&self.placed).iter().map(|(slot, id)| (*slot as u32, id.clone())).collect();
-        let again = |(tag, server): &FileServer| {
-            let copy = served::duplicate(server, &self.durable);
-            Ok((tag.clone(), copy.map_err(resource("another server of a share"))?))
-        };
-        let shares = self.shares.iter().map(again).collect::<Result<_, HypervisorError>>()?;
-        Ok(RunDevices { places, shares })
+    /// The slot of each device that its run has brought.
+    fn places(&self) -> Vec<(u32, DeviceId)> {
+        lock(&self.placed).iter().map(|(slot, id)| (*slot as u32, id.clone())).collect()
     }
 }
 

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, memfd_create};
 use vmlab_devices::sparse;
 
 use super::command::MemoryUse;
 use crate::config::VmConfig;
+use crate::hypervisor::snapshot::empty_memory;
 use crate::hypervisor::{Memory, Origin};
 
 /// The files that are a VM's RAM, one a node, and what has to be copied into them before it runs.
@@ -32,7 +32,7 @@ impl Ram {
             Origin::Boot | Origin::BootForSnapshot => {
                 let nodes = config.topology.nodes.max(1);
                 let size = config.memory.0 / u64::from(nodes);
-                let files = (0..nodes).map(|_| empty(size)).collect::<io::Result<_>>()?;
+                let files = (0..nodes).map(|_| empty_memory(size)).collect::<io::Result<_>>()?;
                 return Ok(Some(Self { files, usage: MemoryUse::Shared, copies: Vec::new() }));
             }
             Origin::Snapshot(snapshot) => snapshot,
@@ -48,7 +48,7 @@ impl Ram {
                 Memory::Own(file) => Arc::clone(file),
                 Memory::Template(file) if ram.usage == MemoryUse::Private => Arc::clone(file),
                 Memory::Template(from) => {
-                    let to = empty(from.metadata()?.len())?;
+                    let to = empty_memory(from.metadata()?.len())?;
                     ram.copies.push(Copy { from: Arc::clone(from), to: Arc::clone(&to) });
                     to
                 }
@@ -63,11 +63,4 @@ impl Copy {
     pub(super) fn run(&self) -> io::Result<()> {
         sparse::copy(&self.from, &self.to)
     }
-}
-
-/// Memory that reads as zeros.
-fn empty(size: u64) -> io::Result<Arc<File>> {
-    let file = File::from(memfd_create("vmlab-ram", MemfdFlags::CLOEXEC)?);
-    file.set_len(size)?;
-    Ok(Arc::new(file))
 }

@@ -12,11 +12,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::super::console::KEPT;
-use super::super::{DeviceId, HypervisorError, Memory, RunDevices, Snapshot, VmHandle};
+use super::super::{DeviceId, HypervisorError, Memory, RunDevices, Snapshot, VmHandle, resource};
 use super::devices::{PLACES, device_slot, devices, disk_device, disk_id, plug_id};
 use super::files::Servers;
-use super::process::{QemuVm, resource};
+use super::process::QemuVm;
 use crate::config::{DiskDevice, VmConfig};
 use crate::sync::lock;
 
@@ -137,6 +136,11 @@ impl QemuVm {
         plugged.iter().try_for_each(|device| qmp.wait_unplugged(&plug_id(device.place), until))
     }
 
+    /// Where each device is.
+    fn places(&self) -> Vec<(u32, DeviceId)> {
+        lock(&self.plugged).iter().map(|it| (it.place, it.id.clone())).collect()
+    }
+
     /// Devices that are served by this process, in the order of their places.
     fn served(&self) -> Vec<Plugged> {
         let mut served: Vec<_> =
@@ -179,9 +183,11 @@ impl QemuVm {
                 return Err(failed(said));
             }
         }
-        let kept = self.shared.console.kept();
         let memory = self.memory.iter().cloned();
-        let run = self.in_run.then(|| self.run_devices()).transpose()?;
+        let run = self
+            .in_run
+            .then(|| RunDevices::of(self.places(), &self.file_servers, &self.durable))
+            .transpose()?;
         Ok(Snapshot {
             state: state.into(),
             // What goes on from the midst of a run may do so again.
@@ -189,27 +195,12 @@ impl QemuVm {
                 Some(_) => memory.map(Memory::Template).collect(),
                 None => memory.map(Memory::Own).collect(),
             },
-            console: last(&[&self.said_before[..], &kept[..]].concat(), KEPT).into(),
+            console: self.shared.console.kept_after(&self.said_before).into(),
             shares: self.shares,
             kept: 0,
             run: run.map(Arc::new),
         })
     }
-
-    fn run_devices(&self) -> Result<RunDevices, HypervisorError> {
-        let places = lock(&self.plugged).iter().map(|it| (it.place, it.id.clone())).collect();
-        let again = |(tag, server): &(String, Arc<_>)| {
-            let copy = super::super::served::duplicate(server, &self.durable);
-            Ok((tag.clone(), copy.map_err(resource("another server of a share"))?))
-        };
-        let shares = self.file_servers.iter().map(again).collect::<Result<_, HypervisorError>>()?;
-        Ok(RunDevices { places, shares })
-    }
-}
-
-/// The last bytes, so many at most.
-fn last(bytes: &[u8], most: usize) -> &[u8] {
-    &bytes[bytes.len().saturating_sub(most)..]
 }
 
 /// A failure to plug in, in terms of the disk whose device it was.

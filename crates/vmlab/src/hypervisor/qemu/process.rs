@@ -16,11 +16,12 @@ use std::time::Instant;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vmlab_artifacts::boot_image::BootImage;
 
+use super::super::fate::Fate;
 use super::super::panic::panic_patience;
 use super::super::served::FileServer;
 use super::super::{
     DeviceId, ExitReason, HypervisorError, Origin, RunDevices, SerialConsole, Snapshot,
-    StartOptions, VmHandle, VmState,
+    StartOptions, VmHandle, VmState, resource,
 };
 use super::command::arguments;
 use super::devices::{PLACES, devices};
@@ -33,7 +34,7 @@ use super::sockets::{Sockets, inherit};
 use super::supervise::{DRAIN_TIME, Outputs, Shared};
 use crate::config::{DiskDevice, VmConfig};
 use crate::runs::private_file;
-use crate::sync::{lock, wait_until};
+use crate::sync::lock;
 
 /// A VM in a QEMU process.
 #[derive(Debug)]
@@ -76,10 +77,6 @@ impl Restore {
         // The VM runs as soon as it has all of it.
         self.socket.write_all(&self.state)
     }
-}
-
-pub(super) fn resource(what: &'static str) -> impl FnOnce(io::Error) -> HypervisorError {
-    move |source| HypervisorError::Resource { what, source }
 }
 
 impl QemuVm {
@@ -194,8 +191,7 @@ impl QemuVm {
                     pidfd,
                     stderr: Arc::default(),
                     cpu_log,
-                    fate: Mutex::default(),
-                    ended: Condvar::new(),
+                    fate: Fate::default(),
                     leaving: Mutex::default(),
                     left: Condvar::new(),
                     serving: Mutex::new(Some(serving)),
@@ -327,10 +323,6 @@ impl Begin {
 }
 
 impl RunDevices {
-    fn place_of(&self, id: &DeviceId) -> Option<u32> {
-        self.places.iter().find(|(_, other)| other == id).map(|(place, _)| *place)
-    }
-
     /// Those whose state is part of the snapshot's.
     fn not_served(&self, config: &VmConfig) -> Vec<(u32, DeviceId)> {
         let own = devices(config).into_iter().filter(|device| !device.served);
@@ -341,20 +333,14 @@ impl RunDevices {
 impl VmHandle for QemuVm {
     fn state(&self) -> VmState {
         match () {
-            () if self.shared.lock().reason.is_some() => VmState::Ended,
+            () if self.shared.fate.is_decided() => VmState::Ended,
             () if self.shared.qmp.paused() => VmState::Paused,
             () => VmState::Running,
         }
     }
 
     fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
-        let mut fate = self.shared.lock();
-        loop {
-            if let Some(reason) = &fate.reason {
-                return Some(reason.clone());
-            }
-            fate = wait_until(&self.shared.ended, fate, deadline)?;
-        }
+        self.shared.fate.wait(deadline)
     }
 
     fn take_agent_channel(&self) -> Option<UnixStream> {

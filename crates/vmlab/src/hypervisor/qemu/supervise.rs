@@ -10,13 +10,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ExitStatus};
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process_group, pidfd_send_signal};
 use vmlab_devices::bear_file_limits;
 
+use super::super::fate::Fate;
 use super::super::{ExitReason, SerialConsole};
 use super::files::Server;
 use super::qmp::{Qmp, ShutdownCause};
@@ -42,8 +43,7 @@ pub(super) struct Shared {
     pub(super) pidfd: OwnedFd,
     pub(super) stderr: Arc<Stderr>,
     pub(super) cpu_log: PathBuf,
-    pub(super) fate: Mutex<Fate>,
-    pub(super) ended: Condvar,
+    pub(super) fate: Fate,
     /// Servers whose devices are taken out, by their ids.
     pub(super) leaving: Mutex<HashSet<String>>,
     pub(super) left: Condvar,
@@ -59,12 +59,6 @@ pub(super) struct Outputs {
     pub(super) stderr: Option<ChildStderr>,
     pub(super) stderr_log: File,
     pub(super) lans: Vec<Arc<LanPort>>,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Fate {
-    asked: Option<ExitReason>,
-    pub(super) reason: Option<ExitReason>,
 }
 
 impl Shared {
@@ -126,11 +120,7 @@ impl Shared {
         }
         // Others can have its places on networks.
         drop(lans);
-        let mut fate = self.lock();
-        let reason = self.reason(&fate, status, &said);
-        fate.reason = Some(reason);
-        drop(fate);
-        self.ended.notify_all();
+        self.fate.decide(|asked| self.reason(asked, status, &said));
     }
 
     /// Has a thread wait for the end of a server, and end the VM if that is not because its device or QEMU is
@@ -183,17 +173,22 @@ impl Shared {
     }
 
     pub(super) fn end(&self, reason: ExitReason) {
-        self.lock().asked.get_or_insert(reason);
+        self.fate.ask(reason);
         // It fails only when QEMU has ended already.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    fn reason(&self, fate: &Fate, status: io::Result<ExitStatus>, said: &str) -> ExitReason {
+    fn reason(
+        &self,
+        asked: Option<&ExitReason>,
+        status: io::Result<ExitStatus>,
+        said: &str,
+    ) -> ExitReason {
         // Nothing but a guest that ends itself makes QEMU end well without being asked to, also when
         // it was too busy to say so.
-        let well = status.as_ref().is_ok_and(ExitStatus::success) && fate.asked.is_none();
+        let well = status.as_ref().is_ok_and(ExitStatus::success) && asked.is_none();
         let cause = self.qmp.shutdown_cause().or_else(|| well.then_some(ShutdownCause::GuestReset));
-        match (cause, &fate.asked) {
+        match (cause, asked) {
             (Some(ShutdownCause::GuestShutdown), _) => ExitReason::Shutdown,
             (Some(ShutdownCause::GuestPanic), _) => {
                 ExitReason::GuestPanic(self.console.panic_message())
@@ -214,10 +209,6 @@ impl Shared {
             (Some(ShutdownCause::HostQmpQuit), None) => ExitReason::Killed,
             (_, None) => ExitReason::MonitorFailed(describe(status, said)),
         }
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, Fate> {
-        lock(&self.fate)
     }
 }
 
