@@ -21,7 +21,7 @@ pub enum AccelChoice {
 }
 
 /// What was chosen.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Chosen {
     pub(crate) accel: Accel,
     /// Why it is not KVM, where it might have been.

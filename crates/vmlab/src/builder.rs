@@ -10,7 +10,7 @@ use vmlab_artifacts::cache::Leases;
 use vmlab_artifacts::{Progress, Silent};
 
 use crate::Error;
-use crate::accel::{self, AccelChoice};
+use crate::accel::{AccelChoice, Chosen};
 use crate::config::{Accel, ConfigError, Machine, NetworkMode, Topology, VmConfigBuilder};
 use crate::disk::{self, Disk};
 use crate::guest::Environment;
@@ -413,50 +413,60 @@ impl VmBuilder {
     /// # Errors
     /// When something cannot be had, or the whole cannot work.
     pub fn prepare(self) -> Result<PreparedVm, Error> {
+        let mut timeline = Timeline::start();
         if let Some(given) = self.hypervisor.clone() {
-            return self.prepare_on(given);
+            return self.prepare_on(given, None, timeline);
         }
+        let qemu = || Arc::new(Qemu::new());
         match self.hypervisor_choice.map_or_else(HypervisorChoice::of_environment, Ok)? {
-            HypervisorChoice::Qemu => self.prepare_on(Arc::new(Qemu::new())),
-            HypervisorChoice::Kvm => self.prepare_on(Arc::new(Kvm)),
-            HypervisorChoice::Auto if !self.may_be_native()? => {
-                self.prepare_on(Arc::new(Qemu::new()))
+            HypervisorChoice::Qemu => self.prepare_on(qemu(), None, timeline),
+            HypervisorChoice::Kvm => self.prepare_on(Arc::new(Kvm), None, timeline),
+            // The monitor would have neither.
+            HypervisorChoice::Auto if !self.starts_kernel() || self.accel == AccelChoice::Tcg => {
+                self.prepare_on(qemu(), None, timeline)
             }
-            HypervisorChoice::Auto => match self.clone().prepare_on(Arc::new(Kvm)) {
-                // QEMU may have what the monitor has not.
-                Err(Error::Config(ConfigError::Unsupported { .. }) | Error::KernelLacks { .. }) => {
-                    self.prepare_on(Arc::new(Qemu::new()))
+            HypervisorChoice::Auto => {
+                let chosen = self.choose_accel(&self.cache()?, &mut timeline)?;
+                if chosen.accel != Accel::Kvm {
+                    return self.prepare_on(qemu(), Some(chosen), timeline);
                 }
-                prepared => prepared,
-            },
+                let (native, known) = (self.clone(), Some(chosen.clone()));
+                match native.prepare_on(Arc::new(Kvm), known, timeline.clone()) {
+                    // QEMU may have what the monitor has not.
+                    Err(
+                        Error::Config(ConfigError::Unsupported { .. }) | Error::KernelLacks { .. },
+                    ) => self.prepare_on(qemu(), Some(chosen), timeline),
+                    prepared => prepared,
+                }
+            }
         }
     }
 
-    /// Whether vmlab's own monitor can be tried.
-    fn may_be_native(&self) -> Result<bool, Error> {
-        let starts_kernel = self.image.is_none() || self.kernel.is_some();
-        if !starts_kernel || self.accel == AccelChoice::Tcg {
-            return Ok(false);
-        }
-        Ok(accel::choose(self.accel, &self.cache()?)?.accel == Accel::Kvm)
+    /// Whether it starts a kernel, and not a system of an image.
+    fn starts_kernel(&self) -> bool {
+        self.image.is_none() || self.kernel.is_some()
     }
 
-    /// As [`prepare`](Self::prepare), for this hypervisor.
-    fn prepare_on(mut self, hypervisor: Arc<dyn Hypervisor>) -> Result<PreparedVm, Error> {
+    /// As [`prepare`](Self::prepare), for this hypervisor. `chosen` is who executes instructions, where that is known.
+    fn prepare_on(
+        mut self,
+        hypervisor: Arc<dyn Hypervisor>,
+        chosen: Option<Chosen>,
+        mut timeline: Timeline,
+    ) -> Result<PreparedVm, Error> {
         self.hypervisor = Some(Arc::clone(&hypervisor));
         let can = hypervisor.capabilities();
         if !can.tcg && self.accel == AccelChoice::Auto {
             self.accel = AccelChoice::Kvm;
         }
         let builder = Arc::new(self.clone());
-        let mut timeline = Timeline::start();
         let tsc = TscPoint::now();
         let lans = memberships(&self.lans)?;
         let environment = self.environment_in_guest()?;
         let cache = self.cache()?;
         // Before anything is fetched for a VM that could not be started.
         hypervisor.find()?;
-        if !can.tcg && self.image.is_some() && self.kernel.is_none() {
+        if !can.firmware && !self.starts_kernel() {
             let (hypervisor, what) = (hypervisor.name(), "systems of images");
             return Err(ConfigError::Unsupported { hypervisor, what }.into());
         }
@@ -478,7 +488,7 @@ impl VmBuilder {
             }
             _ => {
                 let made = (&cache, &leases, &can);
-                self.kernel_parts(&environment, &lans, made, &mut timeline)?
+                self.kernel_parts(&environment, &lans, made, chosen, &mut timeline)?
             }
         };
         let Parts { config, setup, system, accel_reason } = parts;

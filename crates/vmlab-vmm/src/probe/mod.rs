@@ -66,6 +66,24 @@ pub fn prove() -> Result<KvmProof, KvmUnusable> {
     Err(KvmUnusable::NotThisArchitecture { arch: std::env::consts::ARCH })
 }
 
+/// Opens KVM, and asks for no more than its version.
+///
+/// # Errors
+/// The reason why KVM cannot be used at all.
+#[cfg(target_arch = "x86_64")]
+pub fn opens() -> Result<(), KvmUnusable> {
+    x86_64::open().map(drop)
+}
+
+/// Says that KVM is not used, as [`prove`] does.
+///
+/// # Errors
+/// Always [`KvmUnusable::NotThisArchitecture`].
+#[cfg(not(target_arch = "x86_64"))]
+pub fn opens() -> Result<(), KvmUnusable> {
+    prove().map(drop)
+}
+
 /// Makes a VM and takes it down: the least that KVM has to do for every guest, in a fraction of a
 /// millisecond. For a caller that has proved it before.
 ///

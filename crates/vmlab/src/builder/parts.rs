@@ -74,6 +74,7 @@ impl VmBuilder {
         environment: &Environment,
         lans: &[Membership],
         (cache, leases, can): (&Cache, &Leases, &Capabilities),
+        chosen: Option<Chosen>,
         timeline: &mut Timeline,
     ) -> Result<Parts, Error> {
         let store = KernelStore::open(cache.clone());
@@ -92,9 +93,8 @@ impl VmBuilder {
         timeline.end(Phase::Kernel);
 
         let needs = self.needs(&kernel, can);
-        let since = Instant::now();
-        let Chosen { accel, reason: accel_reason, arguments } = accel::choose(self.accel, cache)?;
-        timeline.note("proof of KVM", since);
+        let chosen = chosen.map_or_else(|| self.choose_accel(cache, timeline), Ok)?;
+        let Chosen { accel, reason: accel_reason, arguments } = chosen;
         let mut arguments: Vec<String> = arguments.iter().map(|&arg| arg.to_owned()).collect();
         if accel == Accel::Kvm && !self.full_console {
             arguments.push("quiet".to_owned());
@@ -150,9 +150,7 @@ impl VmBuilder {
         self.check_for_image()?;
         let disks = image.disks(cache, leases, &*self.progress)?;
         timeline.end(Phase::Kernel);
-        let since = Instant::now();
-        let Chosen { accel, reason: accel_reason, .. } = accel::choose(self.accel, cache)?;
-        timeline.note("proof of KVM", since);
+        let Chosen { accel, reason: accel_reason, .. } = self.choose_accel(cache, timeline)?;
         let mut setup = self.no_setup();
         let mut config = VmConfigBuilder::new(image.boot()?).accel(accel).machine(Machine::Q35);
         for disk in disks {
@@ -187,6 +185,18 @@ impl VmBuilder {
         let (source, hostname) = (image.source.clone(), self.hostname.clone());
         let system = System::Image(ImageSystem { source, hostname });
         Ok(Parts { config, setup, system, accel_reason })
+    }
+
+    /// Chooses who executes instructions.
+    pub(super) fn choose_accel(
+        &self,
+        cache: &Cache,
+        timeline: &mut Timeline,
+    ) -> Result<Chosen, Error> {
+        let since = Instant::now();
+        let chosen = accel::choose(self.accel, cache)?;
+        timeline.note("proof of KVM", since);
+        Ok(chosen)
     }
 
     /// What only a kernel that vmlab starts can be given.

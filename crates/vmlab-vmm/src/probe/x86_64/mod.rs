@@ -77,7 +77,7 @@ pub(super) fn prove(kick: &Kick, step: &dyn Fn(&'static str)) -> Result<KvmProof
     })
 }
 
-fn open() -> Result<Kvm, KvmUnusable> {
+pub(super) fn open() -> Result<Kvm, KvmUnusable> {
     let kvm = Kvm::new().map_err(|error| KvmUnusable::from_open(error.into()))?;
     let version = kvm.get_api_version();
     match u32::try_from(version) {

@@ -44,7 +44,8 @@ impl Hypervisor for Kvm {
     }
 
     fn find(&self) -> Result<(), HypervisorError> {
-        Ok(probe::makes_a_vm()?)
+        // That it makes VMs is part of choosing to use it.
+        Ok(probe::opens()?)
     }
 
     fn probe(&self) -> Result<ProbeReport, HypervisorError> {
