@@ -15,6 +15,7 @@ pub mod blk;
 mod chain;
 pub mod console;
 mod device;
+mod event;
 pub mod fs;
 pub mod net;
 mod queue;
@@ -28,5 +29,6 @@ mod workers;
 
 pub use chain::{Chain, ChainError, MAX_GATHERED};
 pub use device::{Device, DeviceStateError, Interrupt, QueueKind, offered_features};
+pub use event::Event;
 pub use queue::{Guest, QueueError, Turn, VirtQueue};
 pub use workers::{Fault, OnFault, Workers, bear_file_limits};

@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::device::Device;
+use crate::event::Event;
 use crate::queue::{QueueError, Turn, VirtQueue};
 
 /// Why a queue is not served any more.
@@ -52,9 +53,9 @@ struct Shared {
     device: Arc<dyn Device>,
     index: usize,
     queue: Arc<VirtQueue>,
-    kick: OwnedFd,
+    kick: Event,
     /// Readable for good once the threads are to end.
-    stop: OwnedFd,
+    stop: Event,
     turn: Mutex<()>,
     faulty: AtomicBool,
 }
@@ -72,12 +73,13 @@ impl Workers {
         on_fault: &OnFault,
     ) -> io::Result<Self> {
         let count = device.queues().get(index).map_or(1, |queue| queue.workers);
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let stop = Event::new()?;
         // A kick that another thread has taken in the meantime must not block this one.
         rustix::io::ioctl_fionbio(&kick, true)?;
         queue.set_stopped(false);
         let (turn, faulty) = Default::default();
-        let shared = Arc::new(Shared { device, index, queue, kick, stop, turn, faulty });
+        let shared =
+            Arc::new(Shared { device, index, queue, kick: kick.into(), stop, turn, faulty });
         let mut workers = Self { shared: shared.clone(), threads: Vec::new() };
         for number in 0..count {
             let (shared, on_fault) = (shared.clone(), on_fault.clone());
@@ -162,8 +164,7 @@ pub(crate) fn wait_for_stop() {
 impl Shared {
     fn end(&self) {
         self.queue.set_stopped(true);
-        // It cannot fail: the counter is far from its end.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        self.stop.signal();
     }
 
     fn run(self: Arc<Self>, on_fault: &OnFault) {
@@ -198,17 +199,13 @@ impl Shared {
     }
 
     fn wait(&self) -> io::Result<()> {
-        let readable = |fd: BorrowedFd<'_>| -> bool {
-            let mut count = [0; 8];
-            rustix::io::read(fd, &mut count).is_ok()
-        };
         let mut fds = [
             PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {
-                readable(self.kick.as_fd());
+                self.kick.clear();
                 Ok(())
             }
             Err(error) => Err(error.into()),

@@ -1,37 +1,36 @@
 //! What a thread waits for that another one says.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{EventfdFlags, PollFlags, eventfd};
+use rustix::event::PollFlags;
 
+use crate::event::Event;
 use crate::workers::wait_for;
 
 /// Open or closed. Whoever changes it holds a lock that all who change it hold.
 pub(super) struct Gate {
     open: AtomicBool,
     /// Readable as long as it is open.
-    event: OwnedFd,
+    event: Event,
 }
 
 impl Gate {
     /// A closed one.
     pub(super) fn new() -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { open: AtomicBool::new(false), event })
+        Ok(Self { open: AtomicBool::new(false), event: Event::new()? })
     }
 
     pub(super) fn set(&self, open: bool) {
         if self.open.swap(open, Ordering::AcqRel) == open {
             return;
         }
-        // Neither fails: the counter goes from 0 to 1 and back.
-        let _ = if open {
-            rustix::io::write(&self.event, &1u64.to_ne_bytes())
+        if open {
+            self.event.signal();
         } else {
-            rustix::io::read(&self.event, &mut [0; 8])
-        };
+            self.event.clear();
+        }
     }
 
     pub(super) fn is_open(&self) -> bool {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 use rustix::net::{
@@ -16,6 +16,7 @@ use rustix::net::{
 
 use super::frame::{Addresses, MAX_FRAME, MacAddress};
 use super::table::{PortId, Table};
+use crate::event::Event;
 
 /// How much waits for a port whose guest does not fetch it, in bytes; what comes when it is full is lost. It is
 /// what fast switches have for a port, and lets TCP fill a link without a loss.
@@ -71,7 +72,7 @@ struct Worker {
 struct Shared {
     state: Mutex<State>,
     /// Wakes the thread up when there are other ports than those that it waits for.
-    changed: OwnedFd,
+    changed: Event,
 }
 
 #[derive(Debug, Default)]
@@ -101,7 +102,7 @@ impl Switch {
     /// # Errors
     /// No more descriptors or threads.
     pub fn new() -> io::Result<Self> {
-        let changed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let changed = Event::new()?;
         let shared = Arc::new(Shared { state: Mutex::default(), changed });
         let thread = std::thread::Builder::new().name("vmlab-switch".to_owned());
         let thread = thread.spawn({
@@ -195,8 +196,7 @@ impl Shared {
     }
 
     fn wake(&self) {
-        // It fails only where the thread has yet to see so many wake-ups that one more tells nothing.
-        let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
+        self.changed.signal();
     }
 
     fn run(&self) {
@@ -236,7 +236,7 @@ impl Shared {
             }
         }
         if !fds[0].revents().is_empty() {
-            let _ = rustix::io::read(&self.changed, &mut [0; 8]);
+            self.changed.clear();
         }
         let found = waits.iter().zip(&fds[1..]).map(|((id, ..), fd)| (*id, fd.revents()));
         found.filter(|(_, flags)| !flags.is_empty()).collect()

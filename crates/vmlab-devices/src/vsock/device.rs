@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use rustix::event::{EventfdFlags, PollFlags, epoll, eventfd};
+use rustix::event::{PollFlags, epoll};
 use rustix::net::SocketAddrUnix;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::muxer::Muxer;
 use super::packet::{HEADER, Header, MAX_PAYLOAD, TRANSPORT_RESET};
 use crate::device::{Device, DeviceStateError, QueueKind};
+use crate::event::Event;
 use crate::queue::{QueueError, Turn, VirtQueue, lock};
 use crate::sandbox::{self, Work};
 use crate::workers::wait_for;
@@ -37,11 +38,11 @@ pub struct Vsock {
     /// Readable when there may be packets for the guest.
     epoll: Arc<OwnedFd>,
     /// Makes it so.
-    wake: OwnedFd,
+    wake: Event,
     /// What the guest sent last.
     payload: Mutex<Box<[u8]>>,
-    /// An eventfd: the guest has yet to be told that all connections are over.
-    reset: OwnedFd,
+    /// Signalled: the guest has yet to be told that all connections are over.
+    reset: Event,
     sandbox: bool,
     /// The last one to go.
     _kept: Option<Kept>,
@@ -85,8 +86,8 @@ impl Vsock {
         SocketAddrUnix::new(Path::new(&longest))
             .map_err(|_| OpenError::TooLong(base.to_owned()))?;
         let resources = |error: rustix::io::Errno| OpenError::Resources(error.into());
-        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let (wake, reset) = (event().map_err(resources)?, event().map_err(resources)?);
+        let event = || Event::new().map_err(OpenError::Resources);
+        let (wake, reset) = (event()?, event()?);
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(resources)?);
         let woken = wake.try_clone().map_err(OpenError::Resources)?;
         let muxer = Muxer::new(cid, base, Arc::clone(&epoll), woken)
@@ -120,7 +121,7 @@ impl Vsock {
     /// anew.
     pub fn end_connections(&self) {
         lock(&self.muxer).reset();
-        signal(&self.reset);
+        self.reset.signal();
     }
 
     /// How many connections there are.
@@ -168,7 +169,7 @@ impl Vsock {
                 let mut muxer = lock(&self.muxer);
                 muxer.packet(&header, payload);
                 if muxer.has_work() {
-                    signal(&self.wake);
+                    self.wake.signal();
                 }
             }
         }
@@ -185,17 +186,12 @@ impl Vsock {
             let written = chain.write(0, &TRANSPORT_RESET.to_le_bytes());
             if written == size_of_val(&TRANSPORT_RESET) {
                 // However often it was reset since the last time.
-                let _ = rustix::io::read(&self.reset, &mut [0; 8]);
+                self.reset.clear();
             }
             queue.complete(&memory, chain.head(), written as u32)?;
         }
         Ok(())
     }
-}
-
-/// Makes an eventfd readable. It cannot fail where it matters: a counter that is full is readable.
-fn signal(eventfd: &OwnedFd) {
-    let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
 }
 
 impl Device for Vsock {
@@ -230,7 +226,7 @@ impl Device for Vsock {
     /// A driver that begins knows of no connection.
     fn reset(&self) {
         lock(&self.muxer).reset();
-        let _ = rustix::io::read(&self.reset, &mut [0; 8]);
+        self.reset.clear();
     }
 
     /// Connections do not go on: what is at their other ends is no part of the guest's state.

@@ -17,6 +17,7 @@ use rustix::net::{
 use super::connection::{Connection, Fate, Ports, State, read};
 use super::packet::{HEADER, HOST_CID, Header, MAX_PAYLOAD, Op, STREAM};
 use crate::chain::Chain;
+use crate::event::Event;
 
 /// The most connections at once, with those that programs of the host have yet to name a port for. Each has a descriptor
 /// of this process, and up to [`MAX_BUFFERED`](super::MAX_BUFFERED) bytes.
@@ -58,7 +59,7 @@ pub(super) struct Muxer {
     /// The listener's path; the others begin with it.
     base: PathBuf,
     epoll: Arc<OwnedFd>,
-    wake: OwnedFd,
+    wake: Event,
     listener: OwnedFd,
     connections: HashMap<Id, Connection>,
     /// Those that the guest knows.
@@ -83,13 +84,8 @@ struct Staged {
 
 impl Muxer {
     /// Listens at a path. `epoll` becomes readable when there may be something for the guest, as it does when somebody
-    /// writes to the eventfd `wake`.
-    pub(super) fn new(
-        cid: u64,
-        base: &Path,
-        epoll: Arc<OwnedFd>,
-        wake: OwnedFd,
-    ) -> io::Result<Self> {
+    /// signals `wake`.
+    pub(super) fn new(cid: u64, base: &Path, epoll: Arc<OwnedFd>, wake: Event) -> io::Result<Self> {
         let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SOCKET, None)?;
         epoll::add(&*epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN | EventFlags::ET)?;
         let interest = EventFlags::IN | EventFlags::ET;
@@ -305,7 +301,7 @@ impl Muxer {
         }
         for event in events {
             match event.data.u64() {
-                WAKE => drop(rustix::io::read(&self.wake, &mut [0; 8])),
+                WAKE => self.wake.clear(),
                 LISTENER => self.accept(),
                 id => self.ready(id, event.flags),
             }

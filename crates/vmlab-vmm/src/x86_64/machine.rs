@@ -1,6 +1,7 @@
 //! A VM: what it is made of, and what can be done to it.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,10 +25,11 @@ use super::serial::{Line, LineState};
 use super::slots::{Plug, Slots};
 use super::state::{Shape, State};
 use super::{acpi, cpuid, layout};
+use vmlab_devices::Event;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, host, kvm};
-use crate::event::{Event, for_kvm};
+use crate::event::for_kvm;
 use crate::gate::{End, Gate};
 use crate::kick::Kick;
 use crate::memory::{self, Backing};
@@ -209,7 +211,7 @@ impl Machine {
     pub fn pause(&self) -> Result<(), Error> {
         let processors = &self.inner.processors;
         processors.gate.close(|| processors.kick());
-        match self.inner.processors.gate.ended() {
+        match processors.gate.ended() {
             None => Ok(()),
             Some(_) => Err(Error::Ended),
         }
@@ -328,7 +330,6 @@ struct Parts {
     memory: GuestMemoryMmap,
     cpus: Vec<VcpuFd>,
     shape: Shape,
-    slots: usize,
     msrs: Vec<u32>,
     sandbox: bool,
 }
@@ -365,18 +366,17 @@ impl Parts {
             lines: config.lines.len(),
             cpuid: first.map_or_else(Vec::new, |cpuid| cpuid.as_slice().to_vec()),
         };
-        let Config { slots, sandbox, .. } = *config;
-        let msrs = cpu::msrs(&kvm)?;
-        Ok(Self { vm: Arc::new(vm), memory, cpus, shape, slots, msrs, sandbox })
+        let (msrs, sandbox) = (cpu::msrs(&kvm)?, config.sandbox);
+        Ok(Self { vm: Arc::new(vm), memory, cpus, shape, msrs, sandbox })
     }
 
     fn build(self, lines: Vec<UnixStream>, states: Option<&[LineState]>) -> Result<Inner, Error> {
-        let Self { vm, memory, cpus, shape, slots, msrs, sandbox } = self;
+        let Self { vm, memory, cpus, shape, msrs, sandbox } = self;
         let mut routed = Vec::new();
         let mut interrupt = |gsi| -> Result<Event, Error> {
             const EVENTS: &str = "make an event";
             let event = Event::new().map_err(host(EVENTS))?;
-            let fd = for_kvm(std::os::fd::AsFd::as_fd(&event)).map_err(host(EVENTS))?;
+            let fd = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
             vm.register_irqfd(&fd, gsi).map_err(kvm("route an interrupt"))?;
             routed.push((fd, gsi));
             Ok(event)
@@ -398,7 +398,7 @@ impl Parts {
                 kicks: cpus.iter().map(|_| Kick::default()).collect(),
                 threads: Mutex::default(),
             }),
-            slots: Slots::new(Arc::clone(&vm), atomic, slots)?,
+            slots: Slots::new(Arc::clone(&vm), atomic, shape.slots)?,
             lines: built,
             exits: Exits::default(),
             panicked: AtomicBool::new(false),

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 
-use crate::event::Event;
+use vmlab_devices::Event;
 
 /// Interrupts the guest.
 #[derive(Debug)]

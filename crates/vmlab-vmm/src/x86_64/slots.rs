@@ -6,13 +6,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmlab_devices::transport::mmio::{Mmio, MmioState, register};
-use vmlab_devices::{Device, OnFault};
+use vmlab_devices::{Device, Event, OnFault};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Control;
 use super::layout;
 use crate::error::{Error, host, kvm};
-use crate::event::{Event, for_kvm};
+use crate::event::for_kvm;
 
 /// A device, and the slot that it goes to.
 pub struct Plug {
@@ -159,8 +159,7 @@ impl Plugged {
         const EVENTS: &str = "make events for a device";
         let event = Event::new().map_err(host(EVENTS))?;
         let interrupt = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
-        let theirs = event.again().map_err(host(EVENTS))?;
-        let mmio = Mmio::new(device, memory, theirs, on_fault);
+        let mmio = Mmio::new(device, memory, event.into(), on_fault);
         let mmio = mmio.map_err(host("start a device"))?;
         let kicks = mmio.kicks().map(|kick: BorrowedFd<'_>| for_kvm(kick));
         let kicks = kicks.collect::<Result<Vec<_>, _>>().map_err(host(EVENTS))?;

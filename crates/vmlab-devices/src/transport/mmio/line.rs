@@ -8,10 +8,11 @@ use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
 use crate::device::Interrupt;
+use crate::event::Event;
 
 /// The interrupt of a device, its reason, and the status register.
 pub(super) struct Line {
-    interrupt: OwnedFd,
+    interrupt: Event,
     reasons: AtomicU32,
     generation: AtomicU32,
     status: AtomicU32,
@@ -21,7 +22,7 @@ pub(super) struct Line {
 impl Line {
     pub(super) fn new(interrupt: OwnedFd) -> Self {
         let (reasons, generation, status, broken) = Default::default();
-        Self { interrupt, reasons, generation, status, broken }
+        Self { interrupt: interrupt.into(), reasons, generation, status, broken }
     }
 
     /// The guest's handler looks for the reason first, so that it must be there before the interrupt.
@@ -31,8 +32,7 @@ impl Line {
     }
 
     fn fire(&self) {
-        // It fails only where 2^64 interrupts are pending.
-        let _ = rustix::io::write(&self.interrupt, &1u64.to_ne_bytes());
+        self.interrupt.signal();
     }
 
     pub(super) fn reasons(&self) -> u32 {

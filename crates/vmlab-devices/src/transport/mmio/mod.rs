@@ -10,7 +10,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK,
@@ -19,6 +18,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::{Device, offered_features};
+use crate::event::Event;
 use crate::workers::{Fault, OnFault};
 use line::Line;
 use queues::{Queues, Setting};
@@ -73,7 +73,7 @@ pub struct Mmio {
     offered: u64,
     on_fault: OnFault,
     line: Arc<Line>,
-    kicks: Vec<OwnedFd>,
+    kicks: Vec<Event>,
     registers: Mutex<Registers>,
 }
 
@@ -104,8 +104,7 @@ impl Mmio {
     ) -> io::Result<Self> {
         let kinds = device.queues();
         let line = Arc::new(Line::new(interrupt));
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let kicks = kinds.iter().map(|_| Ok(eventfd(0, flags)?)).collect::<io::Result<_>>()?;
+        let kicks = kinds.iter().map(|_| Event::new()).collect::<io::Result<_>>()?;
         let on_fault: OnFault = {
             let line = line.clone();
             Arc::new(move |queue, fault| {
@@ -258,8 +257,7 @@ impl Mmio {
 
     fn kick(&self, queue: u32) {
         if let Some(kick) = usize::try_from(queue).ok().and_then(|queue| self.kicks.get(queue)) {
-            // It fails only where 2^64 kicks are pending.
-            let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
+            kick.signal();
         }
     }
 

@@ -1,13 +1,13 @@
 //! The queues of a device: set up by its driver, and served when it says so.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::device::{Device, QueueKind};
+use crate::event::Event;
 use crate::queue::VirtQueue;
 use crate::transport::mmio::line::Line;
 use crate::transport::mmio::register;
@@ -124,7 +124,7 @@ impl Queues {
     pub(super) fn start(
         &mut self,
         index: usize,
-        kick: &OwnedFd,
+        kick: &Event,
         event_idx: bool,
         of: (&Arc<dyn Device>, &GuestMemoryAtomic<GuestMemoryMmap>, &Arc<Line>, &OnFault),
     ) -> io::Result<()> {
@@ -136,7 +136,7 @@ impl Queues {
         let mut ring = ring.ok_or_else(gone)?;
         ring.set_event_idx(event_idx);
         let queue = Arc::new(VirtQueue::new(ring, memory.clone(), line.clone()));
-        let kick = kick.try_clone()?;
+        let kick = kick.try_clone()?.into();
         let workers = Workers::start(device.clone(), index, queue.clone(), kick, on_fault)?;
         slot.running = Some((queue, workers));
         Ok(())

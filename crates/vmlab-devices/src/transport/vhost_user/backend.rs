@@ -20,6 +20,7 @@ use vm_memory::{
 };
 
 use crate::device::{Device, Interrupt, offered_features};
+use crate::event::Event;
 use crate::queue::VirtQueue;
 use crate::workers::{OnFault, Workers};
 
@@ -52,14 +53,13 @@ struct Ring {
 
 /// The eventfd that interrupts the guest. The monitor changes it at any time.
 #[derive(Default)]
-struct Call(RwLock<Option<OwnedFd>>);
+struct Call(RwLock<Option<Event>>);
 
 impl Interrupt for Call {
     fn signal(&self) {
         let call = self.0.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(call) = &*call {
-            // It fails only where 2^64 interrupts are pending.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            call.signal();
         }
     }
 }
@@ -262,7 +262,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let call = &self.ring(index)?.call;
-        *call.0.write().unwrap_or_else(PoisonError::into_inner) = fd.map(OwnedFd::from);
+        *call.0.write().unwrap_or_else(PoisonError::into_inner) =
+            fd.map(|fd| OwnedFd::from(fd).into());
         Ok(())
     }
 

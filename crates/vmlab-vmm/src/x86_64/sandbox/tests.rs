@@ -105,7 +105,7 @@ fn only_its_own_processor_is_operated() {
 #[test]
 fn lines_kicks_and_other_threads_work_as_ever() {
     let (mut line, host) = UnixStream::pair().unwrap();
-    let event = crate::event::Event::new().unwrap();
+    let event = vmlab_devices::Event::new().unwrap();
     let (kick, gate) = (Kick::default(), Arc::new(Gate::new(1)));
     let control = super::super::control::Control::new().unwrap();
     let theirs = kick.clone();
