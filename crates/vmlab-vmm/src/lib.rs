@@ -11,6 +11,8 @@ mod error;
 mod event;
 mod gate;
 mod kick;
+#[cfg(target_arch = "x86_64")]
+mod long_mode;
 pub mod memory;
 pub mod probe;
 pub mod topology;

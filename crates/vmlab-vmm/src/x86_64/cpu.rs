@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::boot::enter_long_mode;
 use super::layout;
 use crate::error::{Error, kvm};
+use crate::long_mode::RFLAGS_RESERVED;
 
 // Numbers of MSRs: Linux's arch/x86/include/asm/msr-index.h.
 const MSR_IA32_TSC: u32 = 0x10;
@@ -26,9 +27,6 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// Memory is cached, all of it.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
-
-/// The bit of RFLAGS that is always set.
-const RFLAGS_RESERVED: u64 = 1 << 1;
 
 /// Makes a processor what it is after power-on, with this CPUID.
 pub(super) fn power_on(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), Error> {

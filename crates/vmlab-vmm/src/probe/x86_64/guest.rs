@@ -3,6 +3,8 @@
 //! The first 2 MiB of guest-physical memory are mapped at the same addresses by one large page, of
 //! which the first [`MEMORY_SIZE`] bytes exist. Everything has a page of its own.
 
+use crate::long_mode::{LARGE_PAGE, PRESENT, WRITABLE};
+
 /// Size of the guest's memory in bytes.
 pub(super) const MEMORY_SIZE: usize = 0x10000;
 
@@ -37,11 +39,6 @@ pub(super) const TSS_SELECTOR: u16 = 0x18;
 pub(super) const GDT_LIMIT: u16 = 5 * 8 - 1;
 pub(super) const IDT_LIMIT: u16 = (VECTORS * 16 - 1) as u16;
 pub(super) const TSS_LIMIT: u32 = 0x67;
-
-/// Paging entry bits: Intel SDM volume 3, 4.5.
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const LARGE_PAGE: u64 = 1 << 7;
 
 /// Iterations of the timed loop. Enough to tell an emulation, which needs some 7 ms, from a
 /// processor (microseconds, with the entry and the exit), and not longer than that.

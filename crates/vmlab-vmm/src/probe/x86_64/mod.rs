@@ -5,9 +5,10 @@ mod memory;
 
 use super::verdict::{GuestStop, KvmProof, KvmUnusable};
 use crate::kick::Kick;
+use crate::long_mode::{self, RFLAGS_RESERVED, Tables};
 use guest::{Feature, ROUTINES, Routine};
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
@@ -38,22 +39,13 @@ const CAPABILITIES: [(Cap, &str); 5] = [
 /// no memory is.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-// Control register bits: Intel SDM volume 3, 2.5, and 2.2.1 for EFER.
-const CR0_PE: u64 = 1 << 0;
+// Control register bits: Intel SDM volume 3, 2.5. Those of 64-bit mode are set by it.
 const CR0_MP: u64 = 1 << 1;
-const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
 const CR0_WP: u64 = 1 << 16;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const CR4_OSXSAVE: u64 = 1 << 18;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-
-/// The bit of RFLAGS that is always set.
-const RFLAGS_RESERVED: u64 = 1 << 1;
 
 /// Sets the guest up, runs it and judges it, naming each step as it begins.
 pub(super) fn prove(kick: &Kick, step: &dyn Fn(&'static str)) -> Result<KvmProof, KvmUnusable> {
@@ -294,27 +286,17 @@ fn has(cpuid: &CpuId, feature: Feature) -> bool {
 
 /// Puts 64-bit mode with the guest's own tables into the special registers.
 fn enter_long_mode(sregs: &mut kvm_sregs, xsave: bool) {
-    // Types: 11 is executable and readable, 3 is writable data, each accessed.
-    let flat = kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, ..Default::default() };
-    let data = kvm_segment { selector: guest::DATA_SELECTOR, type_: 3, db: 1, ..flat };
-    sregs.cs = kvm_segment { selector: guest::CODE_SELECTOR, type_: 11, l: 1, ..flat };
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    // Type 11 of a system segment is a busy 64-bit task state segment.
-    sregs.tr = kvm_segment {
-        selector: guest::TSS_SELECTOR,
-        base: guest::TSS,
-        limit: guest::TSS_LIMIT,
-        type_: 11,
-        present: 1,
-        ..Default::default()
+    let tables = Tables {
+        selectors: [guest::CODE_SELECTOR, guest::DATA_SELECTOR, guest::TSS_SELECTOR],
+        task: (guest::TSS, guest::TSS_LIMIT),
+        gdt: (guest::GDT, guest::GDT_LIMIT),
+        idt: (guest::IDT, guest::IDT_LIMIT),
+        pages: guest::PML4,
     };
+    long_mode::enter(sregs, &tables);
     sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
-    sregs.gdt = kvm_dtable { base: guest::GDT, limit: guest::GDT_LIMIT, ..Default::default() };
-    sregs.idt = kvm_dtable { base: guest::IDT, limit: guest::IDT_LIMIT, ..Default::default() };
-    sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG;
-    sregs.cr3 = guest::PML4;
-    sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | if xsave { CR4_OSXSAVE } else { 0 };
-    sregs.efer = EFER_LME | EFER_LMA;
+    sregs.cr0 |= CR0_MP | CR0_NE | CR0_WP;
+    sregs.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT | if xsave { CR4_OSXSAVE } else { 0 };
 }
 
 #[cfg(test)]
