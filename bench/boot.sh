@@ -27,11 +27,9 @@ install_needed
 cargo build --release --locked --quiet
 vmlab=$(target_dir)/release/vmlab
 "$vmlab" kernel pull "$kernel"
-inspect=$("$vmlab" kernel inspect "$kernel" --json)
-field() { sed -nE "s/.*\"$1\": ?\"([^\"]+)\".*/\1/p" <<<"$inspect" | head -n 1; }
-image=$(field boot_image)
-release=$(field release)
-[ -f "$image" ] || die "\`vmlab kernel inspect $kernel --json\` names no boot_image"
+image=$(of_kernel boot_image "$kernel")
+[ -f "$image" ] || die "the boot image of $kernel, $image, is not there"
+release=$(of_kernel release "$kernel")
 
 mkdir -p "$work/initrd/bin" "$work/cwd"
 cp /bin/busybox "$work/initrd/bin/busybox"

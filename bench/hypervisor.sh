@@ -26,9 +26,8 @@ install_needed
 cargo build --release --locked --quiet
 vmlab=$(target_dir)/release/vmlab
 "$vmlab" kernel pull "$kernel"
-inspect=$("$vmlab" kernel inspect "$kernel" --json)
-image=$(sed -nE 's/.*"boot_image": ?"([^"]+)".*/\1/p' <<<"$inspect" | head -n 1)
-[ -f "$image" ] || die "\`vmlab kernel inspect $kernel --json\` names no boot_image"
+image=$(of_kernel boot_image "$kernel")
+[ -f "$image" ] || die "the boot image of $kernel, $image, is not there"
 load=$(cut -d " " -f 1 /proc/loadavg)
 
 mkdir -p "$work/initrd/bin" "$work/cwd" "$work/cache" "$work/out"
@@ -60,13 +59,36 @@ for hypervisor in kvm qemu; do
     grep -q "\"hypervisor\": *\"$hypervisor\"" "$out/$hypervisor.json" || { echo "not $hypervisor" >&2; exit 1; }
 done
 for round in $(seq "$rounds"); do
-    hyperfine --style none -N --runs 1 --export-json "$out/round$round.json" \
+    hyperfine --style none -N --output inherit --runs 1 --export-json "$out/round$round.json" \
         -n bare "$bare" \
         -n cold-qemu "$(of qemu --no-snapshot -- true)" -n cold-kvm "$(of kvm --no-snapshot -- true)" \
         -n restore-qemu "$(of qemu -- true)" -n restore-kvm "$(of kvm -- true)" >/dev/null
     echo "round $round of $rounds" >&2
 done
 head -c 256M /dev/urandom >"$here/data"
+cat >"$here/io.py" <<'PYTHON'
+import os, sys, time
+what = sys.argv[1]
+block = bytearray(1 << 20)
+began = time.monotonic()
+total = 0
+if what == "stat":
+    for base, _, names in os.walk("/usr/share/zoneinfo"):
+        for name in names:
+            os.lstat(os.path.join(base, name))
+            total += 1
+elif what == "file-read":
+    fd = os.open("/mnt/here/data", os.O_RDONLY)
+    while count := os.readv(fd, [block]):
+        total += count
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+else:
+    fd = os.open("/mnt/here/written", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for _ in range(128):
+        total += os.write(fd, block)
+    os.fsync(fd)
+print(what, total / (time.monotonic() - began))
+PYTHON
 cat >"$here/io.sh" <<'GUEST'
 for work in read write randread randwrite; do
     case $work in rand*) size=4k ;; *) size=1M ;; esac
@@ -78,48 +100,13 @@ job = json.load(sys.stdin)["jobs"][0]
 print(max(job["read"]["bw_bytes"], job["write"]["bw_bytes"]))')"
 done
 for round in 1 2 3; do
-    echo "file-read $(python3 - "$2" read)"
-    echo "file-write $(python3 - "$2" write)"
-    echo "stat $(python3 - "$2" stat)"
-done 
+    for what in file-read file-write stat; do python3 /mnt/here/io.py "$what"; done
+done
 GUEST
-python3 - "$here/io.sh" <<'PYTHON'
-import sys
-path = sys.argv[1]
-text = open(path).read()
-program = '''
-import os, sys, time
-directory, what = sys.argv[1:]
-block = bytearray(1 << 20)
-began = time.monotonic()
-if what == "stat":
-    count = 0
-    for base, _, names in os.walk("/usr/share/zoneinfo"):
-        for name in names:
-            os.lstat(os.path.join(base, name))
-            count += 1
-    print(count / (time.monotonic() - began))
-else:
-    path = os.path.join(directory, "data" if what == "read" else "written")
-    fd = os.open(path, os.O_RDONLY if what == "read" else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    total = 0
-    if what == "read":
-        while count := os.readv(fd, [block]):
-            total += count
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    else:
-        for _ in range(128):
-            total += os.write(fd, block)
-        os.fsync(fd)
-    os.close(fd)
-    print(total / (time.monotonic() - began))
-'''
-open(path, "w").write("cat >/tmp/io.py <<'END'" + program + "END\n" + text.replace("python3 - \"$2\"", "python3 /tmp/io.py \"$2\""))
-PYTHON
 for round in 1 2; do
     for hypervisor in qemu kvm; do
         vm $hypervisor --timeout 10m --share "$here:/mnt/here" --disk "path=$here/data,name=data,mode=discard,serve" \
-            -- sh /mnt/here/io.sh "$seconds" /mnt/here | sed "s/^/$hypervisor /" >>"$out/io"
+            -- sh /mnt/here/io.sh "$seconds" | sed "s/^/$hypervisor /" >>"$out/io"
         echo "throughput with $hypervisor" >&2
     done
 done

@@ -27,6 +27,15 @@ machine() {
     echo "$(nproc) CPUs ($cpu), QEMU $qemu"
 }
 
+# of_kernel FIELD KERNEL: what $vmlab says of a kernel that it has, such as its boot_image.
+of_kernel() {
+    local found
+    # shellcheck disable=SC2154
+    found=$("$vmlab" kernel inspect "$2" --json | sed -nE "s/.*\"$1\": ?\"([^\"]+)\".*/\1/p" | head -n 1)
+    [ -n "$found" ] || die "\`vmlab kernel inspect $2 --json\` names no $1"
+    echo "$found"
+}
+
 # without_kvm FILE: makes a program that runs its arguments where there is no /dev/kvm.
 without_kvm() {
     cat >"$1" <<'END'
