@@ -10,10 +10,13 @@ use std::time::Instant;
 use vmlab_devices::Device;
 use vmlab_devices::vsock::{MAX_BUFFERED, MAX_PAYLOAD, OpenError, Vsock};
 
+#[path = "common/rest.rs"]
+mod rest;
 #[path = "common/vsock.rs"]
 #[allow(dead_code, unused_imports, reason = "not every test uses all of it")]
 mod vsock;
 
+use rest::expect_rest;
 use vsock::*;
 
 #[test]

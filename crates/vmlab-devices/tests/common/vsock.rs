@@ -251,18 +251,6 @@ pub(crate) fn wait(done: impl Fn() -> bool, what: &str) {
     }
 }
 
-/// Nothing goes round in circles.
-pub(crate) fn expect_rest() {
-    let used = || {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-    };
-    let before = used();
-    // On a busy machine, one that does gets a part of the time.
-    std::thread::sleep(4 * A_WHILE);
-    assert!(used() - before < A_WHILE / 5, "a queue is served without rest");
-}
-
 pub(crate) fn noise(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
 }
