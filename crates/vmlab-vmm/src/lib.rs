@@ -9,6 +9,7 @@ pub mod arm64;
 mod error;
 #[cfg(target_arch = "x86_64")]
 mod event;
+mod format;
 mod gate;
 mod kick;
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +17,7 @@ mod long_mode;
 pub mod memory;
 pub mod probe;
 pub mod topology;
+pub mod working_set;
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;
 

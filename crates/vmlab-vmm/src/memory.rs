@@ -13,7 +13,7 @@ use vm_memory::{
 };
 
 /// Bytes of a page, of guests and of hosts.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// What is behind a guest's memory. Files have its first byte at their beginning, and no hole where the devices
 /// are.
@@ -66,12 +66,18 @@ pub fn map(ranges: &[Range<u64>], backing: &Backing) -> io::Result<GuestMemoryMm
 /// # Errors
 /// The file cannot be written, or the kernel does not tell what has changed.
 pub fn write_changes(memory: &GuestMemoryMmap, to: &File) -> io::Result<()> {
-    let page_map = File::open("/proc/self/pagemap")?;
+    let page_map = page_map()?;
     let mut to = to.try_clone()?;
     let mut offset = 0;
     for region in memory.iter() {
-        let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-        for pages in changed(&page_map, start as u64 / PAGE, region.len() / PAGE)? {
+        let (first, count) = (host_address(region)? as u64 / PAGE, region.len() / PAGE);
+        let mut changed: Vec<Range<u64>> = Vec::new();
+        present(&page_map, first, count, |page, which| {
+            if which == Present::Own {
+                add(&mut changed, page);
+            }
+        })?;
+        for pages in changed {
             to.seek(SeekFrom::Start(offset + pages.start * PAGE))?;
             let length = (pages.end - pages.start) * PAGE;
             let length = usize::try_from(length).map_err(|_| io::ErrorKind::OutOfMemory)?;
@@ -83,15 +89,28 @@ pub fn write_changes(memory: &GuestMemoryMmap, to: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The pages of a private mapping that are not those of its file any more, as numbers of pages from its beginning.
-/// The mapping begins at the page `first` of this process's memory.
-fn changed(page_map: &File, first: u64, count: u64) -> io::Result<Vec<Range<u64>>> {
+/// A page of a mapping that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Present {
+    /// It is the file's.
+    OfFile,
+    /// The mapping has it for itself: it was written to, or there is no file.
+    Own,
+}
+
+/// Goes through the pages of a mapping that are there, in order; pages count from its beginning. It begins at the page
+/// `first` of this process's memory and has `count`.
+pub(crate) fn present(
+    page_map: &File,
+    first: u64,
+    count: u64,
+    mut each: impl FnMut(u64, Present),
+) -> io::Result<()> {
     /// Bits of an entry: `Documentation/admin-guide/mm/pagemap.rst`.
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
     const ENTRY: u64 = size_of::<u64>() as u64;
-    let mut ranges: Vec<Range<u64>> = Vec::new();
     let mut entries = vec![0; 64 * 1024];
     let mut page = 0;
     while page < count {
@@ -100,16 +119,31 @@ fn changed(page_map: &File, first: u64, count: u64) -> io::Result<Vec<Range<u64>
         page_map.read_exact_at(entries, (first + page) * ENTRY)?;
         for entry in entries.chunks_exact(ENTRY as usize) {
             let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
-            if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
-                match ranges.last_mut() {
-                    Some(last) if last.end == page => last.end += 1,
-                    _ => ranges.push(page..page + 1),
-                }
+            if entry & (PRESENT | SWAPPED) != 0 {
+                each(page, if entry & OF_FILE == 0 { Present::Own } else { Present::OfFile });
             }
             page += 1;
         }
     }
-    Ok(ranges)
+    Ok(())
+}
+
+/// This process's map of pages, for [`present`].
+pub(crate) fn page_map() -> io::Result<File> {
+    File::open("/proc/self/pagemap")
+}
+
+/// Where a region is in this process's memory.
+pub(crate) fn host_address(region: &GuestRegionMmap) -> io::Result<*mut u8> {
+    region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)
+}
+
+/// Adds a page behind those that are there.
+pub(crate) fn add(ranges: &mut Vec<Range<u64>>, page: u64) {
+    match ranges.last_mut() {
+        Some(last) if last.end == page => last.end += 1,
+        _ => ranges.push(page..page + 1),
+    }
 }
 
 fn failed(error: MmapRegionError) -> io::Error {

@@ -5,7 +5,7 @@
 //! share one, and each has a part of it.
 
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -88,6 +88,17 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
 /// Makes a file that only the user can read, whatever their umask.
 pub(crate) fn private_file(path: &Path) -> io::Result<File> {
     File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Puts such a file in the place of another as a whole.
+pub(crate) fn replace_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    let aside = path.with_extension(std::process::id().to_string());
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&aside)?;
+    let replaced = file.write_all(content).and_then(|()| std::fs::rename(&aside, path));
+    if replaced.is_err() {
+        let _ = std::fs::remove_file(&aside);
+    }
+    replaced
 }
 
 fn default_root() -> Result<PathBuf, Error> {

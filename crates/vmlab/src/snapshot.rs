@@ -22,9 +22,10 @@ use vmlab_artifacts::{Bound, Cache, ContentKey, Kind};
 use crate::Error;
 use crate::config::{Caching, NetworkMode, ShareDevice, ShareTransport, VmConfig, share_tag};
 use crate::guest::Greeting;
-use crate::hypervisor::{Hypervisor, Memory, Snapshot};
+use crate::hypervisor::{Hints, Hypervisor, Memory, Snapshot};
 use crate::identity::boot_id;
 use crate::random;
+use crate::runs::replace_private;
 use crate::units::{Bytes, MIB};
 use content::{checksum, save_memory};
 
@@ -55,6 +56,8 @@ const STATE: &str = "state";
 const CONSOLE: &str = "console";
 /// A file that is in entries that no VM could go on from.
 const CONDEMNED: &str = "condemned";
+/// What hypervisors have learnt of VMs that went on from it.
+const HINTS: &str = "hints";
 /// Where the times and places of an entry's files are, as they were when their content was last checked.
 const STAMP: &str = "stamp.json";
 
@@ -400,17 +403,10 @@ fn verify_how(entry: &Path, all: bool) -> Result<(), Flaw> {
         }
     }
     if stamp.as_ref() != Some(&now) {
-        renew(&entry.join(STAMP), &serde_json::to_vec(&now)?);
+        // Where that cannot be done, all is read again the next time.
+        let _ = replace_private(&entry.join(STAMP), &serde_json::to_vec(&now)?);
     }
     Ok(())
-}
-
-/// Replaces a file as a whole. Where that cannot be done, all is read again the next time.
-fn renew(path: &Path, content: &[u8]) {
-    let aside = path.with_extension(format!("{}", std::process::id()));
-    if write(&aside, content).and_then(|()| std::fs::rename(&aside, path)).is_err() {
-        let _ = std::fs::remove_file(&aside);
-    }
 }
 
 /// A small file's content, checked.
@@ -445,7 +441,8 @@ fn load(entry: &Path) -> io::Result<(Snapshot, Greeting)> {
         .collect::<io::Result<_>>()?;
     let (shares, kept) = (manifest.shares, manifest.kept);
     let (state, console) = (state.into(), console.into());
-    Ok((Snapshot { state, memory, console, shares, kept, run: None }, manifest.greeting))
+    let hints = Some(Hints::at(entry.join(HINTS)));
+    Ok((Snapshot { state, memory, console, shares, kept, run: None, hints }, manifest.greeting))
 }
 
 #[cfg(test)]

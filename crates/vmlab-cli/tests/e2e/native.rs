@@ -126,6 +126,39 @@ fn fifty_vms_leave_nothing_behind() {
     assert!(said.contains("test result: ok. 1 passed"), "{said}");
 }
 
+/// `run`: a run, and how many pages KVM had to find for its guest.
+const COUNT_PAGES: &str = r#"
+cd /sys/kernel/tracing || exit 1
+run() {
+    echo > trace
+    echo 1 > events/kvm/kvm_page_fault/enable
+    "$VMLAB_BIN" run -q -k $1 -m 512 -- true || exit 1
+    echo 0 > events/kvm/kvm_page_fault/enable
+    grep -c kvm_page_fault: trace
+}
+hints=$VMLAB_CACHE_DIR/snapshots/*/hints
+"#;
+
+#[test]
+fn a_guest_goes_on_with_the_pages_that_another_used() {
+    let outer = Outer::new();
+    let cloud = kernel(CLOUD[0]);
+    let script = format!(
+        "{COUNT_PAGES}
+        run {cloud} > /dev/null; ls $hints 2> /dev/null
+        run {cloud}; run {cloud}
+        echo damaged > $hints
+        run {cloud}; run {cloud}"
+    );
+    let outcome = outer.bash(&script, PATIENCE);
+    let said = outcome.expect_code(0).stdout_text();
+    println!("{said}");
+    let counts: Vec<u32> = said.lines().map(|line| line.parse().unwrap()).collect();
+    let [learns, uses, learns_again, uses_again] = counts[..] else { panic!("{said}") };
+    assert!(uses > 0 && uses < learns / 2, "{said}");
+    assert!(uses_again < learns_again / 2, "{said}");
+}
+
 /// Those of the monitor itself, which need KVM.
 #[test]
 fn the_monitors_own_tests_pass() {

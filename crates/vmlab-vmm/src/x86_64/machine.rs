@@ -9,9 +9,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use kvm_bindings::{
-    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_clock_data,
-    kvm_irq_routing_entry, kvm_irqchip, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PRE_FAULT_MEMORY, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{
@@ -34,6 +34,7 @@ use crate::gate::{End, Gate};
 use crate::kick::Kick;
 use crate::memory::{self, Backing};
 use crate::topology::Topology;
+use crate::working_set::WorkingSet;
 
 /// What a VM is made of, besides its devices.
 #[derive(Debug)]
@@ -109,6 +110,8 @@ pub(super) struct Inner {
     routed: Vec<(EventFd, u32)>,
     /// It goes on elsewhere.
     saved: AtomicBool,
+    /// Whether KVM maps pages for guests that have not asked for them.
+    prefaults: bool,
     shape: Shape,
     msrs: Vec<u32>,
     more_registers: Option<usize>,
@@ -268,6 +271,23 @@ impl Machine {
         &self.inner.memory
     }
 
+    /// The pages that it has used so far; `None` where those are more than `most`.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn working_set(&self, most: u64) -> io::Result<Option<WorkingSet>> {
+        WorkingSet::of(self.memory(), most)
+    }
+
+    /// Has the pages there that others have used, before it runs. That costs less than to give it each when it needs it;
+    /// nothing else changes, and what the host cannot do is left out.
+    pub fn prefault(&self, pages: &WorkingSet) {
+        pages.populate(self.memory());
+        if let Some(vcpu) = self.inner.cpus.first().filter(|_| self.inner.prefaults) {
+            pages.map_for_guest(self.memory(), &lock(vcpu));
+        }
+    }
+
     /// Saves a VM that is paused: all but its memory, whose content belongs to it. Its devices have ended then, so
     /// that it can go on elsewhere only.
     ///
@@ -406,6 +426,7 @@ impl Parts {
             generation,
             routed,
             saved: AtomicBool::new(false),
+            prefaults: vm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0,
             more_registers: cpu::more_registers(&vm),
             cpus: cpus.into_iter().map(Mutex::new).collect(),
             memory,
@@ -419,8 +440,7 @@ impl Parts {
 
 fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
     for (slot, region) in (0..).zip(memory.iter()) {
-        let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
-        let address = address.map_err(|e| host("map the guest's memory")(io::Error::other(e)))?;
+        let address = memory::host_address(region).map_err(host("map the guest's memory"))?;
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,

@@ -7,16 +7,11 @@ use vmlab_devices::transport::mmio::MmioState;
 use super::cpu::CpuState;
 use super::serial::LineState;
 use crate::error::Error;
+use crate::format::Format;
 use crate::topology::Topology;
 
-/// What a state begins with.
-const MAGIC: [u8; 8] = *b"vmlab-vm";
-
-/// The version of all that follows. It rises with every change to what is in it.
-const VERSION: u32 = 2;
-
-/// The longest state that is believed: some kB a processor and device.
-const MAX: usize = 64 << 20;
+/// It has some kB a processor and device.
+const FORMAT: Format = Format { magic: *b"vmlab-vm", version: 2, max: 64 << 20 };
 
 /// A VM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,28 +66,12 @@ impl Shape {
 impl State {
     /// As bytes.
     pub(super) fn encode(&self) -> Result<Vec<u8>, Error> {
-        let head = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
-        let encoded = postcard::to_extend(self, head);
-        encoded.map_err(|error| Error::State(error.to_string()))
+        FORMAT.encode(self).map_err(Error::State)
     }
 
     /// From bytes.
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, Error> {
-        let wrong = |what: &str| Error::State(what.to_owned());
-        if bytes.len() > MAX {
-            return Err(wrong("it is too long"));
-        }
-        let rest = bytes.strip_prefix(&MAGIC).ok_or_else(|| wrong("it is something else"))?;
-        let (version, rest) = rest.split_first_chunk().ok_or_else(|| wrong("it is cut off"))?;
-        match u32::from_le_bytes(*version) {
-            VERSION => {}
-            other => return Err(Error::State(format!("it has version {other}, not {VERSION}"))),
-        }
-        match postcard::take_from_bytes(rest) {
-            Ok((state, [])) => Ok(state),
-            Ok(_) => Err(wrong("there is more behind its end")),
-            Err(error) => Err(Error::State(error.to_string())),
-        }
+        FORMAT.decode(bytes).map_err(Error::State)
     }
 }
 
@@ -152,17 +131,17 @@ mod tests {
         for length in 8..12 {
             assert!(wrong(&bytes[..length]).contains("cut off"));
         }
-        for version in [0, VERSION + 1, u32::MAX] {
+        for version in [0, FORMAT.version + 1, u32::MAX] {
             let mut bytes = bytes.clone();
             bytes[8..12].copy_from_slice(&version.to_le_bytes());
-            assert!(wrong(&bytes).contains(&format!("version {version}, not {VERSION}")));
+            assert!(wrong(&bytes).contains(&format!("version {version}, not {}", FORMAT.version)));
         }
         // However little is missing, or there is too much.
         for length in 12..bytes.len() {
             wrong(&bytes[..length]);
         }
         assert!(wrong(&[&bytes[..], b"\0"].concat()).contains("behind its end"));
-        assert!(wrong(&vec![0; MAX + 1]).contains("too long"));
+        assert!(wrong(&vec![0; FORMAT.max + 1]).contains("too long"));
     }
 
     #[test]

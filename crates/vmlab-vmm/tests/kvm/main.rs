@@ -276,6 +276,37 @@ fn a_guest_goes_on_where_it_was_saved() {
 
 #[test]
 #[ignore = "needs a KVM that works: run by scripts/test.sh in a nested guest"]
+fn a_guest_goes_on_with_the_pages_that_another_used() {
+    let (state, memory, count) = saved();
+    let restore = || {
+        let (config, console) = config(1);
+        let config = Config { backing: Backing::Private(Arc::clone(&memory)), ..config };
+        (Machine::restore(config, &state, Vec::new()).unwrap(), console)
+    };
+    let used = |machine: &Machine| machine.working_set(MEMORY / 4096).unwrap().unwrap();
+    let (first, console) = restore();
+    let untouched = used(&first);
+    first.resume().unwrap();
+    counts_on_from(&first, count);
+    first.pause().unwrap();
+    let learnt = used(&first);
+    assert_ne!(learnt, untouched);
+    assert_eq!(first.working_set(1).unwrap(), None);
+    assert_eq!(said(first, console), "");
+    // It has all of them before it runs, and with what they had.
+    let (second, console) = restore();
+    second.prefault(&learnt);
+    assert_eq!(used(&second), learnt);
+    assert_eq!(counted(&second), count);
+    second.resume().unwrap();
+    counts_on_from(&second, count);
+    second.pause().unwrap();
+    assert_eq!(used(&second), learnt);
+    assert_eq!(said(second, console), "");
+}
+
+#[test]
+#[ignore = "needs a KVM that works: run by scripts/test.sh in a nested guest"]
 fn a_state_of_another_machine_is_refused() {
     let (state, _, _) = saved();
     let restore = |change: &dyn Fn(Config) -> Config, state: &[u8]| {

@@ -27,7 +27,7 @@ pub use choice::HypervisorChoice;
 pub use console::SerialConsole;
 pub(crate) use console::printable;
 pub(crate) use snapshot::DeviceId;
-pub use snapshot::{Memory, Origin, RunDevices, Snapshot};
+pub use snapshot::{Hints, Memory, Origin, RunDevices, Snapshot};
 
 pub use crate::lan::LanPort;
 pub use crate::report::ExitCount;

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -11,6 +12,7 @@ use vmlab_devices::net::MacAddress;
 
 use super::served::{self, FileServer};
 use super::{HypervisorError, resource};
+use crate::runs::replace_private;
 
 /// A VM at one moment: its memory, the state of its devices, and what its console had said.
 #[derive(Clone)]
@@ -27,6 +29,35 @@ pub struct Snapshot {
     pub kept: u32,
     /// What it had of a run; `None` where it was taken before the run's devices came.
     pub run: Option<Arc<RunDevices>>,
+    /// What is learnt of VMs that go on from it, if many do.
+    pub hints: Option<Hints>,
+}
+
+/// A file for what a hypervisor learns of the VMs that go on from a snapshot. How fast the next ones do may depend on it,
+/// and nothing else.
+#[derive(Debug, Clone)]
+pub struct Hints(Arc<Path>);
+
+impl Hints {
+    /// Longer than any.
+    const MAX: u64 = 16 << 20;
+
+    /// The file with this path, which need not be there.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self(path.into().into())
+    }
+
+    /// What was learnt, if anything was.
+    pub(super) fn read(&self) -> Option<Vec<u8>> {
+        let mut content = Vec::new();
+        File::open(&self.0).ok()?.take(Self::MAX).read_to_end(&mut content).ok()?;
+        Some(content)
+    }
+
+    /// Keeps it. Where that cannot be done, the next VM learns it again.
+    pub(super) fn keep(&self, content: &[u8]) {
+        let _ = replace_private(&self.0, content);
+    }
 }
 
 /// The devices of a run as they were in the midst of it.

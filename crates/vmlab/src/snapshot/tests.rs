@@ -44,6 +44,7 @@ fn snapshot(seed: u8) -> Snapshot {
         console: format!("the console of {seed}\n").into_bytes().into(),
         shares: 2,
         run: None,
+        hints: None,
         kept: u32::from(seed % 3),
     }
 }

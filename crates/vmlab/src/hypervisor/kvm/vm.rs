@@ -14,6 +14,7 @@ use vmlab_devices::{Fault, OnFault, bear_file_limits, sparse};
 use vmlab_vmm::End;
 use vmlab_vmm::memory::{self, Backing};
 use vmlab_vmm::topology::Topology;
+use vmlab_vmm::working_set::WorkingSet;
 use vmlab_vmm::x86_64::boot::Kernel;
 use vmlab_vmm::x86_64::{Config, Ender, Machine, Plug, layout};
 
@@ -22,8 +23,8 @@ use super::super::panic::panic_patience;
 use super::super::served::FileServer;
 use super::super::snapshot::empty_memory;
 use super::super::{
-    DeviceId, ExitReason, HypervisorError, Memory, Origin, RunDevices, SerialConsole, Snapshot,
-    StartOptions, VmHandle, VmState, resource,
+    DeviceId, ExitReason, Hints, HypervisorError, Memory, Origin, RunDevices, SerialConsole,
+    Snapshot, StartOptions, VmHandle, VmState, resource,
 };
 use super::places::{self, Making};
 use crate::config::{AgentChannel, DiskDevice, KernelBoot, VmConfig};
@@ -40,6 +41,10 @@ const DRAIN_TIME: Duration = Duration::from_secs(2);
 
 /// The first slot for what a run brings; the console is before it.
 const FIRST: usize = 1;
+
+/// A VM that has used more pages than this has done so for its command, which the next one need not have: 64 MiB. One
+/// that runs next to nothing uses a third of it.
+const MOST_PAGES: u64 = 16 * 1024;
 
 /// How many devices a run can bring.
 pub(super) const MOST_DEVICES: usize = layout::MAX_SLOTS - FIRST;
@@ -187,7 +192,7 @@ impl KvmVm {
             generation,
             sandbox: config.sandbox,
         };
-        let mut said_before = Arc::default();
+        let (mut said_before, mut learns) = (Arc::default(), None);
         let machine = match origin {
             Origin::Boot | Origin::BootForSnapshot => {
                 Machine::boot(machine_config, open(kernel)?, plugs)?
@@ -198,7 +203,9 @@ impl KvmVm {
                     shared.console.log_failed(&error);
                 }
                 said_before = snapshot.console;
-                Machine::restore(machine_config, &snapshot.state, plugs)?
+                let machine = Machine::restore(machine_config, &snapshot.state, plugs)?;
+                learns = snapshot.hints.filter(|hints| !prefault(&machine, hints));
+                machine
             }
         };
         let _ = shared.ender.set(machine.ender());
@@ -210,7 +217,7 @@ impl KvmVm {
         *lock(&shared.machine) = Some(Arc::clone(&machine));
         let supervisor = {
             let shared = Arc::clone(&shared);
-            let outputs = Outputs { console, log, lans, passt: devices.passt };
+            let outputs = Outputs { console, log, lans, passt: devices.passt, learns };
             let work = move || shared.supervise(outputs, deadline);
             thread::Builder::new().name("vmlab-kvm".to_owned()).spawn(work)
         };
@@ -257,6 +264,24 @@ fn open(kernel: &KernelBoot) -> Result<Kernel, HypervisorError> {
     Ok(Kernel { image, initrd: Some(initrd), command_line: kernel.command_line.clone() })
 }
 
+/// Has the pages there that an earlier VM of the snapshot used; whether that is known.
+fn prefault(machine: &Machine, hints: &Hints) -> bool {
+    let pages = hints.read().and_then(|content| WorkingSet::decode(&content));
+    if let Some(pages) = &pages {
+        machine.prefault(pages);
+    }
+    pages.is_some()
+}
+
+/// Keeps which pages a VM has used, of which little more than its start is to be told.
+fn learn(machine: &Machine, hints: &Hints) {
+    // Where the kernel does not tell, there is nothing to keep.
+    let pages = machine.working_set(MOST_PAGES).ok().flatten();
+    if let Some(content) = pages.and_then(|pages| pages.encode()) {
+        hints.keep(&content);
+    }
+}
+
 /// A guest's memory, which began as this file, in a new one.
 fn copy(template: &File, machine: &Machine) -> io::Result<Arc<File>> {
     let file = empty_memory(template.metadata()?.len())?;
@@ -282,6 +307,8 @@ struct Outputs {
     log: File,
     lans: Vec<Arc<LanPort>>,
     passt: Option<Passt>,
+    /// Where what is learnt of the VM is kept.
+    learns: Option<Hints>,
 }
 
 impl Shared {
@@ -318,7 +345,7 @@ impl Shared {
 
     /// Looks after a VM until its end, and finds out why it ended.
     fn supervise(self: &Arc<Self>, outputs: Outputs, deadline: Option<Instant>) {
-        let Outputs { console, log, lans, passt } = outputs;
+        let Outputs { console, log, lans, passt, learns } = outputs;
         let closing = console.try_clone();
         {
             let shared = Arc::clone(self);
@@ -343,6 +370,9 @@ impl Shared {
         // the next VM. Whoever has it still is about to give it back.
         if let Some(machine) = &machine {
             let _ = self.exits.set(counts(machine));
+            if let Some(hints) = learns {
+                learn(machine, &hints);
+            }
         }
         lock(&self.machine).take();
         drop(machine);
@@ -439,6 +469,7 @@ impl VmHandle for KvmVm {
             shares: u32::try_from(self.shares.len()).unwrap_or(u32::MAX),
             kept: 0,
             run: run.map(Arc::new),
+            hints: None,
         })
     }
 

@@ -199,6 +199,7 @@ impl QemuVm {
             shares: self.shares,
             kept: 0,
             run: run.map(Arc::new),
+            hints: None,
         })
     }
 }
