@@ -144,13 +144,13 @@ else
     where="nested, in a guest of QEMU under TCG with one CPU"
     # KERNELS/KEY/boot/vmlinuz-RELEASE
     entry=$(dirname "$(dirname "$image")")
-    # The cache is on a disk, as it is elsewhere: the page cache keeps what was read from one, and not from a share.
+    # The cache is on the root, as it is elsewhere: the page cache keeps what is there, unlike files of a share, and an
+    # inner guest has its modules by the share of its root.
     "$vmlab" run -q -k "$kernel" --accel tcg -m 4G --module kvm-amd --timeout 80m --no-cwd \
-        --disk size=4G,fs=ext4,name=cache,mount=/mnt/cache \
         --share "$work/cwd:/mnt/bench" --share "$work/out:/mnt/out" \
         --share "$entry:/mnt/kernel:ro" -- bash -c "
-            export VMLAB_CACHE_DIR=/mnt/cache
-            mkdir /mnt/cache/kernels && cp -a /mnt/kernel /mnt/cache/kernels/${entry##*/} &&
+            export VMLAB_CACHE_DIR=/var/cache/vmlab
+            mkdir -p /var/cache/vmlab/kernels && cp -a /mnt/kernel /var/cache/vmlab/kernels/${entry##*/} &&
             mkdir /tmp/bench && cp /mnt/bench/* /tmp/bench && cd /tmp/bench &&
             ./measure.sh /mnt/out $rounds $seconds $kernel $memory"
 fi
