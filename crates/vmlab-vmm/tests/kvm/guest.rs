@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmlab_vmm::memory::Backing;
 use vmlab_vmm::topology::Topology;
 use vmlab_vmm::x86_64::boot::Kernel;
-use vmlab_vmm::x86_64::{Config, Machine};
+use vmlab_vmm::x86_64::layout::LOCAL_APIC;
+use vmlab_vmm::x86_64::{Config, Machine, Plug};
 use vmlab_vmm::{End, Error};
 
 /// Where guests begin.
@@ -19,7 +20,7 @@ pub(crate) const COUNT: u64 = 0x20_0000;
 pub(crate) const MEMORY: u64 = 32 << 20;
 
 /// No guest has more to do than some hundred instructions.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) const COM1: u16 = 0x3f8;
 
@@ -32,6 +33,24 @@ pub(crate) fn out(port: u16, value: u8) -> Vec<u8> {
 /// Powers off.
 pub(crate) fn off() -> Vec<u8> {
     out(0x600, 0x34)
+}
+
+/// `mov ebx, address; mov dword [rbx], value`
+pub(crate) fn store(address: u32, value: u32) -> Vec<u8> {
+    let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
+    [&[0xbb][..], &address, &[0xc7, 0x03], &value].concat()
+}
+
+/// Where the second processor begins, in real mode.
+pub(crate) const SECOND: u32 = 0x8000;
+
+/// Has it begin there.
+pub(crate) fn start_second() -> Vec<u8> {
+    // The local APIC is enabled, since KVM does not know those of processors that were made after it last looked;
+    // then APIC 1 gets INIT, and is to start at the page.
+    let start = 0x4600 | SECOND >> 12;
+    let apic = [(0xf0, 0x1ff), (0x310, 1 << 24), (0x300, 0x4500), (0x300, start)];
+    apic.iter().flat_map(|(register, value)| store(LOCAL_APIC + register, *value)).collect()
 }
 
 /// Counts for ever, in rax and in memory, after it has said that it begins.
@@ -88,8 +107,13 @@ pub(crate) fn config(cpus: u32) -> (Config, UnixStream) {
 
 /// A machine that will run this code.
 pub(crate) fn boot(config: Config, code: &[u8]) -> Machine {
+    boot_with(config, code, Vec::new())
+}
+
+/// The same with these devices.
+pub(crate) fn boot_with(config: Config, code: &[u8], devices: Vec<Plug>) -> Machine {
     let kernel = Kernel { image: image(code), initrd: None, command_line: String::new() };
-    Machine::boot(config, kernel, Vec::new()).unwrap()
+    Machine::boot(config, kernel, devices).unwrap()
 }
 
 /// A machine with one processor that runs this code.

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "it is a test")]
 #![allow(clippy::print_stdout, reason = "times are told")]
 
+mod devices;
 mod guest;
 
 use std::fs;
@@ -334,7 +335,6 @@ fn a_state_of_another_machine_is_refused() {
 #[test]
 #[ignore = "needs a KVM that works: run by scripts/test.sh in a nested guest"]
 fn one_processor_starts_another() {
-    const SECOND: u32 = 0x8000;
     // In real mode.
     let second: [u8; 16] = [
         0x31, 0xc0, //       xor ax, ax
@@ -346,22 +346,13 @@ fn one_processor_starts_another() {
         0xf4, //          1: hlt
         0xeb, 0xfd, //       jmp 1b
     ];
-    /// `mov ebx, address; mov dword [rbx], value`
-    fn store(address: u32, value: u32) -> Vec<u8> {
-        let (address, value) = (address.to_le_bytes(), value.to_le_bytes());
-        [&[0xbb][..], &address, &[0xc7, 0x03], &value].concat()
-    }
     let words = second.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap()));
     let copied = (SECOND..).step_by(4).zip(words).flat_map(|(at, word)| store(at, word));
-    // The local APIC is enabled, since KVM does not know those of processors that were made after it last looked;
-    // then APIC 1 gets INIT, and is to start at the page 8.
-    let apic = [(0xf0, 0x1ff), (0x310, 1 << 24), (0x300, 0x4500), (0x300, 0x4608)];
-    let sent = apic.iter().flat_map(|(register, value)| store(0xfee0_0000 + register, *value));
     let wait = [
         0x80, 0x3c, 0x25, 0x00, 0x88, 0, 0, b'A', // 1: cmp byte [0x8800], 'A'
         0x75, 0xf6, //                                  jne 1b
     ];
-    let code = copied.chain(sent).chain(wait).chain(out(COM1, b'B')).chain(off());
+    let code = copied.chain(start_second()).chain(wait).chain(out(COM1, b'B')).chain(off());
     let (config, console) = config(2);
     let machine = boot(config, &code.collect::<Vec<_>>());
     machine.resume().unwrap();
