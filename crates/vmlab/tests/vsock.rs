@@ -165,8 +165,9 @@ fn a_snapshot_in_the_midst_of_a_run_ends_all_streams_or_is_refused() {
     }
     settle(&vm);
     echo(&vm);
-    // One stream was open, and the server has seen its end.
-    let error = vm.exec(["cat", "/tmp/error"]).unwrap();
-    assert_eq!(error.stdout_text(), "Connection reset by peer\n");
+    // One stream was open, and the server has seen its end: while it waited for data, or just before.
+    let error = vm.exec(["cat", "/tmp/error"]).unwrap().stdout_text();
+    let ends = ["Connection reset by peer\n", "Transport endpoint is not connected\n"];
+    assert!(ends.contains(&&*error), "{error:?}");
     be_asked(&vm);
 }

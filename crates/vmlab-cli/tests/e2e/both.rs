@@ -90,6 +90,11 @@ fn library() {
 }
 
 #[test]
+fn vsock() {
+    run("vsock");
+}
+
+#[test]
 fn all_groups_are_run() {
     let source = include_str!("both.rs");
     for (group, tests) in groups() {

@@ -97,6 +97,9 @@ pub(crate) fn test_program(target: &str) -> PathBuf {
         let program = |message: Value| {
             let target = &message["target"];
             let is_test = target["kind"] == serde_json::json!(["test"]);
+            // Those of devices have names that others have too, and run no VMs.
+            let manifest = Path::new(message["manifest_path"].as_str()?);
+            let is_test = is_test && !manifest.parent()?.ends_with("vmlab-devices");
             let (name, path) = (target["name"].as_str()?, message["executable"].as_str()?);
             is_test.then(|| (name.to_owned(), path.into()))
         };
