@@ -159,6 +159,23 @@ fn a_triple_fault() {
     fail(run, 122, &["the guest's CPU reset itself after a triple fault before the agent was up"]);
 }
 
+/// Has the guest's kernel go on (kexec_load(2)) with another one, at 16 MiB, whose first instruction is invalid. It is
+/// entered without handlers, so that this is a triple fault, which nothing has announced as a restart.
+const FAULTY_KERNEL: &str = r#"
+    $place = 16 << 20;
+    $segment = pack("P4096 Q3", "\x0f\x0b" . "\0" x 4094, 4096, $place, 4096);
+    syscall(246, $place, 1, $segment, 62 << 16) == 0 or die "kexec_load: $!";
+    syscall(169, 0xfee1dead, 672274793, 0x45584543, 0) == 0 or die "reboot: $!";
+"#;
+
+#[test]
+fn a_triple_fault_in_the_midst_of_a_command() {
+    let site = Site::new();
+    let run = site.run(&[], ["perl", "-e", FAULTY_KERNEL]);
+    let wanted = "vmlab: error: the guest's CPU reset itself after a triple fault\n";
+    fail(run, 122, &[wanted, "vmlab: the whole console: "]);
+}
+
 #[test]
 fn a_command_that_needs_more_memory_than_there_is() {
     let site = Site::new();
