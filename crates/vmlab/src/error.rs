@@ -446,7 +446,7 @@ impl Error {
                 ExitReason::Killed
                 | ExitReason::ProcessorFailed(_)
                 | ExitReason::MonitorFailed(_)
-                | ExitReason::FileServerFailed(_) => ErrorClass::Vmlab,
+                | ExitReason::DeviceFailed(_) => ErrorClass::Vmlab,
             },
             Self::CommandNotFound { .. } => ErrorClass::NotFound,
             Self::CommandNotExecutable { .. } => ErrorClass::NotExecutable,

@@ -190,7 +190,7 @@ fn a_vm_that_loses_a_disk_ends_with_its_name() {
     let fd = pidfd_getfd(pidfd, fd.parse().unwrap(), PidfdGetfdFlags::empty());
     rustix::net::shutdown(fd.unwrap(), Shutdown::Both).unwrap();
     let end = vm.handle().wait(Some(Instant::now() + PATIENCE));
-    let Some(ExitReason::FileServerFailed(said)) = end else { panic!("{end:?}") };
+    let Some(ExitReason::DeviceFailed(said)) = end else { panic!("{end:?}") };
     let wanted = format!("the server of the disk `data` ({}) has lost", data.display());
     assert!(said.starts_with(&wanted), "{said}");
 }

@@ -315,8 +315,8 @@ pub enum ExitReason {
     ProcessorFailed(String),
     /// The hypervisor itself ended or broke, with what it said.
     MonitorFailed(String),
-    /// One of vmlab's own servers cannot go on, with its share or disk and what happened.
-    FileServerFailed(String),
+    /// A device that vmlab serves cannot go on, with which one it is and what happened.
+    DeviceFailed(String),
 }
 
 impl fmt::Display for ExitReason {
@@ -333,7 +333,7 @@ impl fmt::Display for ExitReason {
                 write!(f, "KVM could not go on with the guest's processor: {what}")
             }
             Self::MonitorFailed(what) => write!(f, "the hypervisor failed: {what}"),
-            Self::FileServerFailed(what) => f.write_str(what),
+            Self::DeviceFailed(what) => f.write_str(what),
         }
     }
 }
@@ -455,4 +455,18 @@ pub enum HypervisorError {
         /// What it said.
         said: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_device_that_failed_is_none_but_itself_to_people_and_programs() {
+        let said = "the network ended, as passt did: no route";
+        let reason = ExitReason::DeviceFailed(said.to_owned());
+        assert_eq!(reason.to_string(), said);
+        assert_eq!(serde_json::to_value(&reason).unwrap(), json!({ "device_failed": said }));
+    }
 }

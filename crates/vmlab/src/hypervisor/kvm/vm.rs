@@ -234,7 +234,7 @@ impl KvmVm {
             sandbox: config.sandbox,
             said_before,
         };
-        // A file server may have failed already. Whoever uses the VM finds out why.
+        // A device may have failed already. Whoever uses the VM finds out why.
         let _ = machine.resume();
         Ok(vm)
     }
@@ -318,7 +318,7 @@ impl Shared {
         let shared = Arc::downgrade(self);
         move |said| {
             if let Some(shared) = shared.upgrade() {
-                shared.end(ExitReason::FileServerFailed(said));
+                shared.end(ExitReason::DeviceFailed(said));
             }
         }
     }

@@ -134,7 +134,7 @@ impl Shared {
                     || shared.ended_by(Some(Instant::now() + END_OF_QEMU))
             };
             if let Some(said) = server.wait(leaves) {
-                shared.end(ExitReason::FileServerFailed(said));
+                shared.end(ExitReason::DeviceFailed(said));
             }
             drop(serving);
             lock(&shared.leaving).remove(&id);
