@@ -420,7 +420,7 @@ impl VmBuilder {
         let qemu = || Arc::new(Qemu::new());
         match self.hypervisor_choice.map_or_else(HypervisorChoice::of_environment, Ok)? {
             HypervisorChoice::Qemu => self.prepare_on(qemu(), None, timeline),
-            HypervisorChoice::Kvm => self.prepare_on(Arc::new(Kvm), None, timeline),
+            HypervisorChoice::Kvm => self.prepare_on(Arc::new(Kvm::new()), None, timeline),
             // The monitor would have neither.
             HypervisorChoice::Auto if !self.starts_kernel() || self.accel == AccelChoice::Tcg => {
                 self.prepare_on(qemu(), None, timeline)
@@ -431,7 +431,7 @@ impl VmBuilder {
                     return self.prepare_on(qemu(), Some(chosen), timeline);
                 }
                 let (native, known) = (self.clone(), Some(chosen.clone()));
-                match native.prepare_on(Arc::new(Kvm), known, timeline.clone()) {
+                match native.prepare_on(Arc::new(Kvm::new()), known, timeline.clone()) {
                     // QEMU may have what the monitor has not.
                     Err(
                         Error::Config(ConfigError::Unsupported { .. }) | Error::KernelLacks { .. },

@@ -5,7 +5,7 @@ mod vm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use vmlab_artifacts::{Cache, ContentKey, find_program};
 use vmlab_vmm::probe;
@@ -24,8 +24,29 @@ const DEVICE: &str = "/dev/kvm";
 const PASST: &str = "passt";
 
 /// vmlab's own monitor, which runs guests by KVM.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Kvm;
+#[derive(Debug)]
+pub struct Kvm {
+    /// Whether it can have the user's network, once somebody has asked.
+    user_network: LazyLock<bool>,
+}
+
+impl Kvm {
+    /// The monitor on this host.
+    pub fn new() -> Self {
+        Self::on(|| find_program(PASST).is_some() && has_way_out())
+    }
+
+    /// The monitor on a host that has what the user's network takes, or not.
+    fn on(user_network: fn() -> bool) -> Self {
+        Self { user_network: LazyLock::new(user_network) }
+    }
+}
+
+impl Default for Kvm {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// Whether the host has a default route over IPv4, without which passt does not start.
 fn has_way_out() -> bool {
@@ -55,7 +76,7 @@ impl Hypervisor for Kvm {
 
     fn capabilities(&self) -> Capabilities {
         let mut networks = vec![NetworkMode::None];
-        if find_program(PASST).is_some() && has_way_out() {
+        if *self.user_network {
             networks.push(NetworkMode::User);
         }
         Capabilities {
@@ -108,7 +129,19 @@ impl Hypervisor for Kvm {
 
 #[cfg(test)]
 mod tests {
-    use super::is_way_out;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::{Hypervisor, Kvm, NetworkMode, is_way_out};
+
+    #[test]
+    fn what_the_host_has_is_looked_for_once() {
+        static LOOKS: AtomicUsize = AtomicUsize::new(0);
+        let kvm = Kvm::on(|| LOOKS.fetch_add(1, Ordering::Relaxed) == 0);
+        for _ in 0..3 {
+            assert!(kvm.capabilities().networks.contains(&NetworkMode::User));
+        }
+        assert_eq!(LOOKS.load(Ordering::Relaxed), 1);
+    }
 
     #[test]
     fn a_default_route_is_a_way_out() {
