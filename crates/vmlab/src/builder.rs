@@ -16,7 +16,7 @@ use crate::disk::{self, Disk};
 use crate::guest::Environment;
 use crate::hypervisor::kvm::Kvm;
 use crate::hypervisor::qemu::Qemu;
-use crate::hypervisor::{Hypervisor, HypervisorChoice};
+use crate::hypervisor::{Hypervisor, HypervisorChoice, HypervisorError};
 use crate::image::Image;
 use crate::lan::{Lan, Membership, memberships};
 use crate::prepared::{PreparedVm, System};
@@ -432,10 +432,9 @@ impl VmBuilder {
                 }
                 let (native, known) = (self.clone(), Some(chosen.clone()));
                 match native.prepare_on(Arc::new(Kvm::new()), known, timeline.clone()) {
-                    // QEMU may have what the monitor has not.
-                    Err(
-                        Error::Config(ConfigError::Unsupported { .. }) | Error::KernelLacks { .. },
-                    ) => self.prepare_on(qemu(), Some(chosen), timeline),
+                    Err(error) if qemu_may(&error) => {
+                        self.prepare_on(qemu(), Some(chosen), timeline)
+                    }
                     prepared => prepared,
                 }
             }
@@ -513,6 +512,9 @@ impl VmBuilder {
             config.qemu_args.extend(["-cpu".to_owned(), cpu]);
         }
         can.check(hypervisor.name(), &config)?;
+        if let Some(kernel) = config.boot.kernel() {
+            hypervisor.check_kernel(&kernel.image)?;
+        }
         timeline.end(Phase::Prepare);
         let usual_time = match system {
             System::Kernel(_) => BOOT_TIME,
@@ -552,5 +554,57 @@ impl VmBuilder {
     /// When something cannot be had, the VM does not start, or the guest does not come up.
     pub fn start(self) -> Result<Vm, Error> {
         self.prepare()?.start()
+    }
+}
+
+/// Whether QEMU may have what vmlab's own monitor lacks.
+fn qemu_may(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Config(ConfigError::Unsupported { .. })
+            | Error::KernelLacks { .. }
+            | Error::Hypervisor(HypervisorError::Kernel { .. })
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::error::chain;
+
+    #[test]
+    fn kernels_without_a_64_bit_entry_are_for_qemu() {
+        /// Offsets in an image (`Documentation/arch/x86/boot.rst` of Linux), and where its header ends.
+        const JUMP: usize = 0x201;
+        const MAGIC: usize = 0x202;
+        const VERSION: usize = 0x206;
+        const XLOADFLAGS: usize = 0x236;
+        const END: usize = 0x26c;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bzImage");
+        let image = |version: u16, flags: u8| {
+            let mut image = vec![0; 4096];
+            image[JUMP] = (END - MAGIC) as u8;
+            image[MAGIC..MAGIC + 4].copy_from_slice(b"HdrS");
+            image[VERSION..VERSION + 2].copy_from_slice(&version.to_le_bytes());
+            image[XLOADFLAGS] = flags;
+            fs::write(&path, image).unwrap();
+        };
+        let refused = |why: &str| {
+            let error = Kvm::new().check_kernel(&path).unwrap_err();
+            assert!(chain(&error).contains(why), "{}", chain(&error));
+            assert!(qemu_may(&error.into()));
+            Qemu::new().check_kernel(&path).unwrap();
+        };
+        image(0x020f, 1);
+        Kvm::new().check_kernel(&path).unwrap();
+        image(0x020f, 0xfe);
+        refused("no 64-bit entry");
+        image(0x020b, 1);
+        refused("version 2.11 of the boot protocol");
+        fs::write(&path, [&b"\x7fELF\x01\x01"[..], &[0; 4096]].concat()).unwrap();
+        refused("64-bit processors");
     }
 }

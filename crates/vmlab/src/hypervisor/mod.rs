@@ -12,7 +12,7 @@ mod snapshot;
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,6 +22,7 @@ use thiserror::Error;
 use vmlab_artifacts::Cache;
 use vmlab_artifacts::image::ImageFormat;
 use vmlab_vmm::probe::KvmUnusable;
+use vmlab_vmm::x86_64::boot::KernelError;
 
 pub use choice::HypervisorChoice;
 pub use console::SerialConsole;
@@ -57,6 +58,15 @@ pub trait Hypervisor: Send + Sync {
 
     /// What its VMs can do.
     fn capabilities(&self) -> Capabilities;
+
+    /// Checks that it can start a kernel, given its boot image.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Kernel`] with why it cannot.
+    fn check_kernel(&self, image: &Path) -> Result<(), HypervisorError> {
+        let _ = image;
+        Ok(())
+    }
 
     /// What a snapshot depends on besides the VM's configuration: this hypervisor's program, and what of
     /// the host its VMs can see. A snapshot is of use only where this is the same. `None` when it takes
@@ -437,6 +447,15 @@ pub enum HypervisorError {
     NoSuchDisk {
         /// Its serial number.
         serial: String,
+    },
+    /// vmlab's own monitor cannot start a kernel.
+    #[error("vmlab's own monitor cannot start {}; QEMU may (--hypervisor qemu)", image.display())]
+    Kernel {
+        /// Its boot image.
+        image: PathBuf,
+        /// Why not.
+        #[source]
+        source: KernelError,
     },
     /// KVM cannot be used.
     #[error("KVM cannot be used on this host")]

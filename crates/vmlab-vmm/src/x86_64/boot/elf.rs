@@ -55,19 +55,29 @@ pub(super) fn load(
     Ok((entry, segments.last().map_or(0, |last| last.end)))
 }
 
+/// Whether a file has code for this architecture.
+pub(super) fn check(image: &File) -> Result<(), KernelError> {
+    read_header(image).map(drop)
+}
+
+fn read_header(image: &File) -> Result<[u8; size_of::<Elf64_Ehdr>()], KernelError> {
+    let header: [u8; size_of::<Elf64_Ehdr>()] = read(image, 0)?;
+    if header[EI_CLASS] != ELFCLASS64 || header[EI_DATA] != ELFDATA2LSB {
+        return Err(wrong("it is not one for 64-bit processors of this byte order"));
+    }
+    if u16::from_le_bytes(field(&header, offset_of!(Elf64_Ehdr, e_machine))) != EM_X86_64 {
+        return Err(wrong("it is for another architecture"));
+    }
+    Ok(header)
+}
+
 /// The entry and the segments, each of them within the file and within memory.
 fn read_headers(
     image: &File,
     length: u64,
     end_of_memory: u64,
 ) -> Result<(u64, Vec<Segment>), BootError> {
-    let header: [u8; size_of::<Elf64_Ehdr>()] = read(image, 0)?;
-    if header[EI_CLASS] != ELFCLASS64 || header[EI_DATA] != ELFDATA2LSB {
-        return Err(wrong("it is not one for 64-bit processors of this byte order").into());
-    }
-    if u16::from_le_bytes(field(&header, offset_of!(Elf64_Ehdr, e_machine))) != EM_X86_64 {
-        return Err(wrong("it is for another architecture").into());
-    }
+    let header = read_header(image)?;
     let entry = u64::from_le_bytes(field(&header, offset_of!(Elf64_Ehdr, e_entry)));
     let table = u64::from_le_bytes(field(&header, offset_of!(Elf64_Ehdr, e_phoff)));
     let size = u16::from_le_bytes(field(&header, offset_of!(Elf64_Ehdr, e_phentsize)));

@@ -93,13 +93,28 @@ pub(super) fn load(
     image: &mut File,
     end_of_memory: u64,
 ) -> Result<Loaded, BootError> {
-    let mut start = elf::MAGIC;
-    image.read_exact_at(&mut start, 0).map_err(unknown_if_short)?;
-    if start != elf::MAGIC {
+    if !is_elf(image)? {
         return load_bzimage(memory, image, end_of_memory);
     }
     let (entry, end) = elf::load(memory, image, end_of_memory)?;
     Ok(Loaded { entry, end, header: None })
+}
+
+/// Whether an image is a kernel that can be started, as far as can be told without a VM.
+///
+/// # Errors
+/// Why not.
+pub fn check(image: &File) -> Result<(), KernelError> {
+    match is_elf(image)? {
+        true => elf::check(image),
+        false => read_header(image).map(drop),
+    }
+}
+
+fn is_elf(image: &File) -> Result<bool, KernelError> {
+    let mut start = elf::MAGIC;
+    image.read_exact_at(&mut start, 0).map_err(unknown_if_short)?;
+    Ok(start == elf::MAGIC)
 }
 
 /// Whatever is too short for a header is no kernel.

@@ -13,7 +13,7 @@ use std::io;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::layout;
-pub use kernel::KernelError;
+pub use kernel::{KernelError, check};
 pub(super) use tables::enter_long_mode;
 
 /// The files that a guest boots from.

@@ -4,11 +4,13 @@ mod places;
 mod vm;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use vmlab_artifacts::{Cache, ContentKey, find_program};
 use vmlab_vmm::probe;
+use vmlab_vmm::x86_64::boot::{KernelError, check};
 
 use super::{
     Capabilities, Hypervisor, HypervisorError, ProbeReport, StartOptions, VirtioBus, VmHandle,
@@ -96,6 +98,11 @@ impl Hypervisor for Kvm {
             keeps_devices: true,
             pluggable: true,
         }
+    }
+
+    fn check_kernel(&self, image: &Path) -> Result<(), HypervisorError> {
+        let checked = File::open(image).map_err(KernelError::Read).and_then(|file| check(&file));
+        checked.map_err(|source| HypervisorError::Kernel { image: image.to_owned(), source })
     }
 
     fn snapshot_identity(
