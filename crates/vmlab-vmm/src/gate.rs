@@ -1,7 +1,10 @@
 //! What tells the threads of processors to run, to pause and to end.
 
+use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use vmlab_devices::Event;
 
 /// Why a VM has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub enum End {
 pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    /// Readable as long as threads are to come here, for those that wait for something else.
+    awaited: Event,
 }
 
 #[derive(Debug)]
@@ -41,9 +46,22 @@ struct State {
 
 impl Gate {
     /// A gate that is closed, for so many threads.
-    pub(crate) fn new(threads: usize) -> Self {
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub(crate) fn new(threads: usize) -> io::Result<Self> {
         let state = State { running: false, end: None, threads, parked: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let awaited = Event::new()?;
+        awaited.signal();
+        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), awaited })
+    }
+
+    /// What is readable as long as threads are to come here.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub(crate) fn awaited(&self) -> io::Result<Event> {
+        self.awaited.try_clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -72,6 +90,9 @@ impl Gate {
     pub(crate) fn open(&self) -> bool {
         let mut state = self.lock();
         state.running = true;
+        if state.end.is_none() {
+            self.awaited.clear();
+        }
         self.changed.notify_all();
         state.end.is_none()
     }
@@ -81,6 +102,10 @@ impl Gate {
         self.lock().running = false;
         kick();
         let mut state = self.lock();
+        if !state.running {
+            // Later than the kick, after which nothing but what was begun is done.
+            self.awaited.signal();
+        }
         while state.end.is_none() && !state.running && state.parked < state.threads {
             state = self.wait(state);
         }
@@ -94,7 +119,10 @@ impl Gate {
 
     /// Ends the VM for this reason, unless it has ended before.
     pub(crate) fn end(&self, end: End) {
-        self.lock().end.get_or_insert(end);
+        let mut state = self.lock();
+        state.end.get_or_insert(end);
+        self.awaited.signal();
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -133,7 +161,7 @@ mod tests {
     #[test]
     fn all_stop_and_go_on_together() {
         const THREADS: usize = 3;
-        let gate = Arc::new(Gate::new(THREADS));
+        let gate = Arc::new(Gate::new(THREADS).unwrap());
         let passed = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = (0..THREADS)
             .map(|_| {
@@ -166,7 +194,7 @@ mod tests {
 
     #[test]
     fn the_end_is_waited_for_until_the_deadline() {
-        let gate = Gate::new(0);
+        let gate = Gate::new(0).unwrap();
         let soon = Instant::now() + Duration::from_millis(20);
         assert_eq!(gate.wait_ended(Some(soon)), None);
         assert!(Instant::now() >= soon);

@@ -392,9 +392,10 @@ impl Parts {
 
     fn build(self, lines: Vec<UnixStream>, states: Option<&[LineState]>) -> Result<Inner, Error> {
         let Self { vm, memory, cpus, shape, msrs, sandbox } = self;
+        const EVENTS: &str = "make an event";
+        let gate = Gate::new(cpus.len()).map_err(host(EVENTS))?;
         let mut routed = Vec::new();
         let mut interrupt = |gsi| -> Result<Event, Error> {
-            const EVENTS: &str = "make an event";
             let event = Event::new().map_err(host(EVENTS))?;
             let fd = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
             vm.register_irqfd(&fd, gsi).map_err(kvm("route an interrupt"))?;
@@ -406,7 +407,8 @@ impl Parts {
             lines.into_iter().zip([layout::gsi::COM1, layout::gsi::COM2]).enumerate()
         {
             let state = states.and_then(|states| states.get(index));
-            let line = Line::new(socket, Arc::new(interrupt(gsi)?), state);
+            let awaited = gate.awaited().map_err(host(EVENTS))?;
+            let line = Line::new(socket, Arc::new(interrupt(gsi)?), awaited, state);
             built.push(line.map_err(host("start a serial line"))?);
         }
         let power_button = interrupt(layout::gsi::POWER_BUTTON)?;
@@ -414,7 +416,7 @@ impl Parts {
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
             processors: Arc::new(Processors {
-                gate: Gate::new(cpus.len()),
+                gate,
                 kicks: cpus.iter().map(|_| Kick::default()).collect(),
                 threads: Mutex::default(),
             }),

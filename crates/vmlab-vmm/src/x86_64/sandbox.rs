@@ -34,6 +34,8 @@ pub(super) fn enter(vcpu: BorrowedFd<'_>) -> io::Result<()> {
     let calls = Calls::runtime()
         // The kick is taken by it.
         .and(&[libc::SYS_rt_sigtimedwait])
+        // It waits for a host that does not read what a serial line says.
+        .and(&[libc::SYS_poll, libc::SYS_ppoll])
         .and_if(libc::SYS_sendto, [connected])
         .and_if(libc::SYS_ioctl, ON_PROCESSOR.map(on_it));
     Sandbox::without_files(&calls)?.enter().map(drop)

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::SendFlags;
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
@@ -41,13 +42,62 @@ impl SerialEvents for Emptied {
     }
 }
 
-/// A host that has closed its end is told no more, and the guest does not notice.
+/// The most bytes that are kept of what the host does not read. A processor waits for the host unless it is to stop, and
+/// then it is done with its instruction after a thousand bytes, and there are 255 processors at most.
+const MOST_UNSENT: usize = 1 << 20;
+
+/// What the guest says. A host that has closed its end is told no more, and the guest does not notice.
 #[derive(Debug)]
-struct Output(UnixStream);
+struct Output {
+    socket: UnixStream,
+    /// Readable as long as the processors are to stop, so that none waits for the host.
+    awaited: Event,
+    /// What the host had no room for then. It goes before all else.
+    unsent: Vec<u8>,
+    /// Tells the thread of the line that there is some.
+    left: Arc<Event>,
+}
+
+impl Output {
+    /// Sends what the host has room for.
+    fn send(&mut self) {
+        while !self.unsent.is_empty() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(&self.socket, &self.unsent, flags) {
+                Ok(count) => drop(self.unsent.drain(..count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(_) => self.unsent.clear(),
+            }
+        }
+    }
+
+    /// Waits until the host has room. False when the processors are to stop.
+    fn wait(&self) -> bool {
+        let mut fds =
+            [PollFd::new(&self.socket, PollFlags::OUT), PollFd::new(&self.awaited, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => return fds[1].revents().is_empty(),
+                Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let _ = self.0.write_all(bytes);
+        let room = MOST_UNSENT.saturating_sub(self.unsent.len());
+        self.unsent.extend(bytes.iter().take(room));
+        self.send();
+        while !self.unsent.is_empty() {
+            if !self.wait() {
+                self.left.signal();
+                break;
+            }
+            self.send();
+        }
         Ok(bytes.len())
     }
 
@@ -58,7 +108,7 @@ impl Write for Output {
 
 type Device = Serial<Interrupt, Emptied, Output>;
 
-/// A line and the thread that has its input.
+/// A line and the thread that has its input, and the output that no processor waits for.
 pub(super) struct Line {
     shared: Arc<Shared>,
     socket: UnixStream,
@@ -68,6 +118,7 @@ pub(super) struct Line {
 struct Shared {
     device: Mutex<Device>,
     emptied: Arc<Event>,
+    left: Arc<Event>,
     /// Readable for good once the thread is to end.
     stop: Event,
 }
@@ -77,28 +128,37 @@ struct Shared {
 pub(super) struct LineState {
     registers: [u8; 9],
     input: Vec<u8>,
+    output: Vec<u8>,
 }
 
 impl Line {
-    /// A line that goes on with a state, or begins as after power-on.
+    /// A line that goes on with a state, or begins as after power-on. A processor that writes to it waits for a host
+    /// that does not read, but not while `awaited` is readable.
     ///
     /// # Errors
-    /// There are no more threads or descriptors, or the state has more input than there can be.
+    /// There are no more threads or descriptors, or the state has more input or output than there can be.
     pub(super) fn new(
         socket: UnixStream,
         interrupt: Arc<Event>,
+        awaited: Event,
         state: Option<&LineState>,
     ) -> io::Result<Self> {
-        let emptied = Arc::new(Event::new()?);
+        let (emptied, left) = (Arc::new(Event::new()?), Arc::new(Event::new()?));
         let (input, socket_again) = (socket.try_clone()?, socket.try_clone()?);
+        let unsent = state.map(|state| state.output.clone()).unwrap_or_default();
+        if unsent.len() > MOST_UNSENT {
+            return Err(io::Error::other("it has more output than there can be"));
+        }
+        let output = Output { socket, awaited, unsent, left: Arc::clone(&left) };
         let state = state.map_or_else(SerialState::default, LineState::to_device);
-        let parts = (Interrupt(interrupt), Emptied(Arc::clone(&emptied)), Output(socket));
-        let device = Serial::from_state(&state, parts.0, parts.1, parts.2);
+        let (interrupt, events) = (Interrupt(interrupt), Emptied(Arc::clone(&emptied)));
+        let device = Serial::from_state(&state, interrupt, events, output);
         let device = device.map_err(|error| io::Error::other(format!("{error:?}")))?;
-        let shared = Arc::new(Shared { device: Mutex::new(device), emptied, stop: Event::new()? });
+        let device = Mutex::new(device);
+        let shared = Arc::new(Shared { device, emptied, left, stop: Event::new()? });
         let thread = {
             let shared = Arc::clone(&shared);
-            thread::Builder::new().name("serial".into()).spawn(move || shared.take_input(input))?
+            thread::Builder::new().name("serial".into()).spawn(move || shared.serve(input))?
         };
         Ok(Self { shared, socket: socket_again, thread: Mutex::new(Some(thread)) })
     }
@@ -120,7 +180,7 @@ impl Line {
         let Ok(()) = self.shared.device().interrupt_evt().trigger();
     }
 
-    /// Takes no more input.
+    /// Takes no more input, and sends nothing but what processors still write.
     pub(super) fn quiesce(&self) {
         self.shared.stop.signal();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -129,7 +189,7 @@ impl Line {
         }
     }
 
-    /// Ends the connection: a processor that waits for a host which does not read goes on.
+    /// Ends the connection.
     pub(super) fn hang_up(&self) {
         // It fails where the host has done so already.
         let _ = self.socket.shutdown(Shutdown::Both);
@@ -137,7 +197,8 @@ impl Line {
 
     /// Its registers.
     pub(super) fn state(&self) -> LineState {
-        LineState::of_device(&self.shared.device().state())
+        let device = self.shared.device();
+        LineState::of_device(&device.state(), &device.writer().unsent)
     }
 }
 
@@ -146,15 +207,28 @@ impl Shared {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the guest what the host writes, as fast as the guest takes it.
-    fn take_input(&self, mut socket: UnixStream) {
+    /// Gives the guest what the host writes, as fast as the guest takes it, and the host what it did not take before.
+    fn serve(&self, mut socket: UnixStream) {
         let mut buffer = [0; 64];
+        let mut input_ended = false;
         loop {
-            let room = self.device().fifo_capacity().min(buffer.len());
-            let source = if room == 0 { self.emptied.as_fd() } else { socket.as_fd() };
+            let (room, unsent) = {
+                let device = self.device();
+                let room = device.fifo_capacity().min(buffer.len());
+                (room, !device.writer().unsent.is_empty())
+            };
+            let source = match room {
+                _ if input_ended => self.stop.as_fd(),
+                0 => self.emptied.as_fd(),
+                _ => socket.as_fd(),
+            };
             let mut fds = [
                 PollFd::from_borrowed_fd(source, PollFlags::IN),
                 PollFd::new(&self.stop, PollFlags::IN),
+                match unsent {
+                    true => PollFd::new(&socket, PollFlags::OUT),
+                    false => PollFd::new(&self.left, PollFlags::IN),
+                },
             ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -162,6 +236,10 @@ impl Shared {
             }
             if !fds[1].revents().is_empty() {
                 return;
+            }
+            if !fds[2].revents().is_empty() {
+                self.left.clear();
+                self.device().writer_mut().send();
             }
             if fds[0].revents().is_empty() {
                 continue;
@@ -171,14 +249,14 @@ impl Shared {
                 continue;
             }
             match socket.read(&mut buffer[..room]) {
-                Ok(0) => return,
+                Ok(0) => input_ended = true,
                 Ok(count) => {
                     // There is room for all of it, as nobody else puts anything there but the guest itself in its
                     // loop mode.
                     let _ = self.device().enqueue_raw_bytes(&buffer[..count]);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
+                Err(_) => input_ended = true,
             }
         }
     }
@@ -191,7 +269,7 @@ impl Drop for Line {
 }
 
 impl LineState {
-    fn of_device(state: &SerialState) -> Self {
+    fn of_device(state: &SerialState, unsent: &[u8]) -> Self {
         Self {
             registers: [
                 state.baud_divisor_low,
@@ -205,6 +283,7 @@ impl LineState {
                 state.scratch,
             ],
             input: state.in_buffer.clone(),
+            output: unsent.to_vec(),
         }
     }
 
@@ -229,7 +308,7 @@ impl LineState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     /// Registers and bits of a 16550.
     const DATA: u8 = 0;
@@ -239,10 +318,19 @@ mod tests {
     const DATA_READY: u8 = 1;
 
     fn line(state: Option<&LineState>) -> (Line, UnixStream, Arc<Event>) {
+        let (line, host, interrupt, _) = line_to_leave(state);
+        (line, host, interrupt)
+    }
+
+    /// The last of them says that processors are to stop.
+    fn line_to_leave(state: Option<&LineState>) -> (Line, UnixStream, Arc<Event>, Event) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let interrupt = Arc::new(Event::new().unwrap());
-        (Line::new(theirs, Arc::clone(&interrupt), state).unwrap(), ours, interrupt)
+        let awaited = Event::new().unwrap();
+        let ours_to_say = awaited.try_clone().unwrap();
+        let line = Line::new(theirs, Arc::clone(&interrupt), awaited, state).unwrap();
+        (line, ours, interrupt, ours_to_say)
     }
 
     fn readable(event: &Event) -> bool {
@@ -294,6 +382,73 @@ mod tests {
         drop(host);
     }
 
+    /// Writes numbers until it is to stop while the host has no room, and returns how many.
+    fn fill(line: &Line, awaited: &Event) -> u32 {
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let stopped = || {
+                    let mut fds = [PollFd::new(awaited, PollFlags::IN)];
+                    poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() == 1
+                };
+                (1..).find(|count| {
+                    line.write(DATA, *count as u8);
+                    stopped()
+                })
+            });
+            thread::sleep(Duration::from_millis(50));
+            assert!(!writer.is_finished());
+            awaited.signal();
+            let signalled = Instant::now();
+            let count = writer.join().unwrap().unwrap();
+            assert!(signalled.elapsed() < Duration::from_secs(1), "{:?}", signalled.elapsed());
+            count
+        })
+    }
+
+    fn read_numbers(host: &mut UnixStream, count: u32) {
+        let mut found = vec![0; count as usize];
+        host.read_exact(&mut found).unwrap();
+        assert!(found.iter().copied().eq((1..=count).map(|n| n as u8)));
+    }
+
+    #[test]
+    fn a_processor_that_is_to_stop_waits_for_no_host_and_nothing_is_lost() {
+        let (line, mut host, _, awaited) = line_to_leave(None);
+        let count = fill(&line, &awaited);
+        // Another one is not kept, either.
+        line.write(DATA, (count + 1) as u8);
+        // The thread of the line has the rest, though no processor writes any more, and though nothing more comes in.
+        host.shutdown(Shutdown::Write).unwrap();
+        read_numbers(&mut host, count + 1);
+        awaited.clear();
+        line.write(DATA, b'a');
+        let mut more = [0];
+        host.read_exact(&mut more).unwrap();
+        assert_eq!(more, *b"a");
+    }
+
+    #[test]
+    fn what_the_host_did_not_take_goes_on_with_the_line() {
+        let (line, mut host, _, awaited) = line_to_leave(None);
+        let count = fill(&line, &awaited);
+        line.quiesce();
+        let state = line.state();
+        drop(line);
+        assert!(!state.output.is_empty());
+        let (after, mut new_host, _) = self::line(Some(&state));
+        let before = count - state.output.len() as u32;
+        read_numbers(&mut host, before);
+        let mut rest = vec![0; state.output.len()];
+        new_host.read_exact(&mut rest).unwrap();
+        assert_eq!(rest, state.output);
+        assert_eq!(rest.last(), Some(&(count as u8)));
+        assert!(after.state().output.is_empty());
+        let too_much = LineState { output: vec![0; MOST_UNSENT + 1], ..state };
+        let (_, socket) = UnixStream::pair().unwrap();
+        let event = || Event::new().unwrap();
+        assert!(Line::new(socket, Arc::new(event()), event(), Some(&too_much)).is_err());
+    }
+
     #[test]
     fn a_line_goes_on_with_its_registers_and_input() {
         let (before, mut host, _) = line(None);
@@ -312,6 +467,7 @@ mod tests {
         assert_eq!([after.read(DATA), after.read(DATA)], *b"ab");
         let too_much = LineState { input: vec![0; 1000], ..state };
         let (_, socket) = UnixStream::pair().unwrap();
-        assert!(Line::new(socket, Arc::new(Event::new().unwrap()), Some(&too_much)).is_err());
+        let event = || Event::new().unwrap();
+        assert!(Line::new(socket, Arc::new(event()), event(), Some(&too_much)).is_err());
     }
 }

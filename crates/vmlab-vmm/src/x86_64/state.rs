@@ -11,7 +11,7 @@ use crate::format::Format;
 use crate::topology::Topology;
 
 /// It has some kB a processor and device.
-const FORMAT: Format = Format { magic: *b"vmlab-vm", version: 2, max: 64 << 20 };
+const FORMAT: Format = Format { magic: *b"vmlab-vm", version: 3, max: 64 << 20 };
 
 /// A VM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn a_state_is_what_it_was() {
         let bytes = state().encode().unwrap();
-        assert_eq!(bytes[..12], *b"vmlab-vm\x02\0\0\0");
+        assert_eq!(bytes[..12], *b"vmlab-vm\x03\0\0\0");
         let found = State::decode(&bytes).unwrap();
         assert_eq!(found.shape.difference(&shape()), None);
         assert_eq!((found.cpus.len(), found.slots.len()), (2, 2));

@@ -184,6 +184,43 @@ fn a_guest_that_never_leaves_is_paused_and_goes_on_at_once() {
     assert!(longest < SOON, "{longest:?}");
 }
 
+/// Writes to its serial line for ever.
+fn chatter() -> Vec<u8> {
+    [&out(COM1, b'x')[..], &[0xeb, 0xf7]].concat() // jmp to the mov of the port
+}
+
+#[test]
+#[ignore = "needs a KVM that works: run by scripts/test.sh in a nested guest"]
+fn a_guest_whose_host_does_not_read_is_paused_saved_and_stopped() {
+    let (config, _console) = config(2);
+    let machine = boot(config, &chatter());
+    machine.resume().unwrap();
+    // Until the socket is full, and it is stuck.
+    let mut exits = machine.exits();
+    loop {
+        thread::sleep(Duration::from_millis(200));
+        let before = std::mem::replace(&mut exits, machine.exits());
+        if before == exits && !exits.is_empty() {
+            break;
+        }
+    }
+    let mut longest = Duration::ZERO;
+    for _ in 0..5 {
+        let started = Instant::now();
+        machine.pause().unwrap();
+        longest = longest.max(started.elapsed());
+        machine.resume().unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+    machine.pause().unwrap();
+    machine.save().unwrap();
+    let started = Instant::now();
+    drop(machine);
+    longest = longest.max(started.elapsed());
+    println!("paused and stopped within {longest:?}");
+    assert!(longest < SOON, "{longest:?}");
+}
+
 #[test]
 #[ignore = "needs a KVM that works: run by scripts/test.sh in a nested guest"]
 fn a_guest_that_never_leaves_is_stopped_by_another_thread() {

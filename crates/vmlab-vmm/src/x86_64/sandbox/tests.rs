@@ -33,6 +33,14 @@ fn restricted<T: Send>(does: impl FnOnce(&File) -> T + Send) -> T {
     })
 }
 
+/// Does something in the thread of a processor, and something else meanwhile.
+fn restricted_while(does: impl FnOnce() + Send, meanwhile: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        scope.spawn(meanwhile);
+        restricted(|_| does());
+    });
+}
+
 /// How a system call fails, which is made as it is.
 fn raw(call: libc::c_long, arguments: [usize; 5]) -> Errno {
     let [a, b, c, d, e] = arguments;
@@ -106,7 +114,7 @@ fn only_its_own_processor_is_operated() {
 fn lines_kicks_and_other_threads_work_as_ever() {
     let (mut line, host) = UnixStream::pair().unwrap();
     let event = vmlab_devices::Event::new().unwrap();
-    let (kick, gate) = (Kick::default(), Arc::new(Gate::new(1)));
+    let (kick, gate) = (Kick::default(), Arc::new(Gate::new(1).unwrap()));
     let control = super::super::control::Control::new().unwrap();
     let theirs = kick.clone();
     let passed = Arc::clone(&gate);
@@ -146,6 +154,29 @@ fn lines_kicks_and_other_threads_work_as_ever() {
     let mut said = [0; 3];
     std::io::Read::read_exact(&mut &host, &mut said).unwrap();
     assert_eq!(&said, b"out");
+}
+
+#[test]
+fn a_processor_that_is_to_stop_does_not_wait_for_a_host_that_does_not_read() {
+    let event = || vmlab_devices::Event::new().unwrap();
+    let (_host, socket) = UnixStream::pair().unwrap();
+    let awaited = event();
+    let theirs = awaited.try_clone().unwrap();
+    let line = super::super::serial::Line::new(socket, Arc::new(event()), theirs, None).unwrap();
+    let gate = Gate::new(1).unwrap();
+    gate.open();
+    restricted_while(
+        || {
+            while gate.pass() {
+                line.write(0, b'x');
+            }
+        },
+        || {
+            thread::sleep(Duration::from_millis(50));
+            gate.close(|| awaited.signal());
+            gate.end(End::Stopped);
+        },
+    );
 }
 
 #[test]
