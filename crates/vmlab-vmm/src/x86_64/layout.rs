@@ -61,7 +61,7 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 /// The port of pvpanic (`docs/specs/pvpanic.rst` of QEMU), of one byte.
 pub const PVPANIC: u16 = 0x505;
 
-/// Interrupts of the I/O APIC. All are edges, so that several slots can share one.
+/// Interrupts of the I/O APIC. All are edges. Several slots can share one, as they share what raises it.
 pub mod gsi {
     /// The second serial line.
     pub const COM2: u32 = 3;

@@ -8,6 +8,7 @@ pub mod cpuid;
 mod exits;
 #[doc(hidden)]
 pub mod fuzzing;
+mod interrupts;
 pub mod layout;
 mod machine;
 mod run;

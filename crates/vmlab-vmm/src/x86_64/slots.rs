@@ -1,6 +1,6 @@
 //! The places of virtio devices.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -10,6 +10,7 @@ use vmlab_devices::{Device, Event, OnFault};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::Control;
+use super::interrupts::Interrupts;
 use super::layout;
 use crate::error::{Error, host, kvm};
 use crate::event::for_kvm;
@@ -29,6 +30,7 @@ pub(super) struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     control: Control,
+    interrupts: Interrupts,
     slots: Vec<RwLock<Option<Arc<Plugged>>>>,
 }
 
@@ -36,8 +38,6 @@ pub(super) struct Slots {
 struct Plugged {
     mmio: Mmio,
     vm: Arc<VmFd>,
-    /// What the device interrupts the guest by.
-    interrupt: EventFd,
     /// The events that writes to its notification register signal, by queue.
     kicks: Vec<EventFd>,
     slot: usize,
@@ -52,7 +52,7 @@ impl Slots {
     ) -> Result<Self, Error> {
         let control = Control::new().map_err(host("start a thread"))?;
         let slots = (0..count).map(|_| RwLock::default()).collect();
-        Ok(Self { vm, memory, control, slots })
+        Ok(Self { vm, memory, control, interrupts: Interrupts::default(), slots })
     }
 
     fn get(&self, slot: usize) -> Option<Arc<Plugged>> {
@@ -68,7 +68,12 @@ impl Slots {
         if place.is_some() {
             return Err(Error::Slot { slot, how: "has a device" });
         }
-        let plugged = Plugged::new(&self.vm, self.memory.clone(), (slot, device, on_fault))?;
+        let gsi = layout::slot_gsi(slot);
+        let interrupt = self.interrupts.get(gsi, |irqfd| {
+            self.vm.register_irqfd(irqfd, gsi).map_err(kvm("route a device's interrupt"))
+        })?;
+        let of_device = (slot, device, on_fault, interrupt);
+        let plugged = Plugged::new(&self.vm, self.memory.clone(), of_device)?;
         *place = Some(Arc::new(plugged));
         Ok(())
     }
@@ -113,6 +118,10 @@ impl Slots {
     /// Ends all that KVM does for devices. When this returns, no interrupt of theirs is on its way.
     pub(super) fn let_go(&self) {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.let_go());
+        self.interrupts.let_go(|irqfd, gsi| {
+            // It fails only for what is not registered.
+            let _ = self.vm.unregister_irqfd(irqfd, gsi);
+        });
     }
 
     /// The devices' registers.
@@ -154,18 +163,14 @@ impl Plugged {
     fn new(
         vm: &Arc<VmFd>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
-        (slot, device, on_fault): (usize, Arc<dyn Device>, OnFault),
+        (slot, device, on_fault, interrupt): (usize, Arc<dyn Device>, OnFault, Event),
     ) -> Result<Self, Error> {
         const EVENTS: &str = "make events for a device";
-        let event = Event::new().map_err(host(EVENTS))?;
-        let interrupt = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
-        let mmio = Mmio::new(device, memory, event.into(), on_fault);
+        let mmio = Mmio::new(device, memory, interrupt.into(), on_fault);
         let mmio = mmio.map_err(host("start a device"))?;
         let kicks = mmio.kicks().map(|kick: BorrowedFd<'_>| for_kvm(kick));
         let kicks = kicks.collect::<Result<Vec<_>, _>>().map_err(host(EVENTS))?;
-        vm.register_irqfd(&interrupt, layout::slot_gsi(slot))
-            .map_err(kvm("route a device's interrupt"))?;
-        let mut plugged = Self { mmio, vm: Arc::clone(vm), interrupt, kicks: Vec::new(), slot };
+        let mut plugged = Self { mmio, vm: Arc::clone(vm), kicks: Vec::new(), slot };
         for kick in kicks {
             let queue = plugged.kicks.len() as u32;
             let routed = vm.register_ioevent(&kick, &plugged.notify_address(), queue);
@@ -183,10 +188,10 @@ impl Plugged {
         IoEventAddress::Mmio(layout::slot_address(self.slot) + u64::from(register::QUEUE_NOTIFY))
     }
 
-    /// Ends what KVM does for it. At the end of a VM, which ends all of that, it need not be done one by one.
+    /// Ends what KVM does for it, but for its interrupt, which others may share. At the end of a VM, which ends all of
+    /// that, it need not be done one by one.
     fn let_go(&self) {
-        // They fail only for what is not registered.
-        let _ = self.vm.unregister_irqfd(&self.interrupt, layout::slot_gsi(self.slot));
+        // It fails only for what is not registered.
         for (queue, kick) in self.kicks.iter().enumerate() {
             let _ = self.vm.unregister_ioevent(kick, &self.notify_address(), queue as u32);
         }
