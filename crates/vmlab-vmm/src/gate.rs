@@ -105,10 +105,30 @@ impl Gate {
         if !state.running {
             // Later than the kick, after which nothing but what was begun is done.
             self.awaited.signal();
+            self.changed.notify_all();
         }
         while state.end.is_none() && !state.running && state.parked < state.threads {
             state = self.wait(state);
         }
+    }
+
+    /// Waits for something else than this, unless all are to come here. Whoever brings it about [tells](Self::tell).
+    pub(crate) fn wait_for<T>(&self, something: impl Fn() -> Option<T>) -> Option<T> {
+        let mut state = self.lock();
+        loop {
+            let found = something();
+            if found.is_some() || !state.running || state.end.is_some() {
+                return found;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    /// Has those look again who wait for something else.
+    pub(crate) fn tell(&self) {
+        // None of them is between looking and waiting.
+        drop(self.lock());
+        self.changed.notify_all();
     }
 
     /// Whether they may run now.

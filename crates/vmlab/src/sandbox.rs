@@ -17,8 +17,9 @@
 //!   code as everywhere, before any thread looks at them.
 //! - `vhost-userN` (QEMU): the same, as asked by QEMU. It maps the guest's memory and does not read from it but the
 //!   index of used rings.
-//! - `serial` (native monitor): bytes of the host for the guest. It shares the registers of the line with the thread
-//!   of the processor, and takes nothing else from the guest.
+//! - `serial` (native monitor): bytes of the host for the guest, and those of the guest that the host had no room for.
+//!   It shares the registers of the line with the thread of the processor, and takes nothing else from the guest.
+//! - `end` (native monitor): waits for the threads above when a VM has ended.
 //! - The pump of the console, what speaks to the agent, and the switch of a network of VMs: they read what a guest has
 //!   sent, as bytes in buffers of their own. They write logs and files that the user has asked for.
 //! - The supervisor: waits for the end, and sees nothing of a guest.

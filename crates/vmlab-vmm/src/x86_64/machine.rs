@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_PRE_FAULT_MEMORY, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
@@ -55,8 +56,13 @@ pub struct Config {
     pub sandbox: bool,
 }
 
+/// How long the threads of a VM that has ended may take for what the host does for them, such as to write to a disk.
+/// A host that takes longer, like a filesystem of the network whose server is gone, may never be done.
+const END_TIME: Duration = Duration::from_secs(10);
+
 /// A VM in this process. When it is dropped, it has ended; no thread of one of its devices may be the one that
-/// drops it.
+/// drops it. Nothing of it is left then, unless the host takes very long for a request: the thread that waits for it
+/// has the guest's memory and its device until then.
 pub struct Machine {
     inner: Arc<Inner>,
 }
@@ -75,7 +81,7 @@ impl Ender {
 /// The threads of a VM's processors.
 #[derive(Debug)]
 pub(super) struct Processors {
-    pub(super) gate: Gate,
+    pub(super) gate: Arc<Gate>,
     pub(super) kicks: Vec<Kick>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -335,12 +341,34 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.inner.processors.end(End::Stopped);
         self.inner.lines.iter().for_each(Line::hang_up);
-        let threads = std::mem::take(&mut *lock(&self.inner.processors.threads));
+        let inner = Arc::clone(&self.inner);
+        let (ended, wait) = channel();
+        let thread = thread::Builder::new().name("end".into()).spawn(move || {
+            inner.end_threads();
+            // Unless it is too late, the one below is the last who has it.
+            drop(inner);
+            let _ = ended.send(());
+        });
+        match thread {
+            Ok(thread) => {
+                if wait.recv_timeout(END_TIME) != Err(RecvTimeoutError::Timeout) {
+                    let _ = thread.join();
+                }
+            }
+            Err(_) => self.inner.end_threads(),
+        }
+    }
+}
+
+impl Inner {
+    /// Waits for the end of all threads of a VM that has ended.
+    fn end_threads(&self) {
+        let threads = std::mem::take(&mut *lock(&self.processors.threads));
         for thread in threads {
             // Whatever it ended with has been reported.
             let _ = thread.join();
         }
-        self.inner.slots.quiesce();
+        self.slots.quiesce();
     }
 }
 
@@ -393,7 +421,7 @@ impl Parts {
     fn build(self, lines: Vec<UnixStream>, states: Option<&[LineState]>) -> Result<Inner, Error> {
         let Self { vm, memory, cpus, shape, msrs, sandbox } = self;
         const EVENTS: &str = "make an event";
-        let gate = Gate::new(cpus.len()).map_err(host(EVENTS))?;
+        let gate = Arc::new(Gate::new(cpus.len()).map_err(host(EVENTS))?);
         let mut routed = Vec::new();
         let mut interrupt = |gsi| -> Result<Event, Error> {
             let event = Event::new().map_err(host(EVENTS))?;
@@ -416,11 +444,11 @@ impl Parts {
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
             processors: Arc::new(Processors {
-                gate,
+                gate: Arc::clone(&gate),
                 kicks: cpus.iter().map(|_| Kick::default()).collect(),
                 threads: Mutex::default(),
             }),
-            slots: Slots::new(Arc::clone(&vm), atomic, shape.slots)?,
+            slots: Slots::new(Arc::clone(&vm), atomic, gate, shape.slots)?,
             lines: built,
             exits: Exits::default(),
             panicked: AtomicBool::new(false),

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::control::Panicked;
 use super::exits::Exit;
 use super::layout;
 use super::machine::Inner;
@@ -74,6 +75,9 @@ impl Inner {
             }
         }
         while self.processors.gate.pass() {
+            if !self.slots.settle().map_err(setup_failed)? {
+                continue;
+            }
             let mut vcpu = self.cpus[index].lock().unwrap_or_else(PoisonError::into_inner);
             while !kick.is_sent() {
                 if self.enter(&mut vcpu)? == Left::Interrupted {
@@ -136,9 +140,8 @@ impl Inner {
             }
             VcpuExit::MmioWrite(address, data) => {
                 self.exits.count(Exit::Register);
-                if is_slot(address) && !self.slots.write(address, data) {
-                    let what = "the thread that sets up devices panicked".to_owned();
-                    return Err(End::Failed(what));
+                if is_slot(address) {
+                    self.slots.write(address, data).map_err(setup_failed)?;
                 }
             }
             VcpuExit::Intr => {
@@ -271,6 +274,10 @@ impl Inner {
             sregs.cs.selector,
         )
     }
+}
+
+fn setup_failed(_: Panicked) -> End {
+    End::Failed("the thread that sets up devices panicked".to_owned())
 }
 
 /// Whether a slot's registers are at an address.

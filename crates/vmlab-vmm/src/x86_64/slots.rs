@@ -9,11 +9,12 @@ use vmlab_devices::transport::mmio::{Mmio, MmioState, register};
 use vmlab_devices::{Device, Event, OnFault};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::control::Control;
+use super::control::{Control, Panicked};
 use super::interrupts::Interrupts;
 use super::layout;
 use crate::error::{Error, host, kvm};
 use crate::event::for_kvm;
+use crate::gate::Gate;
 
 /// A device, and the slot that it goes to.
 pub struct Plug {
@@ -44,13 +45,14 @@ struct Plugged {
 }
 
 impl Slots {
-    /// So many slots, all empty.
+    /// So many slots, all empty, for the processors that wait at a gate.
     pub(super) fn new(
         vm: Arc<VmFd>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        gate: Arc<Gate>,
         count: usize,
     ) -> Result<Self, Error> {
-        let control = Control::new().map_err(host("start a thread"))?;
+        let control = Control::new(gate).map_err(host("start a thread"))?;
         let slots = (0..count).map(|_| RwLock::default()).collect();
         Ok(Self { vm, memory, control, interrupts: Interrupts::default(), slots })
     }
@@ -97,21 +99,34 @@ impl Slots {
         }
     }
 
-    /// What a guest writes to them. False when the device panicked at it.
-    pub(super) fn write(&self, address: u64, data: &[u8]) -> bool {
+    /// What the calling processor's guest writes to them. It may not be done when the processor is to stop: see
+    /// [`settle`](Self::settle).
+    ///
+    /// # Errors
+    /// The device panicked at it.
+    pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<(), Panicked> {
         let (slot, offset) = place(address);
-        let Some(plugged) = self.get(slot) else { return true };
-        if offset == u64::from(register::STATUS) {
-            // This may start and end threads.
+        let Some(plugged) = self.get(slot) else { return Ok(()) };
+        if changes_threads(offset, data) {
             let data = data.to_vec();
             return self.control.run(move || plugged.mmio.write(offset, &data));
         }
         plugged.mmio.write(offset, data);
-        true
+        Ok(())
+    }
+
+    /// Waits until all is done that the calling processor's guest has written (true), or the processor is to stop.
+    ///
+    /// # Errors
+    /// A device panicked at it.
+    pub(super) fn settle(&self) -> Result<bool, Panicked> {
+        self.control.settle()
     }
 
     /// Ends all that devices do. When this returns, no request is in progress.
     pub(super) fn quiesce(&self) {
+        // What a guest has written may have been left to be done when its processors were stopped.
+        self.control.drain();
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.mmio.quiesce());
     }
 
@@ -195,6 +210,15 @@ impl Plugged {
         for (queue, kick) in self.kicks.iter().enumerate() {
             let _ = self.vm.unregister_ioevent(kick, &self.notify_address(), queue as u32);
         }
+    }
+}
+
+/// Whether a write to a register may start threads, or end some and wait for them.
+fn changes_threads(offset: u64, data: &[u8]) -> bool {
+    match u32::try_from(offset) {
+        Ok(register::STATUS) => true,
+        Ok(register::QUEUE_READY) => data.iter().all(|byte| *byte == 0),
+        _ => false,
     }
 }
 

@@ -110,7 +110,7 @@ pub(crate) fn boot(config: Config, code: &[u8]) -> Machine {
     boot_with(config, code, Vec::new())
 }
 
-/// The same with these devices.
+/// A machine with these devices that will run this code.
 pub(crate) fn boot_with(config: Config, code: &[u8], devices: Vec<Plug>) -> Machine {
     let kernel = Kernel { image: image(code), initrd: None, command_line: String::new() };
     Machine::boot(config, kernel, devices).unwrap()

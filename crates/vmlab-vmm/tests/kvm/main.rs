@@ -12,6 +12,7 @@
 
 mod devices;
 mod guest;
+mod hangs;
 
 use std::fs;
 use std::io::{Read, Write};

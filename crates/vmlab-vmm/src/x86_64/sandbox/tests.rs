@@ -115,7 +115,7 @@ fn lines_kicks_and_other_threads_work_as_ever() {
     let (mut line, host) = UnixStream::pair().unwrap();
     let event = vmlab_devices::Event::new().unwrap();
     let (kick, gate) = (Kick::default(), Arc::new(Gate::new(1).unwrap()));
-    let control = super::super::control::Control::new().unwrap();
+    let control = super::super::control::Control::new(Arc::clone(&gate)).unwrap();
     let theirs = kick.clone();
     let passed = Arc::clone(&gate);
     let (ready, is_ready) = std::sync::mpsc::channel();
@@ -127,10 +127,11 @@ fn lines_kicks_and_other_threads_work_as_ever() {
         event.clear();
         // Threads start, with all their rights, in the one that is there for that.
         let (tell, told) = std::sync::mpsc::channel();
-        control.run(move || {
+        let job = move || {
             let read = thread::spawn(|| std::fs::read("/etc/passwd").is_ok());
             tell.send(read.join().unwrap()).unwrap();
-        });
+        };
+        control.run(job).unwrap();
         assert!(told.recv().unwrap());
         ready.send(()).unwrap();
         let mut rounds = 0;
