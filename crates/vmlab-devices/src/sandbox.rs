@@ -8,7 +8,8 @@
 use std::io;
 
 use libc::c_long;
-pub use vmlab_fuse::sandbox::{Calls, Is, Sandbox};
+use vmlab_fuse::sandbox::FilterOfAll;
+pub use vmlab_fuse::sandbox::{Calls, Filter, Is, Sandbox};
 
 /// What a device's threads do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +67,18 @@ impl Work {
     }
 }
 
+const KINDS: usize = Work::Connections as usize + 1;
+
+/// The filters of each kind.
+static FILTERS: [FilterOfAll; KINDS] = [const { FilterOfAll::new() }; KINDS];
+
 /// Has the calling thread give up all that such work does not need, for good. What the kernel lacks is left out.
 ///
 /// # Errors
 /// The kernel has something and refuses it.
 pub(crate) fn enter(work: Work) -> io::Result<()> {
-    Sandbox::without_files(&work.calls())?.enter().map(drop)
+    let filter = FILTERS[work as usize].get(|| work.calls())?;
+    Sandbox::without_files(filter)?.enter().map(drop)
 }
 
 #[cfg(test)]

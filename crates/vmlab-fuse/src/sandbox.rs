@@ -13,6 +13,7 @@ use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use landlock::{
@@ -33,7 +34,46 @@ const KNOWN: ABI = ABI::V5;
 #[derive(Debug)]
 pub struct Sandbox {
     landlock: Option<RulesetCreated>,
-    seccomp: Option<BpfProgram>,
+    seccomp: Filter,
+}
+
+/// A list of system calls as the kernel takes it, or nothing where it takes none. It is of use in the process that has
+/// made it.
+#[derive(Debug, Clone)]
+pub struct Filter(Option<Arc<BpfProgram>>);
+
+impl Filter {
+    /// For threads with these system calls.
+    ///
+    /// # Errors
+    /// They are no list.
+    pub fn new(calls: &Calls) -> io::Result<Self> {
+        let make = || calls.filter().map(Arc::new).map_err(refused("seccomp"));
+        seccomp_is_there().then(make).transpose().map(Self)
+    }
+}
+
+/// A filter for all threads of a kind, which is made by the first of them.
+#[derive(Debug, Default)]
+pub struct FilterOfAll(OnceLock<Filter>);
+
+impl FilterOfAll {
+    /// One that is not made yet.
+    pub const fn new() -> Self {
+        Self(OnceLock::new())
+    }
+
+    /// The filter for these system calls, which are always the same.
+    ///
+    /// # Errors
+    /// As of [`Filter::new`].
+    pub fn get(&self, calls: impl FnOnce() -> Calls) -> io::Result<&Filter> {
+        if let Some(filter) = self.0.get() {
+            return Ok(filter);
+        }
+        let filter = Filter::new(&calls())?;
+        Ok(self.0.get_or_init(|| filter))
+    }
 }
 
 /// What restricts a thread.
@@ -106,17 +146,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// The kernel has something and refuses it.
-    pub fn without_files(calls: &Calls) -> io::Result<Self> {
+    pub fn without_files(filter: &Filter) -> io::Result<Self> {
         let landlock = ruleset_of_nothing().map_err(refused("Landlock"))?;
-        Self::of(Some(landlock), calls)
-    }
-
-    fn of(landlock: Option<RulesetCreated>, calls: &Calls) -> io::Result<Self> {
-        let seccomp = match seccomp_is_there() {
-            true => Some(calls.filter().map_err(refused("seccomp"))?),
-            false => None,
-        };
-        Ok(Self { landlock, seccomp })
+        Ok(Self { landlock: Some(landlock), seccomp: filter.clone() })
     }
 
     /// Restricts the calling thread for good.
@@ -131,10 +163,10 @@ impl Sandbox {
             landlock = done.landlock.into();
         }
         // Last, for it leaves no system call for the other.
-        if let Some(filter) = &self.seccomp {
+        if let Some(filter) = &self.seccomp.0 {
             seccompiler::apply_filter(filter).map_err(refused("seccomp"))?;
         }
-        Ok(Restrictions { landlock, seccomp: self.seccomp.is_some() })
+        Ok(Restrictions { landlock, seccomp: self.seccomp.0.is_some() })
     }
 }
 

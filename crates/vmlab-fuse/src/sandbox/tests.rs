@@ -21,6 +21,19 @@ use super::*;
 
 const NONE: Mode = Mode::empty();
 
+#[test]
+fn a_filter_of_all_is_made_once() {
+    let (filter, mut made) = (FilterOfAll::new(), 0);
+    for _ in 0..3 {
+        let calls = || {
+            made += 1;
+            Calls::runtime()
+        };
+        filter.get(calls).unwrap();
+    }
+    assert_eq!(made, 1);
+}
+
 /// A directory with a share in it, and what is beside that.
 struct Place {
     dir: TempDir,
@@ -295,7 +308,7 @@ fn what_the_kernel_refuses_is_an_error() {
 }
 
 fn without_files<T: Send + 'static>(calls: &Calls, does: fn() -> T) -> T {
-    let sandbox = Sandbox::without_files(calls).unwrap();
+    let sandbox = Sandbox::without_files(&Filter::new(calls).unwrap()).unwrap();
     let thread = std::thread::spawn(move || {
         sandbox.enter().unwrap();
         does()

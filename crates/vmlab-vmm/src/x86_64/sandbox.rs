@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{KVMIO, kvm_regs, kvm_sregs, kvm_translation};
 use rustix::ioctl::{Opcode, opcode};
-use vmlab_devices::sandbox::{Calls, Is, Sandbox};
+use vmlab_devices::sandbox::{Calls, Filter, Is, Sandbox};
 
 const GROUP: u8 = KVMIO as u8;
 
@@ -38,7 +38,8 @@ pub(super) fn enter(vcpu: BorrowedFd<'_>) -> io::Result<()> {
         .and(&[libc::SYS_poll, libc::SYS_ppoll])
         .and_if(libc::SYS_sendto, [connected])
         .and_if(libc::SYS_ioctl, ON_PROCESSOR.map(on_it));
-    Sandbox::without_files(&calls)?.enter().map(drop)
+    // It names the processor, so that it is of use to this thread alone.
+    Sandbox::without_files(&Filter::new(&calls)?)?.enter().map(drop)
 }
 
 #[cfg(test)]
