@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstatfs, seek};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -22,6 +22,18 @@ pub struct RawFile {
     capacity: u64,
     /// Whether nobody reads it after the guest.
     scratch: bool,
+    /// What has a read fail that would wait for a disk. Files in memory know no such flag, and never do.
+    at_once: libc::c_int,
+}
+
+/// `TMPFS_MAGIC` of `linux/magic.h`.
+const TMPFS: i64 = 0x0102_1994;
+
+fn at_once(file: &File) -> libc::c_int {
+    match fstatfs(file) {
+        Ok(filesystem) if filesystem.f_type == TMPFS => 0,
+        _ => libc::RWF_NOWAIT,
+    }
 }
 
 impl RawFile {
@@ -31,12 +43,13 @@ impl RawFile {
     /// Its length cannot be found out.
     pub fn new(file: File) -> io::Result<Self> {
         let bytes = seek(&file, SeekFrom::End(0))?;
-        Ok(Self { file, capacity: bytes.div_ceil(SECTOR), scratch: false })
+        Ok(Self::with_capacity(file, bytes.div_ceil(SECTOR)))
     }
 
     /// The first sectors of a file, whatever its length.
     pub(super) fn with_capacity(file: File, capacity: u64) -> Self {
-        Self { file, capacity, scratch: false }
+        let at_once = at_once(&file);
+        Self { file, capacity, scratch: false, at_once }
     }
 
     /// Says that nobody will read it after the guest, so that a flush waits for no disk of the host.
@@ -92,7 +105,7 @@ impl Backend for RawFile {
     }
 
     fn read_at_once(&self, sectors: Sectors, room: &Buffers<'_>) -> Option<io::Result<()>> {
-        match self.read_with(sectors, room, libc::RWF_NOWAIT) {
+        match self.read_with(sectors, room, self.at_once) {
             Err(error) if may_wait(&error) => None,
             read => Some(read),
         }
@@ -205,6 +218,18 @@ pub(super) mod tests {
         ] {
             assert_eq!(sector(number), [byte; 512], "{number}");
         }
+    }
+
+    #[test]
+    fn a_file_in_memory_is_read_at_once() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(4096).unwrap();
+        let disk = RawFile::new(file).unwrap();
+        write(&disk, sectors(1, 1), 7);
+        let mut bytes = [0xee; 1024];
+        disk.read_at_once(sectors(1, 2), &Buffers::from_bytes(&mut bytes)).unwrap().unwrap();
+        assert_eq!(bytes, *[[7; 512], [0; 512]].concat());
     }
 
     #[test]
