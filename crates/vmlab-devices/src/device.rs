@@ -39,7 +39,8 @@ pub trait Device: Send + Sync {
         0
     }
 
-    /// Its configuration space. A guest cannot write to it.
+    /// Its configuration space. A guest cannot write to it. A transport may look at it only when it begins, at a reset,
+    /// and when it is told of a change.
     fn config(&self) -> Vec<u8> {
         Vec::new()
     }

@@ -285,6 +285,7 @@ fn sizes_are_told() {
     assert_eq!(guest.get(register::CONFIG + 4), 2, "ports");
     assert_eq!(guest.get(register::QUEUE_NUM_MAX), 128);
     device.resize(80, 25);
+    guest.mmio.config_changed();
     assert_eq!(guest.get(register::CONFIG), 25 << 16 | 80);
     open_sized(&guest);
     for columns in 100..200 {

@@ -2,15 +2,17 @@
 #![allow(clippy::unwrap_used, reason = "clippy takes the helpers of tests for other code")]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use vm_memory::{MmapRegion, VolatileMemory};
 use vmlab_devices::blk::{Blk, Options, Source};
 use vmlab_devices::rng::Rng;
-use vmlab_devices::transport::mmio::{MmioState, QueueState, StateError, register};
+use vmlab_devices::transport::mmio::{MmioState, Page, QueueState, StateError, register};
 use vmlab_devices::{Device, QueueError, QueueKind, Turn, VirtQueue};
 
 #[path = "common/guest.rs"]
@@ -72,6 +74,80 @@ fn an_interrupt_has_its_reason_until_that_is_acknowledged() {
     guest.set(register::STATUS, 0);
     guest.mmio.config_changed();
     assert_eq!((guest.interrupts(), guest.get(register::INTERRUPT_STATUS)), (0, 0));
+}
+
+#[test]
+fn interrupts_come_whether_they_are_acknowledged_or_not() {
+    let guest = Guest::new(Arc::new(Rng));
+    guest.start();
+    // A monitor need not tell the device of acknowledgments.
+    for seen in 0..3_u16 {
+        guest.set_number(available(0) + 4 + 2 * u64::from(SIZE), seen);
+        guest.offer(0, &[(BUFFERS, 8, WRITE)]);
+        guest.kick(0);
+        while guest.interrupts() == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(guest.get(register::INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+        assert!(guest.take(0).is_some());
+    }
+    guest.mmio.quiesce();
+    let second = guest.moved_to(Arc::new(Rng));
+    second.mmio.restore(&guest.mmio.state()).unwrap();
+    assert_eq!(second.interrupts(), 1);
+    // An acknowledgment of another reason, which it is told of, takes away what it names.
+    second.mmio.config_changed();
+    assert_eq!(second.interrupted(), VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(second.get(register::INTERRUPT_STATUS), 0);
+    ask(&second);
+}
+
+#[test]
+fn the_page_shows_what_is_read() {
+    let region = Arc::new(MmapRegion::new(3 * Page::SIZE).unwrap());
+    let page = |index| Page::of(&region, index);
+    assert!(page(3).is_none() && page(usize::MAX).is_none());
+    let (before, behind) = (page(0).unwrap(), page(2).unwrap());
+    let shown = |index: usize, offset: u32| -> u32 {
+        let at = index * Page::SIZE + offset as usize;
+        region.get_atomic_ref::<AtomicU32>(at).unwrap().load(Ordering::SeqCst)
+    };
+    let mut guest = Guest::on(page(1).unwrap(), disk());
+    let same = |guest: &Guest| {
+        for offset in (0..0x1000).step_by(4) {
+            assert_eq!(shown(1, offset), guest.get(offset), "{offset:x}");
+        }
+    };
+    same(&guest);
+    assert_eq!(shown(1, register::DEVICE_ID), 2);
+    guest.negotiate();
+    guest.place(1);
+    guest.ready();
+    same(&guest);
+    assert_eq!((shown(1, register::QUEUE_READY), shown(1, register::STATUS)), (1, 11));
+    guest.start();
+    read_sector(&guest, 1);
+    guest.kick(1);
+    guest.wait(1);
+    guest.mmio.config_changed();
+    same(&guest);
+    assert_eq!(shown(1, register::INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+    guest.mmio.quiesce();
+    let (state, memory) = (guest.mmio.state(), guest.memory.clone());
+    drop(guest);
+    // As a device that is new there, nothing of the old one is left, until it goes on with its state.
+    guest = Guest::with_page(memory, page(1).unwrap(), disk());
+    same(&guest);
+    assert_eq!((shown(1, register::STATUS), shown(1, register::CONFIG_GENERATION)), (0, 0));
+    guest.mmio.restore(&state).unwrap();
+    same(&guest);
+    assert_eq!(shown(1, register::INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+    page(1).unwrap().clear();
+    for (index, _) in [(0, before), (1, page(1).unwrap()), (2, behind)] {
+        // MagicValue and Version of virtio 1.2, 4.2.2, and no device.
+        assert_eq!((shown(index, 0), shown(index, 4)), (0x7472_6976, 2));
+        assert!((8..0x1000).step_by(4).all(|offset| shown(index, offset) == 0));
+    }
 }
 
 #[test]
@@ -277,6 +353,29 @@ fn a_kick_may_come_by_its_eventfd() {
         let head = read_sector(&guest, queue as u32);
         rustix::io::write(kick, &1u64.to_ne_bytes()).unwrap();
         assert_eq!(guest.wait(queue as u32), (head, 513));
+    }
+}
+
+/// Asks a disk for its serial number, which does not wait for anything.
+fn ask_name(guest: &Guest) {
+    guest.put(BUFFERS, &[&8u32.to_le_bytes()[..], &[0; 12]].concat());
+    guest.offer(0, &[(BUFFERS, 16, 0), (BUFFERS + 512, 21, WRITE)]);
+}
+
+#[test]
+fn a_guest_is_told_of_several_requests_at_once() {
+    let guest = Guest::new(disk());
+    guest.start();
+    for _ in 0..SIZE {
+        let count = usize::from(SIZE / 2).min(5);
+        (0..count).for_each(|_| ask_name(&guest));
+        guest.kick(0);
+        assert_eq!(guest.interrupted(), VIRTIO_MMIO_INT_VRING);
+        for _ in 0..count {
+            assert_eq!(guest.take(0).unwrap().1, 21);
+        }
+        let wanted = guest.number(used(0) + 2);
+        guest.set_number(available(0) + 4 + 2 * u64::from(SIZE), wanted);
     }
 }
 

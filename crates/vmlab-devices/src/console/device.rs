@@ -157,7 +157,7 @@ impl Console {
         Self { sandbox, ..self }
     }
 
-    /// Tells the guest the size of its consoles. (A driver that knows one port only has to be told by the transport
+    /// Tells the guest the size of its consoles. (For a driver that knows one port only, the transport has to be told
     /// that the configuration has changed.)
     pub fn resize(&self, columns: u16, rows: u16) {
         self.change(|control| control.resize(columns, rows));

@@ -94,16 +94,23 @@ impl<F: FileSystem> Device for Fs<F> {
             let memory = queue.memory();
             let Some(mut chain) = queue.pop_or(&memory, refuse)? else { return Ok(()) };
             if may_take_long(&chain) {
+                queue.tell(&memory)?;
                 turn.hand_over();
             }
             let head = chain.head();
             let (request, room) = chain.parts();
-            let mut reply = Reply { room, before_waiting: &mut || turn.hand_over() };
+            let mut told = Ok(());
+            let mut before_waiting = || {
+                told = queue.tell(&memory);
+                turn.hand_over();
+            };
+            let mut reply = Reply { room, before_waiting: &mut before_waiting };
             let written = self.server.serve(&Request(request), &mut reply);
-            queue.complete(&memory, head, written as u32)?;
+            told?;
             if !turn.held() {
-                return Ok(());
+                return queue.complete(&memory, head, written as u32);
             }
+            queue.complete_and_go_on(&memory, head, written as u32)?;
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
-use vmlab_devices::transport::mmio::{Mmio, register};
+use vmlab_devices::transport::mmio::{Mmio, Page, register};
 use vmlab_devices::{Device, OnFault};
 
 #[allow(unused_imports, reason = "not every test uses all of it")]
@@ -66,6 +66,16 @@ impl Guest {
     }
 
     pub(crate) fn with(memory: GuestMemoryMmap, device: Arc<dyn Device>) -> Self {
+        Self::with_page(memory, Page::alone().unwrap(), device)
+    }
+
+    /// A guest whose device has its registers on this page.
+    pub(crate) fn on(page: Page, device: Arc<dyn Device>) -> Self {
+        let range = (GuestAddress(0), MEMORY as usize);
+        Self::with_page(GuestMemoryMmap::from_ranges(&[range]).unwrap(), page, device)
+    }
+
+    pub(crate) fn with_page(memory: GuestMemoryMmap, page: Page, device: Arc<dyn Device>) -> Self {
         let faults: Arc<Mutex<VecDeque<_>>> = Arc::default();
         let on_fault: OnFault = {
             let faults = faults.clone();
@@ -76,7 +86,8 @@ impl Guest {
         let interrupt = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let places = RefCell::new(vec![Place::default(); device.queues().len()]);
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let mmio = Mmio::new(device, shared, interrupt.try_clone().unwrap(), on_fault).unwrap();
+        let line = interrupt.try_clone().unwrap();
+        let mmio = Mmio::new(device, shared, line, page, on_fault).unwrap();
         Self { memory, mmio, faults, interrupt, places }
     }
 

@@ -1,11 +1,16 @@
 //! The places of virtio devices.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, VmFd};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmlab_devices::transport::mmio::{Mmio, MmioState, register};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, MmapRegion,
+};
+use vmlab_devices::transport::mmio::{Mmio, MmioState, Page, register};
 use vmlab_devices::{Device, Event, OnFault};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,6 +37,11 @@ pub(super) struct Slots {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     control: Control,
     interrupts: Interrupts,
+    /// A page of registers for each slot, which the guest reads without being left. What it writes there comes
+    /// here.
+    pages: Arc<MmapRegion>,
+    /// Signalled by guests that acknowledge an interrupt of a queue, for which nobody waits.
+    acknowledged: Arc<EventFd>,
     slots: Vec<RwLock<Option<Arc<Plugged>>>>,
 }
 
@@ -41,6 +51,9 @@ struct Plugged {
     vm: Arc<VmFd>,
     /// The events that writes to its notification register signal, by queue.
     kicks: Vec<EventFd>,
+    /// That of all slots.
+    acknowledged: Arc<EventFd>,
+    page: Page,
     slot: usize,
 }
 
@@ -53,8 +66,28 @@ impl Slots {
         count: usize,
     ) -> Result<Self, Error> {
         let control = Control::new(gate).map_err(host("start a thread"))?;
+        let pages = MmapRegion::new(count.max(1) * Page::SIZE);
+        let pages = pages.map_err(|e| host("map registers")(io::Error::other(e)))?;
+        let acknowledged = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        let acknowledged = Arc::new(acknowledged.map_err(host("make an event"))?);
+        let pages = Arc::new(pages);
+        (0..count).try_for_each(|slot| page(&pages, slot).map(drop))?;
+        if count > 0 {
+            let region = kvm_userspace_memory_region {
+                // Behind those of the memory.
+                slot: memory.memory().num_regions() as u32,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: layout::SLOTS,
+                memory_size: pages.size() as u64,
+                userspace_addr: pages.as_ptr() as u64,
+            };
+            // SAFETY: the region is a whole mapping, which is kept until no processor runs any more, and which the
+            // guest only reads. The host uses it by atomic operations.
+            unsafe { vm.set_user_memory_region(region) }.map_err(kvm("show registers"))?;
+        }
         let slots = (0..count).map(|_| RwLock::default()).collect();
-        Ok(Self { vm, memory, control, interrupts: Interrupts::default(), slots })
+        let interrupts = Interrupts::default();
+        Ok(Self { vm, memory, control, interrupts, pages, acknowledged, slots })
     }
 
     fn get(&self, slot: usize) -> Option<Arc<Plugged>> {
@@ -74,8 +107,11 @@ impl Slots {
         let interrupt = self.interrupts.get(gsi, |irqfd| {
             self.vm.register_irqfd(irqfd, gsi).map_err(kvm("route a device's interrupt"))
         })?;
+        let page = page(&self.pages, slot)?;
+        let of_slot = (page.clone(), Arc::clone(&self.acknowledged));
         let of_device = (slot, device, on_fault, interrupt);
-        let plugged = Plugged::new(&self.vm, self.memory.clone(), of_device)?;
+        let plugged = Plugged::new(&self.vm, self.memory.clone(), of_slot, of_device);
+        let plugged = plugged.inspect_err(|_| page.clear())?;
         *place = Some(Arc::new(plugged));
         Ok(())
     }
@@ -83,32 +119,32 @@ impl Slots {
     /// Takes a device out. When this returns, none of its requests is in progress.
     pub(super) fn unplug(&self, slot: usize) -> Result<(), Error> {
         let place = self.slots.get(slot).ok_or(Error::Slot { slot, how: "does not exist" })?;
-        let plugged = place.write().unwrap_or_else(PoisonError::into_inner).take();
-        let plugged = plugged.ok_or(Error::Slot { slot, how: "has no device" })?;
+        let missing = Error::Slot { slot, how: "has no device" };
+        let Some(plugged) = self.get(slot) else { return Err(missing) };
+        // This waits for the host. A processor must not wait for it at the lock.
         plugged.mmio.quiesce();
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        let plugged = place.take().ok_or(missing)?;
         plugged.let_go();
+        // What its guest has written meanwhile must not come to the page of the next one.
+        self.control.drain();
+        plugged.page.clear();
         Ok(())
     }
 
-    /// What a guest reads from the registers of slots.
-    pub(super) fn read(&self, address: u64, data: &mut [u8]) {
-        let (slot, offset) = place(address);
-        match self.get(slot) {
-            Some(plugged) => plugged.mmio.read(offset, data),
-            None => read_empty(offset, data),
-        }
-    }
-
-    /// What the calling processor's guest writes to them. It may not be done when the processor is to stop: see
-    /// [`settle`](Self::settle).
+    /// What the calling processor's guest writes to the registers of slots. It may not be done when the processor is to
+    /// stop: see [`settle`](Self::settle).
     ///
     /// # Errors
     /// The device panicked at it.
     pub(super) fn write(&self, address: u64, data: &[u8]) -> Result<(), Panicked> {
         let (slot, offset) = place(address);
-        let Some(plugged) = self.get(slot) else { return Ok(()) };
+        let Some(slot) = self.slots.get(slot) else { return Ok(()) };
+        // Held until it is done: the page is another device's when this one is gone.
+        let plugged = slot.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(plugged) = &*plugged else { return Ok(()) };
         if changes_threads(offset, data) {
-            let data = data.to_vec();
+            let (plugged, data) = (Arc::clone(plugged), data.to_vec());
             return self.control.run(move || plugged.mmio.write(offset, &data));
         }
         plugged.mmio.write(offset, data);
@@ -178,17 +214,31 @@ impl Plugged {
     fn new(
         vm: &Arc<VmFd>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        (page, acknowledged): (Page, Arc<EventFd>),
         (slot, device, on_fault, interrupt): (usize, Arc<dyn Device>, OnFault, Event),
     ) -> Result<Self, Error> {
         const EVENTS: &str = "make events for a device";
-        let mmio = Mmio::new(device, memory, interrupt.into(), on_fault);
+        let mmio = Mmio::new(device, memory, interrupt.into(), page.clone(), on_fault);
         let mmio = mmio.map_err(host("start a device"))?;
         let kicks = mmio.kicks().map(|kick: BorrowedFd<'_>| for_kvm(kick));
         let kicks = kicks.collect::<Result<Vec<_>, _>>().map_err(host(EVENTS))?;
-        let mut plugged = Self { mmio, vm: Arc::clone(vm), kicks: Vec::new(), slot };
+        let vm = Arc::clone(vm);
+        let mut plugged = Self { mmio, vm, kicks: Vec::new(), acknowledged, page, slot };
+        // KVM takes these writes without leaving the guest. So the device does not hear of them, and goes on to say
+        // that it has used buffers: drivers look at their rings at each interrupt.
+        let routed = plugged.vm.register_ioevent(
+            &plugged.acknowledged,
+            &plugged.register(register::INTERRUPT_ACK),
+            VIRTIO_MMIO_INT_VRING,
+        );
+        if let Err(error) = routed {
+            plugged.let_go();
+            return Err(kvm("route acknowledgments of interrupts")(error));
+        }
         for kick in kicks {
             let queue = plugged.kicks.len() as u32;
-            let routed = vm.register_ioevent(&kick, &plugged.notify_address(), queue);
+            let notify = plugged.register(register::QUEUE_NOTIFY);
+            let routed = plugged.vm.register_ioevent(&kick, &notify, queue);
             if let Err(error) = routed {
                 // The slot may get another one.
                 plugged.let_go();
@@ -199,8 +249,9 @@ impl Plugged {
         Ok(plugged)
     }
 
-    fn notify_address(&self) -> IoEventAddress {
-        IoEventAddress::Mmio(layout::slot_address(self.slot) + u64::from(register::QUEUE_NOTIFY))
+    /// Where one of its registers is.
+    fn register(&self, register: u32) -> IoEventAddress {
+        IoEventAddress::Mmio(layout::slot_address(self.slot) + u64::from(register))
     }
 
     /// Ends what KVM does for it, but for its interrupt, which others may share. At the end of a VM, which ends all of
@@ -208,8 +259,12 @@ impl Plugged {
     fn let_go(&self) {
         // It fails only for what is not registered.
         for (queue, kick) in self.kicks.iter().enumerate() {
-            let _ = self.vm.unregister_ioevent(kick, &self.notify_address(), queue as u32);
+            let notify = self.register(register::QUEUE_NOTIFY);
+            let _ = self.vm.unregister_ioevent(kick, &notify, queue as u32);
         }
+        let acknowledge = self.register(register::INTERRUPT_ACK);
+        let reason = VIRTIO_MMIO_INT_VRING;
+        let _ = self.vm.unregister_ioevent(&self.acknowledged, &acknowledge, reason);
     }
 }
 
@@ -228,45 +283,14 @@ fn place(address: u64) -> (usize, u64) {
     ((offset / layout::SLOT_SIZE) as usize, offset % layout::SLOT_SIZE)
 }
 
-/// What a slot says that has no device: that it is one of virtio-mmio, with none (virtio 1.2, 4.2.2).
-fn read_empty(offset: u64, data: &mut [u8]) {
-    /// `virt`
-    const MAGIC: u32 = 0x7472_6976;
-    const VERSION: u32 = 2;
-    let value = match u32::try_from(offset) {
-        Ok(register::MAGIC_VALUE) => MAGIC,
-        Ok(register::VERSION) => VERSION,
-        _ => 0,
-    };
-    data.fill(0);
-    if data.len() == size_of::<u32>() {
-        data.copy_from_slice(&value.to_le_bytes());
-    }
+/// The page of a slot, which has no device yet.
+fn page(pages: &Arc<MmapRegion>, slot: usize) -> Result<Page, Error> {
+    Page::of(pages, slot).ok_or(Error::Slot { slot, how: "does not exist" })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn empty(offset: u64, length: usize) -> Vec<u8> {
-        let mut data = vec![0xaa; length];
-        read_empty(offset, &mut data);
-        data
-    }
-
-    #[test]
-    fn an_empty_slot_says_that_it_is_one() {
-        // Offsets and values of virtio 1.2, 4.2.2: MagicValue, Version, DeviceID and Status.
-        assert_eq!(empty(0x000, 4), b"virt");
-        assert_eq!(empty(0x004, 4), [2, 0, 0, 0]);
-        assert_eq!(empty(0x008, 4), [0; 4]);
-        assert_eq!(empty(0x070, 4), [0; 4]);
-        // Its registers are read as a whole.
-        for length in [1, 2, 8] {
-            assert_eq!(empty(0x000, length), vec![0; length]);
-        }
-        assert_eq!(empty(layout::SLOT_SIZE - 4, 4), [0; 4]);
-    }
 
     #[test]
     fn an_address_is_a_register_of_a_slot() {

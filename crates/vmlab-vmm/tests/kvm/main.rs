@@ -150,12 +150,12 @@ fn registers_of_slots_are_where_they_are_and_around_them_is_nothing() {
         let write = [0x66, 0xba, 0xf8, 0x03, 0xee, 0xc1, 0xe8, 8]; // mov dx, COM1; out dx, al; shr eax, 8
         [&load[..], &write.repeat(4)].concat()
     }
-    // An empty slot, its version, the slot behind the last, and an address far from all.
+    // An empty slot, its version, what is behind the last slot, and an address far from all.
     let code = [read(0xd000_0000), read(0xd000_0004), read(0xd000_1000), read(0xd002_0000)];
     let (machine, mut console) = run(&[code.concat(), off()].concat());
     let mut found = [0; 16];
     console.read_exact(&mut found).unwrap();
-    assert_eq!(&found, b"virt\x02\0\0\0virt\xff\xff\xff\xff");
+    assert_eq!(&found, b"virt\x02\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff");
     assert_eq!(end(&machine), End::PowerOff);
 }
 

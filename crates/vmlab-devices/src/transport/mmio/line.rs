@@ -2,32 +2,32 @@
 //! waiting for these threads to end.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
 use crate::device::Interrupt;
 use crate::event::Event;
+use crate::transport::mmio::page::Page;
+use crate::transport::mmio::register;
 
-/// The interrupt of a device, its reason, and the status register.
+/// The interrupt of a device, and the registers with its reason, the status, and how often the configuration has
+/// changed.
 pub(super) struct Line {
     interrupt: Event,
-    reasons: AtomicU32,
-    generation: AtomicU32,
-    status: AtomicU32,
+    page: Page,
     broken: AtomicU64,
 }
 
 impl Line {
-    pub(super) fn new(interrupt: OwnedFd) -> Self {
-        let (reasons, generation, status, broken) = Default::default();
-        Self { interrupt: interrupt.into(), reasons, generation, status, broken }
+    pub(super) fn new(interrupt: OwnedFd, page: Page) -> Self {
+        Self { interrupt: interrupt.into(), page, broken: AtomicU64::default() }
     }
 
     /// The guest's handler looks for the reason first, so that it must be there before the interrupt.
     fn raise(&self, reason: u32) {
-        self.reasons.fetch_or(reason, Ordering::SeqCst);
+        self.page.add(register::INTERRUPT_STATUS, reason);
         self.fire();
     }
 
@@ -36,27 +36,28 @@ impl Line {
     }
 
     pub(super) fn reasons(&self) -> u32 {
-        self.reasons.load(Ordering::SeqCst)
+        self.page.get(register::INTERRUPT_STATUS)
     }
 
     pub(super) fn acknowledge(&self, reasons: u32) {
-        self.reasons.fetch_and(!reasons, Ordering::SeqCst);
+        self.page.remove(register::INTERRUPT_STATUS, reasons);
     }
 
     pub(super) fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
+        self.page.get(register::CONFIG_GENERATION)
     }
 
     /// A driver that is not done with its set-up reads the configuration later in any case.
     pub(super) fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        let generation = self.generation().wrapping_add(1);
+        self.page.set(register::CONFIG_GENERATION, generation);
         if self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
             self.raise(VIRTIO_MMIO_INT_CONFIG);
         }
     }
 
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.page.get(register::STATUS)
     }
 
     pub(super) fn has(&self, bits: u32) -> bool {
@@ -64,7 +65,7 @@ impl Line {
     }
 
     pub(super) fn add_status(&self, bits: u32) {
-        self.status.fetch_or(bits, Ordering::SeqCst);
+        self.page.add(register::STATUS, bits);
     }
 
     /// Tells the driver that only a reset helps: virtio 1.2, 2.1.2.
@@ -86,16 +87,16 @@ impl Line {
 
     /// As after a reset. The generation goes on, for a driver may have read half of the configuration.
     pub(super) fn clear(&self) {
-        self.status.store(0, Ordering::SeqCst);
-        self.reasons.store(0, Ordering::SeqCst);
+        self.page.set(register::STATUS, 0);
+        self.page.set(register::INTERRUPT_STATUS, 0);
     }
 
     /// Takes over what another one had. Interrupts that were on their way when it was asked may have been lost
     /// with it, and one too many does no harm.
     pub(super) fn restore(&self, status: u32, reasons: u32, generation: u32) {
-        self.status.store(status, Ordering::SeqCst);
-        self.generation.store(generation, Ordering::SeqCst);
-        self.reasons.store(reasons, Ordering::SeqCst);
+        self.page.set(register::STATUS, status);
+        self.page.set(register::CONFIG_GENERATION, generation);
+        self.page.set(register::INTERRUPT_STATUS, reasons);
         if reasons != 0 {
             self.fire();
         }

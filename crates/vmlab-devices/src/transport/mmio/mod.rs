@@ -1,8 +1,9 @@
 //! Devices for a monitor that has their registers in the guest's physical memory: virtio-mmio, version 2
-//! (virtio 1.2, 4.2). It knows no hypervisor: accesses come by [`Mmio::read`] and [`Mmio::write`], kicks and
-//! interrupts by eventfds.
+//! (virtio 1.2, 4.2). It knows no hypervisor: what is written comes by [`Mmio::write`], what is read is on a
+//! [`Page`], kicks and interrupts come by eventfds.
 
 mod line;
+mod page;
 mod queues;
 mod state;
 
@@ -21,6 +22,7 @@ use crate::device::{Device, offered_features};
 use crate::event::Event;
 use crate::workers::{Fault, OnFault};
 use line::Line;
+pub use page::Page;
 use queues::{Queues, Setting};
 pub use state::{MmioState, QueueState, StateError};
 
@@ -48,15 +50,6 @@ pub mod register {
     };
 }
 
-/// What is in the first registers of every device: virtio 1.2, 4.2.2.
-const MAGIC: u32 = u32::from_le_bytes(*b"virt");
-const VERSION: u32 = 2;
-/// No driver looks at it.
-const VENDOR: u32 = u32::from_le_bytes(*b"vmlb");
-
-/// What the address and the length of shared memory are where there is none: virtio 1.2, 4.2.2.
-const NO_SHARED_MEMORY: u32 = u32::MAX;
-
 /// The bits of the status that are a driver's to set.
 const DRIVERS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
     | VIRTIO_CONFIG_S_DRIVER
@@ -72,6 +65,7 @@ pub struct Mmio {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     offered: u64,
     on_fault: OnFault,
+    page: Page,
     line: Arc<Line>,
     kicks: Vec<Event>,
     registers: Mutex<Registers>,
@@ -90,7 +84,8 @@ struct Registers {
 impl Mmio {
     /// A device that its driver has yet to find.
     ///
-    /// `interrupt` is an eventfd that interrupts the guest when it is written to. `on_fault` is told when a
+    /// `interrupt` is an eventfd that interrupts the guest when it is written to. `page` shows its registers, and
+    /// has to be no other device's until this one is gone. `on_fault` is told when a
     /// queue is served no more. If that is due to the guest ([`Fault::Queue`]), the guest has been told, and can
     /// go on with a reset: there is nothing to do.
     ///
@@ -100,10 +95,11 @@ impl Mmio {
         device: Arc<dyn Device>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         interrupt: OwnedFd,
+        page: Page,
         on_fault: OnFault,
     ) -> io::Result<Self> {
         let kinds = device.queues();
-        let line = Arc::new(Line::new(interrupt));
+        let line = Arc::new(Line::new(interrupt, page.clone()));
         let kicks = kinds.iter().map(|_| Event::new()).collect::<io::Result<_>>()?;
         let on_fault: OnFault = {
             let line = line.clone();
@@ -125,8 +121,11 @@ impl Mmio {
             quiet: false,
         };
         let offered = offered_features(&*device);
+        page.begin(device.id(), &device.config());
         let registers = Mutex::new(registers);
-        Ok(Self { device, memory, offered, on_fault, line, kicks, registers })
+        let mmio = Self { device, memory, offered, on_fault, page, line, kicks, registers };
+        mmio.show(&mmio.lock());
+        Ok(mmio)
     }
 
     /// The device.
@@ -146,21 +145,18 @@ impl Mmio {
 
     /// Tells the driver that the device's configuration space has changed.
     pub fn config_changed(&self) {
+        let _registers = self.lock();
+        self.page.configure(&self.device.config());
         self.line.config_changed();
     }
 
     /// Serves a read of the guest. Whatever is no register reads as zero.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        if let Some(at) = offset.checked_sub(u64::from(register::CONFIG)) {
-            let config = self.device.config();
-            let rest = usize::try_from(at).ok().and_then(|at| config.get(at..));
-            for (to, from) in data.iter_mut().zip(rest.unwrap_or_default()) {
-                *to = *from;
-            }
-        } else if let (Some(register), Ok(word)) = (word_at(offset), data.try_into()) {
-            let word: &mut [u8; 4] = word;
-            *word = self.read_register(register).to_le_bytes();
+        let Ok(at) = u32::try_from(offset) else { return };
+        // Those before the configuration space all have 32 bits.
+        if at >= register::CONFIG || word_at(offset).is_some() && data.len() == size_of::<u32>() {
+            self.page.read(at, data);
         }
     }
 
@@ -246,6 +242,8 @@ impl Mmio {
         registers.queue_select = state.queue_select;
         registers.queues.restore(&state.queues);
         registers.quiet = false;
+        self.page.configure(&self.device.config());
+        self.show(&registers);
         self.line.restore(state.status, state.interrupt_status, state.config_generation);
         self.start(&mut registers).map_err(|(_, error)| StateError::Threads(error))
     }
@@ -261,39 +259,26 @@ impl Mmio {
         }
     }
 
-    fn read_register(&self, register: u32) -> u32 {
-        match register {
-            register::MAGIC_VALUE => MAGIC,
-            register::VERSION => VERSION,
-            register::DEVICE_ID => self.device.id(),
-            register::VENDOR_ID => VENDOR,
-            register::INTERRUPT_STATUS => self.line.reasons(),
-            register::STATUS => self.line.status(),
-            register::CONFIG_GENERATION => self.line.generation(),
-            register::SHM_LEN_LOW
-            | register::SHM_LEN_HIGH
-            | register::SHM_BASE_LOW
-            | register::SHM_BASE_HIGH => NO_SHARED_MEMORY,
-            register::DEVICE_FEATURES => match self.lock().device_features_select {
-                0 => self.offered as u32,
-                1 => (self.offered >> 32) as u32,
-                _ => 0,
-            },
-            register::QUEUE_NUM_MAX => {
-                let registers = self.lock();
-                registers.queues.max_size(registers.queue_select).into()
-            }
-            register::QUEUE_READY => {
-                let registers = self.lock();
-                registers.queues.ready(registers.queue_select).into()
-            }
+    /// Shows what depends on what is selected.
+    fn show(&self, registers: &Registers) {
+        let features = match registers.device_features_select {
+            0 => self.offered as u32,
+            1 => (self.offered >> 32) as u32,
             _ => 0,
-        }
+        };
+        let (queues, queue) = (&registers.queues, registers.queue_select);
+        self.page.set(register::DEVICE_FEATURES, features);
+        self.page.set(register::QUEUE_NUM_MAX, queues.max_size(queue).into());
+        self.page.set(register::QUEUE_READY, queues.ready(queue).into());
     }
 
     fn write_register(&self, register: u32, value: u32) {
         let mut registers = self.lock();
-        let registers = &mut *registers;
+        self.change(&mut registers, register, value);
+        self.show(&registers);
+    }
+
+    fn change(&self, registers: &mut Registers, register: u32, value: u32) {
         match register {
             register::DEVICE_FEATURES_SEL => registers.device_features_select = value,
             register::DRIVER_FEATURES_SEL => registers.driver_features_select = value,
@@ -371,6 +356,8 @@ impl Mmio {
         registers.queue_select = 0;
         self.device.reset();
         self.line.clear();
+        self.page.configure(&self.device.config());
+        self.show(registers);
     }
 
     /// Starts the threads of all queues that are ready, if the driver is, too. The error has the queue.
