@@ -47,6 +47,8 @@ const CODE_SEGMENT: u16 = 0x10;
 const OK: u8 = 0;
 const NO_STATUS: u8 = 0xee;
 const SECTOR: usize = 512;
+/// All reasons for an interrupt. Of one that is acknowledged for a queue alone, the device is not told.
+const ALL: u32 = 0b11;
 
 fn device(register: u32) -> u32 {
     slot_address(0) as u32 + register
@@ -100,7 +102,7 @@ fn driver(pending: Pending) -> Vec<u8> {
     let acknowledge = [
         // 1: mov eax, [rbx]; test al, al; jz 1b, with what comes before
         load(&[0x8b, 0x03, 0x84, 0xc0, 0x74, 0xf5], register::INTERRUPT_STATUS),
-        store(device(register::INTERRUPT_ACK), 1),
+        store(device(register::INTERRUPT_ACK), ALL),
     ]
     .concat();
     [
@@ -136,7 +138,7 @@ fn handler(pending: Pending) -> Vec<u8> {
     let unless_none = [0x84, 0xc0, 0x74, say.len() as u8]; // test al, al; jz 1f
     [
         load(&[0x8b, 0x03], register::INTERRUPT_STATUS), // mov eax, [rbx]
-        load(&[0x89, 0x03], register::INTERRUPT_ACK),    // mov [rbx], eax
+        store(device(register::INTERRUPT_ACK), ALL),
         if pending == Pending::Everywhere { unless_none.to_vec() } else { Vec::new() },
         say,
         store(LOCAL_APIC + 0xb0, 0), // 1: the end of the interrupt
