@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmlab_devices::console::{Console, Port};
 use vmlab_devices::rng::Rng;
-use vmlab_devices::transport::mmio::{Mmio, register};
+use vmlab_devices::transport::mmio::{Mmio, Page, register};
 use vmlab_devices::{Device, Fault, OnFault};
 use vmlab_fuzz::mmio::{Act, acts};
 use vmlab_fuzz::ring::REGIONS;
@@ -36,7 +36,8 @@ fn mmio(device: Arc<dyn Device>, memory: &GuestMemoryMmap) -> Mmio {
     });
     let interrupt = eventfd(0, EventfdFlags::NONBLOCK).expect("a descriptor");
     let memory = GuestMemoryAtomic::new(memory.clone());
-    Mmio::new(device, memory, interrupt, on_fault).expect("descriptors")
+    let page = Page::alone().expect("memory");
+    Mmio::new(device, memory, interrupt, page, on_fault).expect("descriptors")
 }
 
 fuzz_target!(|data: &[u8]| {

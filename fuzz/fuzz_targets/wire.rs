@@ -24,7 +24,8 @@ fn records(mut data: &[u8]) {
         let Ok(header) = RecordHeader::decode(*header) else { return };
         let Some((payload, rest)) = rest.split_at_checked(header.payload_len()) else { return };
         let Ok(record) = Record::decode(header, payload) else { return };
-        if let Record::Dir(_, name) | Record::File(_, name) | Record::Symlink { name, .. } = record {
+        if let Record::Dir(_, name) | Record::File(_, name) | Record::Symlink { name, .. } = record
+        {
             assert!(name != b"." && name != b".." && !name.contains(&b'/') && !name.contains(&0));
         }
         let mut again = Vec::new();
