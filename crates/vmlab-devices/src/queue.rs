@@ -1,6 +1,6 @@
 //! A ring that several threads serve at once.
 
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -17,15 +17,9 @@ pub type Guest = GuestMemoryLoadGuard<GuestMemoryMmap>;
 #[error("the guest's driver has broken a queue")]
 pub struct QueueError(#[from] virtio_queue::Error);
 
-/// The most requests, served one after the other, that are given back before the guest is told. Half of what many
-/// programs have in progress: a guest with another processor works on those while the rest is served.
-const BATCH: u16 = 8;
-
 /// A queue as devices see it.
 pub struct VirtQueue {
     queue: Mutex<Queue>,
-    /// How many requests were given back of which the guest has yet to be told. Changed with the ring locked.
-    untold: AtomicU16,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     interrupt: Arc<dyn Interrupt>,
     stopped: AtomicBool,
@@ -41,8 +35,7 @@ impl VirtQueue {
     ) -> Self {
         let queue = Mutex::new(queue);
         let stopped = AtomicBool::new(false);
-        let (untold, malformed) = Default::default();
-        Self { queue, untold, memory, interrupt, stopped, malformed }
+        Self { queue, memory, interrupt, stopped, malformed: Mutex::default() }
     }
 
     /// The ring itself, for the transport to set it up.
@@ -80,7 +73,7 @@ impl VirtQueue {
                 let next = ring.iter(&**memory)?.next();
                 (next, ring.size())
             };
-            let Some(descriptors) = next else { break };
+            let Some(descriptors) = next else { return Ok(None) };
             let head = descriptors.head_index();
             match Chain::gather(descriptors, memory, limit) {
                 Ok(chain) => return Ok(Some(chain)),
@@ -94,7 +87,6 @@ impl VirtQueue {
                 }
             }
         }
-        self.tell(memory)?;
         Ok(None)
     }
 
@@ -116,49 +108,7 @@ impl VirtQueue {
         let signal = {
             let mut ring = self.ring();
             ring.add_used(&**memory, head, written)?;
-            self.untold.store(0, Ordering::Relaxed);
             ring.needs_notification(&**memory)?
-        };
-        if signal {
-            self.interrupt.signal();
-        }
-        Ok(())
-    }
-
-    /// The same for a thread that goes on with the next request, if there is one. The guest is told of several of them
-    /// at once, at the latest by a [`pop`](Self::pop) that finds no request, or by [`tell`](Self::tell).
-    ///
-    /// # Errors
-    /// The ring is broken.
-    pub fn complete_and_go_on(
-        &self,
-        memory: &Guest,
-        head: u16,
-        written: u32,
-    ) -> Result<(), QueueError> {
-        {
-            let mut ring = self.ring();
-            let untold = self.untold.load(Ordering::Relaxed) + 1;
-            let available = ring.avail_idx(&**memory, Ordering::Acquire)?;
-            if untold < BATCH && available.0 != ring.next_avail() {
-                ring.add_used(&**memory, head, written)?;
-                self.untold.store(untold, Ordering::Relaxed);
-                return Ok(());
-            }
-        }
-        self.complete(memory, head, written)
-    }
-
-    /// Interrupts the guest for requests that were given back without that, if it wants that. To be called before
-    /// anything that takes long.
-    ///
-    /// # Errors
-    /// The ring is broken.
-    pub fn tell(&self, memory: &Guest) -> Result<(), QueueError> {
-        let signal = {
-            let mut ring = self.ring();
-            let untold = self.untold.swap(0, Ordering::Relaxed);
-            untold > 0 && ring.needs_notification(&**memory)?
         };
         if signal {
             self.interrupt.signal();

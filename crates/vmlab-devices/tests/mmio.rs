@@ -356,29 +356,6 @@ fn a_kick_may_come_by_its_eventfd() {
     }
 }
 
-/// Asks a disk for its serial number, which does not wait for anything.
-fn ask_name(guest: &Guest) {
-    guest.put(BUFFERS, &[&8u32.to_le_bytes()[..], &[0; 12]].concat());
-    guest.offer(0, &[(BUFFERS, 16, 0), (BUFFERS + 512, 21, WRITE)]);
-}
-
-#[test]
-fn a_guest_is_told_of_several_requests_at_once() {
-    let guest = Guest::new(disk());
-    guest.start();
-    for _ in 0..SIZE {
-        let count = usize::from(SIZE / 2).min(5);
-        (0..count).for_each(|_| ask_name(&guest));
-        guest.kick(0);
-        assert_eq!(guest.interrupted(), VIRTIO_MMIO_INT_VRING);
-        for _ in 0..count {
-            assert_eq!(guest.take(0).unwrap().1, 21);
-        }
-        let wanted = guest.number(used(0) + 2);
-        guest.set_number(available(0) + 4 + 2 * u64::from(SIZE), wanted);
-    }
-}
-
 #[test]
 fn a_broken_queue_needs_a_reset() {
     let guest = Guest::new(disk());

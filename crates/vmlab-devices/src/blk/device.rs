@@ -262,7 +262,6 @@ impl Device for Blk {
                 Some(result) => result,
                 None => {
                     if self.may_take_long(&request, &chain) {
-                        queue.tell(&memory)?;
                         turn.hand_over();
                     }
                     self.serve(request, &mut chain)
@@ -278,10 +277,10 @@ impl Device for Blk {
                 true => written + STATUS,
                 false => 0,
             };
+            queue.complete(&memory, chain.head(), written as u32)?;
             if !turn.held() {
-                return queue.complete(&memory, chain.head(), written as u32);
+                return Ok(());
             }
-            queue.complete_and_go_on(&memory, chain.head(), written as u32)?;
         }
     }
 }

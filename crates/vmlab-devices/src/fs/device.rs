@@ -94,23 +94,16 @@ impl<F: FileSystem> Device for Fs<F> {
             let memory = queue.memory();
             let Some(mut chain) = queue.pop_or(&memory, refuse)? else { return Ok(()) };
             if may_take_long(&chain) {
-                queue.tell(&memory)?;
                 turn.hand_over();
             }
             let head = chain.head();
             let (request, room) = chain.parts();
-            let mut told = Ok(());
-            let mut before_waiting = || {
-                told = queue.tell(&memory);
-                turn.hand_over();
-            };
-            let mut reply = Reply { room, before_waiting: &mut before_waiting };
+            let mut reply = Reply { room, before_waiting: &mut || turn.hand_over() };
             let written = self.server.serve(&Request(request), &mut reply);
-            told?;
+            queue.complete(&memory, head, written as u32)?;
             if !turn.held() {
-                return queue.complete(&memory, head, written as u32);
+                return Ok(());
             }
-            queue.complete_and_go_on(&memory, head, written as u32)?;
         }
     }
 }
