@@ -66,44 +66,33 @@ pub fn map(ranges: &[Range<u64>], backing: &Backing) -> io::Result<GuestMemoryMm
 /// # Errors
 /// The file cannot be written, or the kernel does not tell what has changed.
 pub fn write_changes(memory: &GuestMemoryMmap, to: &File) -> io::Result<()> {
-    let page_map = page_map()?;
-    let mut to = to.try_clone()?;
-    let mut offset = 0;
-    for region in memory.iter() {
-        let (first, count) = (host_address(region)? as u64 / PAGE, region.len() / PAGE);
-        let mut changed: Vec<Range<u64>> = Vec::new();
-        present(&page_map, first, count, |page, which| {
-            if which == Present::Own {
-                add(&mut changed, page);
-            }
-        })?;
-        for pages in changed {
-            to.seek(SeekFrom::Start(offset + pages.start * PAGE))?;
-            let length = (pages.end - pages.start) * PAGE;
-            let length = usize::try_from(length).map_err(|_| io::ErrorKind::OutOfMemory)?;
-            let from = region.start_addr().unchecked_add(pages.start * PAGE);
-            memory.write_all_volatile_to(from, &mut to, length).map_err(io::Error::other)?;
+    let mut changed = Vec::new();
+    present(memory, |page, which| {
+        if which == Present::Own {
+            add(&mut changed, page);
         }
-        offset += region.len();
+    })?;
+    let mut to = to.try_clone()?;
+    for part in parts(memory, &changed) {
+        to.seek(SeekFrom::Start(part.at))?;
+        let length = usize::try_from(part.length).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        memory.write_all_volatile_to(part.address(), &mut to, length).map_err(io::Error::other)?;
     }
     Ok(())
 }
 
-/// A page of a mapping that is there.
+/// A page of a memory that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Present {
     /// It is the file's.
     OfFile,
-    /// The mapping has it for itself: it was written to, or there is no file.
+    /// The memory has it for itself: it was written to, or there is no file.
     Own,
 }
 
-/// Goes through the pages of a mapping that are there, in order; pages count from its beginning. It begins at the page
-/// `first` of this process's memory and has `count`.
+/// Goes through the pages of a memory that are there, in order. They count from the beginning of the file behind it.
 pub(crate) fn present(
-    page_map: &File,
-    first: u64,
-    count: u64,
+    memory: &GuestMemoryMmap,
     mut each: impl FnMut(u64, Present),
 ) -> io::Result<()> {
     /// Bits of an entry: `Documentation/admin-guide/mm/pagemap.rst`.
@@ -111,31 +100,26 @@ pub(crate) fn present(
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
     const ENTRY: u64 = size_of::<u64>() as u64;
+    let page_map = File::open("/proc/self/pagemap")?;
     let mut entries = vec![0; 64 * 1024];
     let mut page = 0;
-    while page < count {
-        let part = (count - page).min(entries.len() as u64 / ENTRY);
-        let entries = &mut entries[..(part * ENTRY) as usize];
-        page_map.read_exact_at(entries, (first + page) * ENTRY)?;
-        for entry in entries.chunks_exact(ENTRY as usize) {
-            let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
-            if entry & (PRESENT | SWAPPED) != 0 {
-                each(page, if entry & OF_FILE == 0 { Present::Own } else { Present::OfFile });
+    for region in memory.iter() {
+        let (mut entry, end) = (host_address(region)? as u64 / PAGE, page + region.len() / PAGE);
+        while page < end {
+            let part = (end - page).min(entries.len() as u64 / ENTRY);
+            let entries = &mut entries[..(part * ENTRY) as usize];
+            page_map.read_exact_at(entries, entry * ENTRY)?;
+            entry += part;
+            for bits in entries.chunks_exact(ENTRY as usize) {
+                let bits = bits.try_into().map_or(0, u64::from_ne_bytes);
+                if bits & (PRESENT | SWAPPED) != 0 {
+                    each(page, if bits & OF_FILE == 0 { Present::Own } else { Present::OfFile });
+                }
+                page += 1;
             }
-            page += 1;
         }
     }
     Ok(())
-}
-
-/// This process's map of pages, for [`present`].
-pub(crate) fn page_map() -> io::Result<File> {
-    File::open("/proc/self/pagemap")
-}
-
-/// Where a region is in this process's memory.
-pub(crate) fn host_address(region: &GuestRegionMmap) -> io::Result<*mut u8> {
-    region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)
 }
 
 /// Adds a page behind those that are there.
@@ -146,6 +130,49 @@ pub(crate) fn add(ranges: &mut Vec<Range<u64>>, page: u64) {
     }
 }
 
+/// Bytes of a memory that are in one of its regions.
+pub(crate) struct Part<'a> {
+    pub(crate) region: &'a GuestRegionMmap,
+    /// Where they are in it.
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    /// Where they are in the file behind the memory.
+    pub(crate) at: u64,
+}
+
+impl Part<'_> {
+    /// Where the guest has them.
+    pub(crate) fn address(&self) -> GuestAddress {
+        self.region.start_addr().unchecked_add(self.offset)
+    }
+}
+
+/// The parts that ranges of pages have in the regions of a memory. What is not in it is left out.
+pub(crate) fn parts<'a>(
+    memory: &'a GuestMemoryMmap,
+    ranges: &'a [Range<u64>],
+) -> impl Iterator<Item = Part<'a>> {
+    let mut end = 0;
+    memory.iter().flat_map(move |region| {
+        let first = end;
+        end += region.len() / PAGE;
+        ranges.iter().filter_map(move |range| {
+            let pages = range.start.max(first)..range.end.min(end);
+            (!pages.is_empty()).then(|| Part {
+                region,
+                offset: (pages.start - first) * PAGE,
+                length: (pages.end - pages.start) * PAGE,
+                at: pages.start * PAGE,
+            })
+        })
+    })
+}
+
+/// Where a region is in this process's memory.
+pub(crate) fn host_address(region: &GuestRegionMmap) -> io::Result<*mut u8> {
+    region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)
+}
+
 fn failed(error: MmapRegionError) -> io::Error {
     match error {
         MmapRegionError::Mmap(error) => error,
@@ -154,7 +181,7 @@ fn failed(error: MmapRegionError) -> io::Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::io::{Read, Write};
 
@@ -217,7 +244,7 @@ mod tests {
         map(&[0..2 * PAGE], &Backing::Shared(Arc::new(file))).unwrap_err();
     }
 
-    fn tempfile() -> File {
+    pub(crate) fn tempfile() -> File {
         rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into()
     }
 }

@@ -13,18 +13,16 @@ use kvm_ioctls::VcpuFd;
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 use rustix::mm::{Advice, madvise};
 use serde::{Deserialize, Serialize};
-use vm_memory::{
-    GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
-};
+use vm_memory::{GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::memory::{self, PAGE, Present};
+use crate::format::Format;
+use crate::memory::{self, Present};
 
 /// `KVM_PRE_FAULT_MEMORY` of linux/kvm.h.
 const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<kvm_pre_fault_memory>(KVMIO as u8, 0xd5);
 
 /// Some kB are usual.
-const FORMAT: crate::format::Format =
-    crate::format::Format { magic: *b"vmlab-ws", version: 1, max: 4 << 20 };
+const FORMAT: Format = Format { magic: *b"vmlab-ws", version: 1, max: 4 << 20 };
 
 /// Pages, as ranges of numbers of pages in ascending order. They count from the beginning of the file behind the memory
 /// ([`Backing`](memory::Backing)).
@@ -42,23 +40,17 @@ impl WorkingSet {
     /// # Errors
     /// The kernel does not tell.
     pub fn of(memory: &GuestMemoryMmap, most: u64) -> io::Result<Option<Self>> {
-        let page_map = memory::page_map()?;
-        let mut set = Self::default();
-        let (mut before, mut found) = (0, 0);
-        for region in memory.iter() {
-            let (first, count) = (memory::host_address(region)? as u64 / PAGE, region.len() / PAGE);
-            memory::present(&page_map, first, count, |page, which| {
-                let ranges = match which {
-                    Present::OfFile => &mut set.read,
-                    Present::Own => &mut set.written,
-                };
-                found += 1;
-                if found <= most {
-                    memory::add(ranges, before + page);
-                }
-            })?;
-            before += count;
-        }
+        let (mut set, mut found) = (Self::default(), 0);
+        memory::present(memory, |page, which| {
+            let ranges = match which {
+                Present::OfFile => &mut set.read,
+                Present::Own => &mut set.written,
+            };
+            found += 1;
+            if found <= most {
+                memory::add(ranges, page);
+            }
+        })?;
         Ok((found <= most).then_some(set))
     }
 
@@ -72,54 +64,31 @@ impl WorkingSet {
         FORMAT.decode(bytes).ok()
     }
 
-    /// Gives this process the pages, those that were written as copies. What is not in the memory is left out.
+    /// Gives this process the pages that were written, as copies. What is not in the memory is left out.
     pub(crate) fn populate(&self, memory: &GuestMemoryMmap) {
-        each_part(&self.written, memory, |part, region, first| {
-            let offset = (part.start - first) * PAGE;
-            let length = (part.end - part.start) * PAGE;
-            let Ok(address) = region.get_host_address(MemoryRegionAddress(offset)) else { return };
+        for part in memory::parts(memory, &self.written) {
+            let address = MemoryRegionAddress(part.offset);
+            let Ok(address) = part.region.get_host_address(address) else { continue };
+            let length = part.length as usize;
             // SAFETY: the range is in the region's mapping, which the borrow keeps; it gets pages that have the same
             // content. Where there is no memory for them, nothing has changed.
-            let _ = unsafe { madvise(address.cast(), length as usize, Advice::LinuxPopulateWrite) };
-        });
+            let _ = unsafe { madvise(address.cast(), length, Advice::LinuxPopulateWrite) };
+        }
     }
 
     /// Has KVM map the pages for the guest of this processor, which does not run.
     pub(crate) fn map_for_guest(&self, memory: &GuestMemoryMmap, vcpu: &VcpuFd) {
         // SAFETY: the descriptor belongs to the processor, which is open during the borrow.
         let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        for ranges in [&self.written, &self.read] {
-            each_part(ranges, memory, |part, region, first| {
-                let mut wanted = kvm_pre_fault_memory {
-                    gpa: region.start_addr().0 + (part.start - first) * PAGE,
-                    size: (part.end - part.start) * PAGE,
-                    ..Default::default()
-                };
-                // SAFETY: the opcode takes this structure, and writes to it how much is left.
-                let request = unsafe { Updater::<'_, KVM_PRE_FAULT_MEMORY, _>::new(&mut wanted) };
-                // SAFETY: it is a processor of KVM's. Its guest finds the same content with and without.
-                let _ = unsafe { ioctl::ioctl(vcpu, request) };
-            });
+        let parts = [&self.written, &self.read].into_iter();
+        for part in parts.flat_map(|ranges| memory::parts(memory, ranges)) {
+            let (gpa, size) = (part.address().0, part.length);
+            let mut wanted = kvm_pre_fault_memory { gpa, size, ..Default::default() };
+            // SAFETY: the opcode takes this structure, and writes to it how much is left.
+            let request = unsafe { Updater::<'_, KVM_PRE_FAULT_MEMORY, _>::new(&mut wanted) };
+            // SAFETY: it is a processor of KVM's. Its guest finds the same content with and without.
+            let _ = unsafe { ioctl::ioctl(vcpu, request) };
         }
-    }
-}
-
-/// Calls with the part of each range that is in a region, the region, and the number of its first page.
-fn each_part(
-    ranges: &[Range<u64>],
-    memory: &GuestMemoryMmap,
-    mut call: impl FnMut(Range<u64>, &GuestRegionMmap, u64),
-) {
-    let mut first = 0;
-    for region in memory.iter() {
-        let end = first + region.len() / PAGE;
-        for range in ranges {
-            let part = range.start.max(first)..range.end.min(end);
-            if !part.is_empty() {
-                call(part, region, first);
-            }
-        }
-        first = end;
     }
 }
 
@@ -132,7 +101,8 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::memory::{Backing, map};
+    use crate::memory::tests::tempfile;
+    use crate::memory::{Backing, PAGE, map};
 
     /// Where the second of two regions is.
     const HIGH: u64 = 1 << 20;
@@ -141,8 +111,7 @@ mod tests {
     const LOW_PAGES: u64 = 64;
 
     fn template() -> (Arc<File>, [Range<u64>; 2]) {
-        let file: File =
-            rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        let file = tempfile();
         let pages = 2 * LOW_PAGES;
         file.set_len(pages * PAGE).unwrap();
         for page in 0..pages {
