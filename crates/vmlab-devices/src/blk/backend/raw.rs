@@ -26,12 +26,9 @@ pub struct RawFile {
     at_once: libc::c_int,
 }
 
-/// `TMPFS_MAGIC` of `linux/magic.h`.
-const TMPFS: i64 = 0x0102_1994;
-
 fn at_once(file: &File) -> libc::c_int {
     match fstatfs(file) {
-        Ok(filesystem) if filesystem.f_type == TMPFS => 0,
+        Ok(filesystem) if filesystem.f_type == libc::TMPFS_MAGIC => 0,
         _ => libc::RWF_NOWAIT,
     }
 }
