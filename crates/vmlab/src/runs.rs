@@ -90,10 +90,15 @@ pub(crate) fn private_file(path: &Path) -> io::Result<File> {
     File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
+/// The same where there is none yet.
+pub(crate) fn new_private_file(path: &Path) -> io::Result<File> {
+    File::options().write(true).create_new(true).mode(0o600).open(path)
+}
+
 /// Puts such a file in the place of another as a whole.
 pub(crate) fn replace_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let aside = path.with_extension(std::process::id().to_string());
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&aside)?;
+    let mut file = new_private_file(&aside)?;
     let replaced = file.write_all(content).and_then(|()| std::fs::rename(&aside, path));
     if replaced.is_err() {
         let _ = std::fs::remove_file(&aside);

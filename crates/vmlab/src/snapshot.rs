@@ -10,7 +10,6 @@ mod content;
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +24,7 @@ use crate::guest::Greeting;
 use crate::hypervisor::{Hints, Hypervisor, Memory, Snapshot};
 use crate::identity::boot_id;
 use crate::random;
-use crate::runs::replace_private;
+use crate::runs::{new_private_file, replace_private};
 use crate::units::{Bytes, MIB};
 use content::{checksum, save_memory};
 
@@ -315,11 +314,7 @@ fn memory_name(node: usize) -> String {
 
 /// Writes a file that only the user can read.
 fn write(path: &Path, content: &[u8]) -> io::Result<()> {
-    create(path)?.write_all(content)
-}
-
-fn create(path: &Path) -> io::Result<File> {
-    File::options().write(true).create_new(true).mode(0o600).open(path)
+    new_private_file(path)?.write_all(content)
 }
 
 fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
@@ -334,7 +329,7 @@ fn save(dir: &Path, snapshot: &Snapshot, greeting: Greeting) -> io::Result<()> {
     let mut memory = Vec::new();
     for (node, content) in snapshot.memory.iter().enumerate() {
         let (Memory::Own(file) | Memory::Template(file)) = content;
-        let to = create(&dir.join(memory_name(node)))?;
+        let to = new_private_file(&dir.join(memory_name(node)))?;
         memory.push(save_memory(file, &to)?);
     }
     let (shares, kept) = (snapshot.shares, snapshot.kept);
