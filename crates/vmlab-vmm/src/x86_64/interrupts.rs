@@ -1,4 +1,4 @@
-//! What devices in slots interrupt the guest by.
+//! What interrupts the guest.
 //!
 //! There are more slots than inputs of the I/O APIC, so that some share one. For each signal of an irqfd, KVM raises the
 //! input and lowers it again, and does so for several irqfds at once. If one is raised between the raising and the
@@ -9,12 +9,13 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kvm_ioctls::VmFd;
 use vmlab_devices::Event;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::{Error, host};
+use crate::error::{Error, host, kvm};
 use crate::event::for_kvm;
 
 /// Those that are in use, by their inputs.
@@ -28,29 +29,51 @@ struct Interrupt {
 }
 
 impl Interrupts {
+    /// What raises an input of this VM.
+    ///
+    /// # Errors
+    /// KVM or the host refuses something.
+    pub(super) fn of(&self, vm: &VmFd, gsi: u32) -> Result<Event, Error> {
+        self.get(gsi, |irqfd| vm.register_irqfd(irqfd, gsi).map_err(kvm("route an interrupt")))
+    }
+
+    /// Ends what KVM does for all of them. When this returns, none is on its way.
+    ///
+    /// # Errors
+    /// KVM refuses something.
+    pub(super) fn let_go(&self, vm: &VmFd) -> Result<(), Error> {
+        self.take().iter().try_for_each(|(gsi, interrupt)| {
+            let unregistered = vm.unregister_irqfd(&interrupt.irqfd, *gsi);
+            unregistered.map_err(kvm("end the routing of an interrupt"))
+        })
+    }
+
     /// What raises an input. `route` has KVM wait for it, the first time.
-    pub(super) fn get(
+    fn get(
         &self,
         gsi: u32,
         route: impl FnOnce(&EventFd) -> Result<(), Error>,
     ) -> Result<Event, Error> {
-        const EVENT: &str = "make an event for a device";
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        const EVENT: &str = "make an event";
+        let mut all = self.lock();
         if let Some(interrupt) = all.get(&gsi) {
             return interrupt.event.try_clone().map_err(host(EVENT));
         }
         let event = Event::new().map_err(host(EVENT))?;
         let irqfd = for_kvm(event.as_fd()).map_err(host(EVENT))?;
-        let of_device = event.try_clone().map_err(host(EVENT))?;
+        let given = event.try_clone().map_err(host(EVENT))?;
         route(&irqfd)?;
         all.insert(gsi, Interrupt { event, irqfd });
-        Ok(of_device)
+        Ok(given)
     }
 
-    /// Gives all of them up.
-    pub(super) fn let_go(&self, mut unroute: impl FnMut(&EventFd, u32)) {
-        let all = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        all.iter().for_each(|(gsi, interrupt)| unroute(&interrupt.irqfd, *gsi));
+    /// All of them, which are no more from then on.
+    fn take(&self) -> BTreeMap<u32, Interrupt> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Interrupt>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -86,8 +109,7 @@ mod tests {
             }
             event.clear();
         }
-        let mut given_up = Vec::new();
-        interrupts.let_go(|_, gsi| given_up.push(gsi));
+        let given_up: Vec<u32> = interrupts.take().into_keys().collect();
         assert_eq!(given_up, gsi::SLOTS);
     }
 

@@ -1,7 +1,6 @@
 //! A VM: what it is made of, and what can be done to it.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -22,15 +21,14 @@ use vm_memory::{
 use super::boot::{self, Kernel};
 use super::cpu::{self, CpuState};
 use super::exits::Exits;
+use super::interrupts::Interrupts;
 use super::serial::{Line, LineState};
 use super::slots::{Plug, Slots};
 use super::state::{Shape, State};
 use super::{acpi, cpuid, layout};
 use vmlab_devices::Event;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, host, kvm};
-use crate::event::for_kvm;
 use crate::gate::{End, Gate};
 use crate::kick::Kick;
 use crate::memory::{self, Backing};
@@ -112,8 +110,7 @@ pub(super) struct Inner {
     pub(super) sandbox: bool,
     power_button: Event,
     generation: Event,
-    /// The events above and those of the lines as KVM has them, with their interrupts.
-    routed: Vec<(EventFd, u32)>,
+    interrupts: Arc<Interrupts>,
     /// It goes on elsewhere.
     saved: AtomicBool,
     /// Whether KVM maps pages for guests that have not asked for them.
@@ -312,12 +309,7 @@ impl Machine {
         inner.lines.iter().for_each(Line::quiesce);
         // What they have signalled is passed on by a thread of KVM's, which has done so when this is over.
         inner.slots.let_go();
-        for (event, gsi) in &inner.routed {
-            inner
-                .vm
-                .unregister_irqfd(event, *gsi)
-                .map_err(kvm("end the routing of an interrupt"))?;
-        }
+        inner.interrupts.let_go(&inner.vm)?;
         let cpus = inner.cpus.iter();
         let cpus = cpus.map(|cpu| CpuState::read(&lock(cpu), &inner.msrs, inner.more_registers));
         let interrupts = CHIPS.into_iter().map(|chip_id| {
@@ -422,25 +414,18 @@ impl Parts {
         let Self { vm, memory, cpus, shape, msrs, sandbox } = self;
         const EVENTS: &str = "make an event";
         let gate = Arc::new(Gate::new(cpus.len()).map_err(host(EVENTS))?);
-        let mut routed = Vec::new();
-        let mut interrupt = |gsi| -> Result<Event, Error> {
-            let event = Event::new().map_err(host(EVENTS))?;
-            let fd = for_kvm(event.as_fd()).map_err(host(EVENTS))?;
-            vm.register_irqfd(&fd, gsi).map_err(kvm("route an interrupt"))?;
-            routed.push((fd, gsi));
-            Ok(event)
-        };
+        let interrupts = Arc::new(Interrupts::default());
         let mut built = Vec::new();
         for (index, (socket, gsi)) in
             lines.into_iter().zip([layout::gsi::COM1, layout::gsi::COM2]).enumerate()
         {
             let state = states.and_then(|states| states.get(index));
             let awaited = gate.awaited().map_err(host(EVENTS))?;
-            let line = Line::new(socket, Arc::new(interrupt(gsi)?), awaited, state);
+            let line = Line::new(socket, Arc::new(interrupts.of(&vm, gsi)?), awaited, state);
             built.push(line.map_err(host("start a serial line"))?);
         }
-        let power_button = interrupt(layout::gsi::POWER_BUTTON)?;
-        let generation = interrupt(layout::gsi::VMGENID)?;
+        let power_button = interrupts.of(&vm, layout::gsi::POWER_BUTTON)?;
+        let generation = interrupts.of(&vm, layout::gsi::VMGENID)?;
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
             processors: Arc::new(Processors {
@@ -448,13 +433,18 @@ impl Parts {
                 kicks: cpus.iter().map(|_| Kick::default()).collect(),
                 threads: Mutex::default(),
             }),
-            slots: Slots::new(Arc::clone(&vm), atomic, gate, shape.slots)?,
+            slots: Slots::new(
+                (Arc::clone(&vm), atomic),
+                gate,
+                Arc::clone(&interrupts),
+                shape.slots,
+            )?,
             lines: built,
             exits: Exits::default(),
             panicked: AtomicBool::new(false),
             power_button,
             generation,
-            routed,
+            interrupts,
             saved: AtomicBool::new(false),
             prefaults: vm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0,
             more_registers: cpu::more_registers(&vm),

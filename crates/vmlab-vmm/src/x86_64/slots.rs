@@ -11,7 +11,7 @@ use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, MmapRegion,
 };
 use vmlab_devices::transport::mmio::{Mmio, MmioState, Page, register};
-use vmlab_devices::{Device, Event, OnFault};
+use vmlab_devices::{Device, OnFault};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control::{Control, Panicked};
@@ -36,14 +36,16 @@ pub(super) struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     control: Control,
-    interrupts: Interrupts,
-    /// A page of registers for each slot, which the guest reads without being left. What it writes there comes
-    /// here.
-    pages: Arc<MmapRegion>,
+    interrupts: Arc<Interrupts>,
+    /// The registers of each slot, which the guest reads without being left. What it writes there comes here.
+    pages: Vec<Page>,
     /// Signalled by guests that acknowledge an interrupt of a queue, for which nobody waits.
     acknowledged: Arc<EventFd>,
-    slots: Vec<RwLock<Option<Arc<Plugged>>>>,
+    slots: Vec<Place>,
 }
+
+/// A slot, and the device in it.
+type Place = RwLock<Option<Arc<Plugged>>>;
 
 /// A device in a slot.
 struct Plugged {
@@ -53,41 +55,30 @@ struct Plugged {
     kicks: Vec<EventFd>,
     /// That of all slots.
     acknowledged: Arc<EventFd>,
-    page: Page,
     slot: usize,
 }
 
 impl Slots {
     /// So many slots, all empty, for the processors that wait at a gate.
     pub(super) fn new(
-        vm: Arc<VmFd>,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        (vm, memory): (Arc<VmFd>, GuestMemoryAtomic<GuestMemoryMmap>),
         gate: Arc<Gate>,
+        interrupts: Arc<Interrupts>,
         count: usize,
     ) -> Result<Self, Error> {
         let control = Control::new(gate).map_err(host("start a thread"))?;
-        let pages = MmapRegion::new(count.max(1) * Page::SIZE);
-        let pages = pages.map_err(|e| host("map registers")(io::Error::other(e)))?;
         let acknowledged = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
         let acknowledged = Arc::new(acknowledged.map_err(host("make an event"))?);
-        let pages = Arc::new(pages);
-        (0..count).try_for_each(|slot| page(&pages, slot).map(drop))?;
-        if count > 0 {
-            let region = kvm_userspace_memory_region {
-                // Behind those of the memory.
-                slot: memory.memory().num_regions() as u32,
-                flags: KVM_MEM_READONLY,
-                guest_phys_addr: layout::SLOTS,
-                memory_size: pages.size() as u64,
-                userspace_addr: pages.as_ptr() as u64,
-            };
-            // SAFETY: the region is a whole mapping, which is kept until no processor runs any more, and which the
-            // guest only reads. The host uses it by atomic operations.
-            unsafe { vm.set_user_memory_region(region) }.map_err(kvm("show registers"))?;
-        }
+        // Behind those of the memory.
+        let memory_slot = memory.memory().num_regions() as u32;
+        let pages = if count > 0 { show(&vm, memory_slot, count)? } else { Vec::new() };
         let slots = (0..count).map(|_| RwLock::default()).collect();
-        let interrupts = Interrupts::default();
         Ok(Self { vm, memory, control, interrupts, pages, acknowledged, slots })
+    }
+
+    fn at(&self, slot: usize) -> Result<(&Place, &Page), Error> {
+        let place = self.slots.get(slot).zip(self.pages.get(slot));
+        place.ok_or(Error::Slot { slot, how: "does not exist" })
     }
 
     fn get(&self, slot: usize) -> Option<Arc<Plugged>> {
@@ -98,19 +89,16 @@ impl Slots {
     /// Puts a device into an empty slot.
     pub(super) fn plug(&self, plug: Plug) -> Result<(), Error> {
         let Plug { slot, device, on_fault } = plug;
-        let place = self.slots.get(slot).ok_or(Error::Slot { slot, how: "does not exist" })?;
+        let (place, page) = self.at(slot)?;
         let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
         if place.is_some() {
             return Err(Error::Slot { slot, how: "has a device" });
         }
-        let gsi = layout::slot_gsi(slot);
-        let interrupt = self.interrupts.get(gsi, |irqfd| {
-            self.vm.register_irqfd(irqfd, gsi).map_err(kvm("route a device's interrupt"))
-        })?;
-        let page = page(&self.pages, slot)?;
-        let of_slot = (page.clone(), Arc::clone(&self.acknowledged));
-        let of_device = (slot, device, on_fault, interrupt);
-        let plugged = Plugged::new(&self.vm, self.memory.clone(), of_slot, of_device);
+        let interrupt = self.interrupts.of(&self.vm, layout::slot_gsi(slot))?;
+        let mmio = Mmio::new(device, self.memory.clone(), interrupt.into(), page.clone(), on_fault);
+        let plugged = mmio.map_err(host("start a device")).and_then(|mmio| {
+            Plugged::new(Arc::clone(&self.vm), mmio, Arc::clone(&self.acknowledged), slot)
+        });
         let plugged = plugged.inspect_err(|_| page.clear())?;
         *place = Some(Arc::new(plugged));
         Ok(())
@@ -118,7 +106,7 @@ impl Slots {
 
     /// Takes a device out. When this returns, none of its requests is in progress.
     pub(super) fn unplug(&self, slot: usize) -> Result<(), Error> {
-        let place = self.slots.get(slot).ok_or(Error::Slot { slot, how: "does not exist" })?;
+        let (place, page) = self.at(slot)?;
         let missing = Error::Slot { slot, how: "has no device" };
         let Some(plugged) = self.get(slot) else { return Err(missing) };
         // This waits for the host. A processor must not wait for it at the lock.
@@ -128,7 +116,7 @@ impl Slots {
         plugged.let_go();
         // What its guest has written meanwhile must not come to the page of the next one.
         self.control.drain();
-        plugged.page.clear();
+        page.clear();
         Ok(())
     }
 
@@ -166,13 +154,9 @@ impl Slots {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.mmio.quiesce());
     }
 
-    /// Ends all that KVM does for devices. When this returns, no interrupt of theirs is on its way.
+    /// Ends all that KVM does for devices, but for their interrupts.
     pub(super) fn let_go(&self) {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.let_go());
-        self.interrupts.let_go(|irqfd, gsi| {
-            // It fails only for what is not registered.
-            let _ = self.vm.unregister_irqfd(irqfd, gsi);
-        });
     }
 
     /// The devices' registers.
@@ -212,59 +196,40 @@ impl Slots {
 
 impl Plugged {
     fn new(
-        vm: &Arc<VmFd>,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
-        (page, acknowledged): (Page, Arc<EventFd>),
-        (slot, device, on_fault, interrupt): (usize, Arc<dyn Device>, OnFault, Event),
+        vm: Arc<VmFd>,
+        mmio: Mmio,
+        acknowledged: Arc<EventFd>,
+        slot: usize,
     ) -> Result<Self, Error> {
-        const EVENTS: &str = "make events for a device";
-        let mmio = Mmio::new(device, memory, interrupt.into(), page.clone(), on_fault);
-        let mmio = mmio.map_err(host("start a device"))?;
         let kicks = mmio.kicks().map(|kick: BorrowedFd<'_>| for_kvm(kick));
-        let kicks = kicks.collect::<Result<Vec<_>, _>>().map_err(host(EVENTS))?;
-        let vm = Arc::clone(vm);
-        let mut plugged = Self { mmio, vm, kicks: Vec::new(), acknowledged, page, slot };
-        // KVM takes these writes without leaving the guest. So the device does not hear of them, and goes on to say
-        // that it has used buffers: drivers look at their rings at each interrupt.
-        let routed = plugged.vm.register_ioevent(
-            &plugged.acknowledged,
-            &plugged.register(register::INTERRUPT_ACK),
-            VIRTIO_MMIO_INT_VRING,
-        );
-        if let Err(error) = routed {
-            plugged.let_go();
-            return Err(kvm("route acknowledgments of interrupts")(error));
-        }
-        for kick in kicks {
-            let queue = plugged.kicks.len() as u32;
-            let notify = plugged.register(register::QUEUE_NOTIFY);
-            let routed = plugged.vm.register_ioevent(&kick, &notify, queue);
-            if let Err(error) = routed {
-                // The slot may get another one.
-                plugged.let_go();
-                return Err(kvm("route a queue's notifications")(error));
-            }
-            plugged.kicks.push(kick);
-        }
+        let kicks = kicks.collect::<Result<_, _>>().map_err(host("make events for a device"))?;
+        let plugged = Self { mmio, vm, kicks, acknowledged, slot };
+        let route = |(event, at, value)| plugged.vm.register_ioevent(event, &at, value);
+        let routed = plugged.signals().try_for_each(route);
+        // The slot may get another one.
+        routed.inspect_err(|_| plugged.let_go()).map_err(kvm("route a device's notifications"))?;
         Ok(plugged)
     }
 
-    /// Where one of its registers is.
-    fn register(&self, register: u32) -> IoEventAddress {
-        IoEventAddress::Mmio(layout::slot_address(self.slot) + u64::from(register))
+    /// The events that KVM signals for writes of its guest, to which register, and of what. The guest is not left for
+    /// them. So a device does not hear that an interrupt of a queue is acknowledged, and goes on to say that it has used
+    /// buffers: drivers look at their rings at each interrupt.
+    fn signals(&self) -> impl Iterator<Item = (&EventFd, IoEventAddress, u32)> {
+        let base = layout::slot_address(self.slot);
+        let register = move |register: u32| IoEventAddress::Mmio(base + u64::from(register));
+        let kicks = self.kicks.iter().zip(0..);
+        let kicks = kicks.map(move |(kick, queue)| (kick, register(register::QUEUE_NOTIFY), queue));
+        let acknowledge = register(register::INTERRUPT_ACK);
+        kicks.chain([(&*self.acknowledged, acknowledge, VIRTIO_MMIO_INT_VRING)])
     }
 
     /// Ends what KVM does for it, but for its interrupt, which others may share. At the end of a VM, which ends all of
     /// that, it need not be done one by one.
     fn let_go(&self) {
-        // It fails only for what is not registered.
-        for (queue, kick) in self.kicks.iter().enumerate() {
-            let notify = self.register(register::QUEUE_NOTIFY);
-            let _ = self.vm.unregister_ioevent(kick, &notify, queue as u32);
+        for (event, at, value) in self.signals() {
+            // It fails only for what is not registered.
+            let _ = self.vm.unregister_ioevent(event, &at, value);
         }
-        let acknowledge = self.register(register::INTERRUPT_ACK);
-        let reason = VIRTIO_MMIO_INT_VRING;
-        let _ = self.vm.unregister_ioevent(&self.acknowledged, &acknowledge, reason);
     }
 }
 
@@ -283,9 +248,23 @@ fn place(address: u64) -> (usize, u64) {
     ((offset / layout::SLOT_SIZE) as usize, offset % layout::SLOT_SIZE)
 }
 
-/// The page of a slot, which has no device yet.
-fn page(pages: &Arc<MmapRegion>, slot: usize) -> Result<Page, Error> {
-    Page::of(pages, slot).ok_or(Error::Slot { slot, how: "does not exist" })
+/// Has the guest read the registers of so many slots, at least one, as memory. This is KVM's memory of that number.
+fn show(vm: &VmFd, slot: u32, count: usize) -> Result<Vec<Page>, Error> {
+    let failed = |error| host("map registers")(io::Error::other(error));
+    let region = MmapRegion::new(count * Page::SIZE).map_err(failed)?;
+    let memory = kvm_userspace_memory_region {
+        slot,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: layout::SLOTS,
+        memory_size: region.size() as u64,
+        userspace_addr: region.as_ptr() as u64,
+    };
+    let region = Arc::new(region);
+    let pages = (0..count).map_while(|index| Page::of(&region, index)).collect();
+    // SAFETY: the region is a whole mapping, which the pages keep until no processor runs any more, and which the guest
+    // only reads. The host uses it by atomic operations.
+    unsafe { vm.set_user_memory_region(memory) }.map_err(kvm("show registers"))?;
+    Ok(pages)
 }
 
 #[cfg(test)]

@@ -40,12 +40,13 @@ impl Page {
         Self::of(&Arc::new(region), 0).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// The page of this index of a region that is mapped to be read and written; none beyond its end.
+    /// The page of this index of a region that is mapped to be read and written; none beyond its end. A region of zeroes
+    /// has no devices.
     pub fn of(region: &Arc<MmapRegion>, index: usize) -> Option<Self> {
         let at = index.checked_mul(Self::SIZE)?;
         region.get_slice(at, Self::SIZE).ok()?;
         let page = Self { region: Arc::clone(region), at };
-        page.clear();
+        page.name();
         Some(page)
     }
 
@@ -55,6 +56,11 @@ impl Page {
         for offset in (0..Self::SIZE as u32).step_by(WORD) {
             self.set(offset, 0);
         }
+        self.name();
+    }
+
+    /// Says what these registers are, with or without a device.
+    fn name(&self) {
         self.set(register::VERSION, VERSION);
         self.set(register::MAGIC_VALUE, MAGIC);
     }
