@@ -253,6 +253,7 @@ impl Session {
                 Err(failure) => self.outbox.message(&GuestMessage::Done(Err(failure))),
             },
             HostMessage::GoOn(_) => return Err(broken("the host let it go on that had not held")),
+            HostMessage::Nudge => {}
             HostMessage::PowerOff => return Err(Over::PowerOff),
         }
         Ok(())

@@ -58,6 +58,8 @@ pub enum HostMessage {
     /// As `Exec`, but the program is the agent itself, whatever the root has: the first argument is only its
     /// name, the others are `applet` and what of the agent is to run.
     ExecAgent(Box<Exec>),
+    /// Nothing to do: it is the interrupt that counts, which comes with it. Not answered.
+    Nudge,
 }
 
 /// What the agent tells the host.

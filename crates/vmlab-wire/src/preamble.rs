@@ -2,7 +2,7 @@ use thiserror::Error;
 
 /// Version of everything in this crate. Host and agent are built together, so they differ only when
 /// something old is brought back, such as a snapshot; they then refuse each other.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 const MAGIC: [u8; 8] = *b"vmlab\0w\n";
 

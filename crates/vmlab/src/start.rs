@@ -35,6 +35,11 @@ const OOPS_LOOK: Duration = Duration::from_millis(500);
 /// machines that are busy with many others.
 const WAKE_TIME: Duration = Duration::from_secs(60);
 
+/// How often a guest of QEMU's TCG is interrupted. A processor there forgets an interrupt that comes at the wrong moment
+/// of an exit from a guest of its own (QEMU 7.2: `do_vmexit` of `svm_helper.c` changes the word of what is pending
+/// without the lock). If it was its timer's, it would sleep on until another interrupt has it look at its APIC again.
+const NUDGES: Duration = Duration::from_millis(500);
+
 /// How often a snapshot is tried: the one that is there, and the one that replaces it.
 const SNAPSHOT_TRIES: usize = 2;
 
@@ -399,6 +404,9 @@ impl Machine<'_> {
         match setup {
             Some((Ok(setup), came)) => {
                 self.correct_clock(setup.clock_ns, came)?;
+                if self.prepared.config.accel == Accel::Tcg {
+                    self.connection.nudge_every(NUDGES);
+                }
                 Ok(setup)
             }
             Some((Err(mut failure), _)) => {

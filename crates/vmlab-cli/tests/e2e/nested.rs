@@ -73,3 +73,17 @@ fn a_real_kvm_is_found_and_used() {
         "{kvm}"
     );
 }
+
+/// An emulated processor can forget an interrupt of its timer when it leaves a guest of its own, and would sleep for ever
+/// where nothing else comes. That takes minutes to provoke, if at all; the nudges that end such a sleep can be counted.
+#[test]
+fn a_guest_under_tcg_is_interrupted_now_and_then() {
+    let site = Site::new();
+    let script = "interrupts() { awk '/virtio.-virtqueues/ { sum += $2 } END { print sum }' /proc/interrupts; }
+         before=$(interrupts); sleep 3; echo $(($(interrupts) - before))";
+    let options = ["--accel", "tcg", "-c", "1"];
+    let outcome = site.sh(&options, script).output();
+    let count: u32 = outcome.expect_code(0).stdout_text().trim().parse().expect("a number");
+    // Every half second, and the guest's clock may run on before the host's.
+    assert!((3..=30).contains(&count), "{count}");
+}

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use vmlab_wire::frame::{put_credit, put_data, put_empty};
@@ -68,6 +68,8 @@ struct State {
     /// The guest has greeted. On a serial line, what comes before would be echoed.
     greeted: bool,
     queue: VecDeque<Vec<u8>>,
+    /// After how long without anything to send it is nudged.
+    nudges: Option<Duration>,
     /// How much of the queue may still be sent, if not all: the guest holds after that.
     gate: Option<usize>,
     /// The answer to what was asked last.
@@ -183,6 +185,13 @@ impl Connection {
         encode(message, &mut bytes)?;
         self.enqueue(&mut self.lock(), bytes);
         Ok(())
+    }
+
+    /// Has the guest interrupted now and then from here on, by a message that asks for nothing, also where another
+    /// connection goes on with it.
+    pub(crate) fn nudge_every(&self, interval: Duration) {
+        self.lock().nudges = Some(interval);
+        self.outgoing.notify_one();
     }
 
     /// Sends what the agent answers with `Done`.
@@ -410,26 +419,40 @@ impl Connection {
     }
 
     fn write_all(&self, mut socket: UnixStream) {
-        loop {
-            let bytes = {
-                let mut state = self.lock();
-                loop {
-                    if state.greeted
-                        && state.gate != Some(0)
-                        && let Some(bytes) = state.queue.pop_front()
-                    {
-                        state.gate = state.gate.map(|left| left - 1);
-                        break bytes;
-                    }
-                    if state.lost.is_some() {
-                        return;
-                    }
-                    state = wait(&self.outgoing, state);
-                }
-            };
+        while let Some(bytes) = self.next_to_send() {
             if socket.write_all(&bytes).is_err() {
                 // The reader sees the end too, after what the guest had still sent.
                 return;
+            }
+        }
+    }
+
+    /// Waits for something to send; `None` when the connection is lost.
+    fn next_to_send(&self) -> Option<Vec<u8>> {
+        let mut state = self.lock();
+        let mut nudge = None;
+        loop {
+            if state.greeted
+                && state.gate != Some(0)
+                && let Some(bytes) = state.queue.pop_front()
+            {
+                state.gate = state.gate.map(|left| left - 1);
+                return Some(bytes);
+            }
+            if state.lost.is_some() {
+                return None;
+            }
+            // Nothing may be on its way to a guest that holds.
+            let nudges = state.nudges.filter(|_| state.gate.is_none());
+            nudge = nudges.map(|interval| nudge.unwrap_or_else(|| Instant::now() + interval));
+            match wait_until(&self.outgoing, state, nudge) {
+                Some(woken) => state = woken,
+                None => {
+                    let mut bytes = Vec::new();
+                    // It has no content that could be too long.
+                    encode(&HostMessage::Nudge, &mut bytes).ok()?;
+                    return Some(bytes);
+                }
             }
         }
     }

@@ -366,3 +366,28 @@ fn streams_whose_readers_stayed_behind_are_stopped() {
     peer.empty(process.stream(Stdio::Stdout), FrameKind::Eof);
     assert_forgotten(&connection, process.stream(Stdio::Stdout));
 }
+
+#[test]
+fn a_guest_is_nudged_unless_it_holds() {
+    const OFTEN: Duration = Duration::from_millis(5);
+    let (connection, mut peer) = Peer::greeted();
+    connection.nudge_every(OFTEN);
+    for _ in 0..3 {
+        assert_eq!(peer.next(), Got::Message(HostMessage::Nudge));
+    }
+    connection.ask(&HostMessage::Hold(vec![])).unwrap();
+    let after_nudges = |peer: &mut Peer| loop {
+        let got = peer.next();
+        if got != Got::Message(HostMessage::Nudge) {
+            break got;
+        }
+    };
+    assert_eq!(after_nudges(&mut peer), Got::Message(HostMessage::Hold(vec![])));
+    peer.socket.set_read_timeout(Some(20 * OFTEN)).unwrap();
+    assert!(peer.socket.read(&mut [0]).is_err(), "something was said to a guest that holds");
+    peer.send(&GuestMessage::Done(Ok(())));
+    assert_eq!(connection.wait_done(soon()), Ok(Some(Ok(()))));
+
+    let (_connection, mut peer) = Peer::going_on(&connection.held());
+    assert_eq!(peer.next(), Got::Message(HostMessage::Nudge));
+}
