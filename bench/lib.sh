@@ -57,7 +57,7 @@ publish() {
     {
         sed -n '1,/^<!-- newest first -->$/p' "$results"
         echo
-        cat "$work/table"
+        printf '%s\n\n' "$(cat "$work/table")"
         sed '1,/^<!-- newest first -->$/d' "$results" | sed '/./,$!d'
     } >"$work/results.md"
     cp "$work/results.md" "$results"

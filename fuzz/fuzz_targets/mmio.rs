@@ -7,12 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmlab_devices::console::{Console, Port};
 use vmlab_devices::rng::Rng;
 use vmlab_devices::transport::mmio::{Mmio, Page, register};
-use vmlab_devices::{Device, Fault, OnFault};
+use vmlab_devices::{Device, Event, Fault, OnFault};
 use vmlab_fuzz::mmio::{Act, acts};
 use vmlab_fuzz::ring::REGIONS;
 
@@ -34,7 +33,7 @@ fn mmio(device: Arc<dyn Device>, memory: &GuestMemoryMmap) -> Mmio {
             std::process::abort();
         }
     });
-    let interrupt = eventfd(0, EventfdFlags::NONBLOCK).expect("a descriptor");
+    let interrupt = Arc::new(Event::new().expect("a descriptor"));
     let memory = GuestMemoryAtomic::new(memory.clone());
     let page = Page::alone().expect("memory");
     Mmio::new(device, memory, interrupt, page, on_fault).expect("descriptors")

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::device::Interrupt;
+
 /// A descriptor that is readable once it was signalled, until it is cleared.
 #[derive(Debug)]
 pub struct Event(OwnedFd);
@@ -36,6 +38,12 @@ impl Event {
     /// There are no more.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
+    }
+}
+
+impl Interrupt for Event {
+    fn signal(&self) {
+        Self::signal(self);
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmlab_devices::transport::mmio::{Mmio, Page, register};
-use vmlab_devices::{Device, OnFault};
+use vmlab_devices::{Device, Event, OnFault};
 
 #[allow(unused_imports, reason = "not every test uses all of it")]
 pub(crate) use virtio_bindings::virtio_config::{
@@ -86,7 +86,7 @@ impl Guest {
         let interrupt = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let places = RefCell::new(vec![Place::default(); device.queues().len()]);
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let line = interrupt.try_clone().unwrap();
+        let line = Arc::new(Event::from(interrupt.try_clone().unwrap()));
         let mmio = Mmio::new(device, shared, line, page, on_fault).unwrap();
         Self { memory, mmio, faults, interrupt, places }
     }

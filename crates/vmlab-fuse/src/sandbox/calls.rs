@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use libc::c_long;
+use rustix::ioctl::opcode;
 use rustix::process::getpid;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -45,6 +46,9 @@ const TRANSPORT: &[c_long] = &[
     libc::SYS_poll,
 ];
 
+/// Interrupting the guest: `KVM_IRQ_LINE` of `linux/kvm.h`, whose argument has two numbers of 32 bits.
+const INTERRUPT: u32 = opcode::write::<[u32; 2]>(0xae, 0x61);
+
 /// What an argument has to be. The kernel and the filter look at its lower 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Is {
@@ -80,7 +84,8 @@ impl Calls {
 
     /// What a thread needs besides to serve a queue.
     pub fn of_worker() -> Self {
-        Self::runtime().and(TRANSPORT)
+        let interrupt = vec![(1, Is::This(INTERRUPT))];
+        Self::runtime().and(TRANSPORT).and_if(libc::SYS_ioctl, [interrupt])
     }
 
     /// These as well, with any arguments.

@@ -21,12 +21,12 @@ use vm_memory::{
 use super::boot::{self, Kernel};
 use super::cpu::{self, CpuState};
 use super::exits::Exits;
-use super::interrupts::Interrupts;
+use super::interrupts::{Input, Interrupts};
 use super::serial::{Line, LineState};
 use super::slots::{Plug, Slots};
 use super::state::{Shape, State};
 use super::{acpi, cpuid, layout};
-use vmlab_devices::Event;
+use vmlab_devices::Interrupt;
 
 use crate::error::{Error, host, kvm};
 use crate::gate::{End, Gate};
@@ -108,9 +108,8 @@ pub(super) struct Inner {
     pub(super) panicked: AtomicBool,
     pub(super) memory: GuestMemoryMmap,
     pub(super) sandbox: bool,
-    power_button: Event,
-    generation: Event,
-    interrupts: Arc<Interrupts>,
+    power_button: Arc<Input>,
+    generation: Arc<Input>,
     /// It goes on elsewhere.
     saved: AtomicBool,
     /// Whether KVM maps pages for guests that have not asked for them.
@@ -119,7 +118,7 @@ pub(super) struct Inner {
     msrs: Vec<u32>,
     more_registers: Option<usize>,
     // Last: all that KVM has of it goes with this.
-    vm: Arc<VmFd>,
+    pub(super) vm: Arc<VmFd>,
 }
 
 /// KVM's places for its parts of an interrupt controller.
@@ -307,9 +306,7 @@ impl Machine {
         inner.saved.store(true, Ordering::Relaxed);
         inner.slots.quiesce();
         inner.lines.iter().for_each(Line::quiesce);
-        // What they have signalled is passed on by a thread of KVM's, which has done so when this is over.
         inner.slots.let_go();
-        inner.interrupts.let_go(&inner.vm)?;
         let cpus = inner.cpus.iter();
         let cpus = cpus.map(|cpu| CpuState::read(&lock(cpu), &inner.msrs, inner.more_registers));
         let interrupts = CHIPS.into_iter().map(|chip_id| {
@@ -414,18 +411,18 @@ impl Parts {
         let Self { vm, memory, cpus, shape, msrs, sandbox } = self;
         const EVENTS: &str = "make an event";
         let gate = Arc::new(Gate::new(cpus.len()).map_err(host(EVENTS))?);
-        let interrupts = Arc::new(Interrupts::default());
+        let interrupts = Interrupts::new(vm.clone());
         let mut built = Vec::new();
         for (index, (socket, gsi)) in
             lines.into_iter().zip([layout::gsi::COM1, layout::gsi::COM2]).enumerate()
         {
             let state = states.and_then(|states| states.get(index));
             let awaited = gate.awaited().map_err(host(EVENTS))?;
-            let line = Line::new(socket, Arc::new(interrupts.of(&vm, gsi)?), awaited, state);
+            let line = Line::new(socket, interrupts.input(gsi), awaited, state);
             built.push(line.map_err(host("start a serial line"))?);
         }
-        let power_button = interrupts.of(&vm, layout::gsi::POWER_BUTTON)?;
-        let generation = interrupts.of(&vm, layout::gsi::VMGENID)?;
+        let power_button = interrupts.input(layout::gsi::POWER_BUTTON);
+        let generation = interrupts.input(layout::gsi::VMGENID);
         let atomic = GuestMemoryAtomic::new(memory.clone());
         Ok(Inner {
             processors: Arc::new(Processors {
@@ -433,18 +430,12 @@ impl Parts {
                 kicks: cpus.iter().map(|_| Kick::default()).collect(),
                 threads: Mutex::default(),
             }),
-            slots: Slots::new(
-                (Arc::clone(&vm), atomic),
-                gate,
-                Arc::clone(&interrupts),
-                shape.slots,
-            )?,
+            slots: Slots::new((Arc::clone(&vm), atomic), gate, interrupts, shape.slots)?,
             lines: built,
             exits: Exits::default(),
             panicked: AtomicBool::new(false),
             power_button,
             generation,
-            interrupts,
             saved: AtomicBool::new(false),
             prefaults: vm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0,
             more_registers: cpu::more_registers(&vm),

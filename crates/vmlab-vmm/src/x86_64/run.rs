@@ -68,10 +68,12 @@ impl Inner {
             let vcpu = self.cpus[index].lock().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: the descriptor belongs to the processor, which is open during the borrow.
             let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+            // SAFETY: the same, of the VM.
+            let vm = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
             let unblocked = kick.unblock_while_running(fd);
             unblocked.map_err(|error| failed("cannot be interrupted", &error))?;
             if self.sandbox {
-                sandbox::enter(fd).map_err(|error| failed("cannot be restricted", &error))?;
+                sandbox::enter(fd, vm).map_err(|error| failed("cannot be restricted", &error))?;
             }
         }
         while self.processors.gate.pass() {

@@ -1,12 +1,12 @@
 //! What the thread of a processor gives up before it enters its guest.
 //!
-//! It opens no file, and runs its own processor alone. Threads of devices start and end in another thread
+//! It opens no file, runs its own processor alone, and may interrupt its VM. Threads of devices start and end in another thread
 //! ([`Control`](super::control::Control)), since they would inherit this.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use kvm_bindings::{KVMIO, kvm_regs, kvm_sregs, kvm_translation};
+use kvm_bindings::{KVMIO, kvm_irq_level, kvm_regs, kvm_sregs, kvm_translation};
 use rustix::ioctl::{Opcode, opcode};
 use vmlab_devices::sandbox::{Calls, Filter, Is, Sandbox};
 
@@ -21,14 +21,19 @@ const ON_PROCESSOR: [Opcode; 5] = [
     opcode::none(GROUP, 0xad),                          // KVM_KVMCLOCK_CTRL
 ];
 
-/// Restricts the calling thread, which runs this processor and has blocked the signal of its kick, for good. What the
+/// `KVM_IRQ_LINE`, for the interrupts of its serial lines.
+const INTERRUPT: Opcode = opcode::write::<kvm_irq_level>(GROUP, 0x61);
+
+/// Restricts the calling thread, which runs this processor of this VM and has blocked the signal of its kick, for good. What the
 /// host's kernel lacks is left out.
 ///
 /// # Errors
 /// The kernel has something and refuses it.
-pub(super) fn enter(vcpu: BorrowedFd<'_>) -> io::Result<()> {
-    let number = vcpu.as_raw_fd().cast_unsigned();
-    let on_it = |operation| vec![(0, Is::This(number)), (1, Is::This(operation))];
+pub(super) fn enter(vcpu: BorrowedFd<'_>, vm: BorrowedFd<'_>) -> io::Result<()> {
+    let on = |fd: BorrowedFd<'_>, operation| {
+        vec![(0, Is::This(fd.as_raw_fd().cast_unsigned())), (1, Is::This(operation))]
+    };
+    let operations = ON_PROCESSOR.map(|operation| on(vcpu, operation)).into_iter();
     // What a serial line says goes to its socket, which has its other end. To others, nothing is sent.
     let connected = vec![(4, Is::This(0)), (5, Is::This(0))];
     let calls = Calls::runtime()
@@ -37,7 +42,7 @@ pub(super) fn enter(vcpu: BorrowedFd<'_>) -> io::Result<()> {
         // It waits for a host that does not read what a serial line says.
         .and(&[libc::SYS_poll, libc::SYS_ppoll])
         .and_if(libc::SYS_sendto, [connected])
-        .and_if(libc::SYS_ioctl, ON_PROCESSOR.map(on_it));
+        .and_if(libc::SYS_ioctl, operations.chain([on(vm, INTERRUPT)]));
     // It names the processor, so that it is of use to this thread alone.
     Sandbox::without_files(&Filter::new(&calls)?)?.enter().map(drop)
 }

@@ -17,8 +17,7 @@ use vm_superio::{Serial, SerialState, Trigger};
 use vmlab_devices::Event;
 
 /// Interrupts the guest.
-#[derive(Debug)]
-struct Interrupt(Arc<Event>);
+struct Interrupt(Arc<dyn vmlab_devices::Interrupt>);
 
 impl Trigger for Interrupt {
     type E = std::convert::Infallible;
@@ -139,7 +138,7 @@ impl Line {
     /// There are no more threads or descriptors, or the state has more input or output than there can be.
     pub(super) fn new(
         socket: UnixStream,
-        interrupt: Arc<Event>,
+        interrupt: Arc<dyn vmlab_devices::Interrupt>,
         awaited: Event,
         state: Option<&LineState>,
     ) -> io::Result<Self> {
@@ -329,7 +328,7 @@ mod tests {
         let interrupt = Arc::new(Event::new().unwrap());
         let awaited = Event::new().unwrap();
         let ours_to_say = awaited.try_clone().unwrap();
-        let line = Line::new(theirs, Arc::clone(&interrupt), awaited, state).unwrap();
+        let line = Line::new(theirs, interrupt.clone(), awaited, state).unwrap();
         (line, ours, interrupt, ours_to_say)
     }
 

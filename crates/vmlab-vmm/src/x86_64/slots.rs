@@ -36,7 +36,7 @@ pub(super) struct Slots {
     vm: Arc<VmFd>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     control: Control,
-    interrupts: Arc<Interrupts>,
+    interrupts: Interrupts,
     /// The registers of each slot, which the guest reads without being left. What it writes there comes here.
     pages: Vec<Page>,
     /// Signalled by guests that acknowledge an interrupt of a queue, for which nobody waits.
@@ -63,7 +63,7 @@ impl Slots {
     pub(super) fn new(
         (vm, memory): (Arc<VmFd>, GuestMemoryAtomic<GuestMemoryMmap>),
         gate: Arc<Gate>,
-        interrupts: Arc<Interrupts>,
+        interrupts: Interrupts,
         count: usize,
     ) -> Result<Self, Error> {
         let control = Control::new(gate).map_err(host("start a thread"))?;
@@ -94,8 +94,8 @@ impl Slots {
         if place.is_some() {
             return Err(Error::Slot { slot, how: "has a device" });
         }
-        let interrupt = self.interrupts.of(&self.vm, layout::slot_gsi(slot))?;
-        let mmio = Mmio::new(device, self.memory.clone(), interrupt.into(), page.clone(), on_fault);
+        let interrupt = self.interrupts.input(layout::slot_gsi(slot));
+        let mmio = Mmio::new(device, self.memory.clone(), interrupt, page.clone(), on_fault);
         let plugged = mmio.map_err(host("start a device")).and_then(|mmio| {
             Plugged::new(Arc::clone(&self.vm), mmio, Arc::clone(&self.acknowledged), slot)
         });
@@ -154,7 +154,7 @@ impl Slots {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.mmio.quiesce());
     }
 
-    /// Ends all that KVM does for devices, but for their interrupts.
+    /// Ends all that KVM does for devices.
     pub(super) fn let_go(&self) {
         (0..self.slots.len()).filter_map(|slot| self.get(slot)).for_each(|it| it.let_go());
     }
@@ -223,8 +223,7 @@ impl Plugged {
         kicks.chain([(&*self.acknowledged, acknowledge, VIRTIO_MMIO_INT_VRING)])
     }
 
-    /// Ends what KVM does for it, but for its interrupt, which others may share. At the end of a VM, which ends all of
-    /// that, it need not be done one by one.
+    /// Ends what KVM does for it. At the end of a VM, which ends all of that, it need not be done one by one.
     fn let_go(&self) {
         for (event, at, value) in self.signals() {
             // It fails only for what is not registered.

@@ -1,28 +1,27 @@
 //! What a device's threads tell its driver, without the lock of the registers: whoever holds that may be
 //! waiting for these threads to end.
 
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
 use crate::device::Interrupt;
-use crate::event::Event;
 use crate::transport::mmio::page::Page;
 use crate::transport::mmio::register;
 
 /// The interrupt of a device, and the registers with its reason, the status, and how often the configuration has
 /// changed.
 pub(super) struct Line {
-    interrupt: Event,
+    interrupt: Arc<dyn Interrupt>,
     page: Page,
     broken: AtomicU64,
 }
 
 impl Line {
-    pub(super) fn new(interrupt: OwnedFd, page: Page) -> Self {
-        Self { interrupt: interrupt.into(), page, broken: AtomicU64::default() }
+    pub(super) fn new(interrupt: Arc<dyn Interrupt>, page: Page) -> Self {
+        Self { interrupt, page, broken: AtomicU64::default() }
     }
 
     /// The guest's handler looks for the reason first, so that it must be there before the interrupt.

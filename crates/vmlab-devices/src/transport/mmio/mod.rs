@@ -1,6 +1,6 @@
 //! Devices for a monitor that has their registers in the guest's physical memory: virtio-mmio, version 2
 //! (virtio 1.2, 4.2). It knows no hypervisor: what is written comes by [`Mmio::write`], what is read is on a
-//! [`Page`], kicks and interrupts come by eventfds.
+//! [`Page`], kicks come by eventfds.
 
 mod line;
 mod page;
@@ -8,7 +8,7 @@ mod queues;
 mod state;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -18,7 +18,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::device::{Device, offered_features};
+use crate::device::{Device, Interrupt, offered_features};
 use crate::event::Event;
 use crate::workers::{Fault, OnFault};
 use line::Line;
@@ -84,17 +84,16 @@ struct Registers {
 impl Mmio {
     /// A device that its driver has yet to find.
     ///
-    /// `interrupt` is an eventfd that interrupts the guest when it is written to. `page` shows its registers, and
-    /// has to be no other device's until this one is gone. `on_fault` is told when a
-    /// queue is served no more. If that is due to the guest ([`Fault::Queue`]), the guest has been told, and can
-    /// go on with a reset: there is nothing to do.
+    /// `interrupt` is how the guest is interrupted. `page` shows its registers, and has to be no other device's until
+    /// this one is gone. `on_fault` is told when a queue is served no more. If that is due to the guest
+    /// ([`Fault::Queue`]), the guest has been told, and can go on with a reset: there is nothing to do.
     ///
     /// # Errors
     /// There are no more descriptors, or the device's queues are no queues.
     pub fn new(
         device: Arc<dyn Device>,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
-        interrupt: OwnedFd,
+        interrupt: Arc<dyn Interrupt>,
         page: Page,
         on_fault: OnFault,
     ) -> io::Result<Self> {

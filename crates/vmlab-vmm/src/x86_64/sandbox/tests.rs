@@ -21,12 +21,17 @@ fn no_processor() -> File {
     File::open("/dev/null").unwrap()
 }
 
+/// Has the calling thread be one of a processor and a VM that this is said to be.
+fn restrict(file: &File) {
+    enter(file.as_fd(), file.as_fd()).unwrap();
+}
+
 /// Does something in the thread of a processor.
 fn restricted<T: Send>(does: impl FnOnce(&File) -> T + Send) -> T {
     let file = no_processor();
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            enter(file.as_fd()).unwrap();
+            restrict(&file);
             does(&file)
         });
         thread.join().unwrap()
@@ -85,14 +90,14 @@ fn no_file_is_opened_and_nothing_executed_and_nobody_signalled() {
 }
 
 #[test]
-fn only_its_own_processor_is_operated() {
+fn only_its_own_processor_and_vm_are_operated() {
     let other = no_processor();
     restricted(|file| {
         let operate = |file: &File, operation: Opcode| {
             raw(libc::SYS_ioctl, [file.as_raw_fd() as usize, operation as usize, 0, 0, 0])
         };
-        for operation in ON_PROCESSOR {
-            // What is no processor does not know them.
+        for operation in ON_PROCESSOR.into_iter().chain([INTERRUPT]) {
+            // What is no processor and no VM does not know them.
             assert_eq!(operate(file, operation), Errno::NOTTY);
             assert_eq!(operate(&other, operation), Errno::NOSYS);
         }
@@ -121,7 +126,7 @@ fn lines_kicks_and_other_threads_work_as_ever() {
     let (ready, is_ready) = std::sync::mpsc::channel();
     let thread = thread::spawn(move || {
         theirs.block_signal().unwrap();
-        enter(no_processor().as_fd()).unwrap();
+        restrict(&no_processor());
         line.write_all(b"out").unwrap();
         event.signal();
         event.clear();
@@ -186,7 +191,7 @@ fn processors_interrupt_each_other() {
     let theirs = kick.clone();
     let waits = thread::spawn(move || {
         theirs.block_signal().unwrap();
-        enter(no_processor().as_fd()).unwrap();
+        restrict(&no_processor());
         while !theirs.is_sent() {
             thread::yield_now();
         }
@@ -194,7 +199,7 @@ fn processors_interrupt_each_other() {
     });
     thread::scope(|scope| {
         scope.spawn(|| {
-            enter(no_processor().as_fd()).unwrap();
+            restrict(&no_processor());
             kick.send(&waits);
         });
     });
@@ -203,14 +208,16 @@ fn processors_interrupt_each_other() {
 
 #[test]
 #[ignore = "needs a KVM: run it in a guest that has one"]
-fn a_processor_is_run_and_described() {
+fn a_processor_is_run_and_described_and_its_vm_interrupted() {
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
     vm.create_irq_chip().unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     let done = thread::spawn(move || {
-        // SAFETY: the descriptor belongs to the processor, which is open during the borrow.
-        enter(unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) }).unwrap();
+        // SAFETY: the descriptors belong to the processor and the VM, which are open during the borrow.
+        let fds =
+            [vcpu.as_raw_fd(), vm.as_raw_fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
+        enter(fds[0], fds[1]).unwrap();
         vcpu.set_kvm_immediate_exit(1);
         let ran = vcpu.run().map(drop).map_err(|error| error.errno());
         let known = (vcpu.get_regs().is_ok(), vcpu.get_sregs().is_ok());
@@ -218,11 +225,12 @@ fn a_processor_is_run_and_described() {
         // There is no such clock yet, of which the guest has to say where it is.
         let clock = vcpu.kvmclock_ctrl().map_err(|error| error.errno());
         let set = vcpu.set_regs(&kvm_regs::default()).map_err(|error| error.errno());
-        (ran, known, found, clock, set)
+        let interrupts = (vm.set_irq_line(4, true).is_ok(), vm.create_vcpu(1).is_ok());
+        (ran, known, found, clock, set, interrupts)
     });
     let done = done.join().unwrap();
     let (ran, clock, set) = (Err(libc::EINTR), Err(libc::EINVAL), Err(libc::ENOSYS));
-    assert_eq!(done, (ran, (true, true), true, clock, set));
+    assert_eq!(done, (ran, (true, true), true, clock, set, (true, false)));
 }
 
 /// Tells a process of this test that its thread is to panic.
@@ -232,7 +240,7 @@ const PANICS: &str = "VMLAB_TEST_PANICS";
 fn what_a_panic_says_is_seen_and_the_thread_ends() {
     if std::env::var_os(PANICS).is_some() {
         let thread = thread::spawn(|| {
-            enter(no_processor().as_fd()).unwrap();
+            restrict(&no_processor());
             panic!("on purpose, in the thread of a processor");
         });
         assert!(thread.join().is_err());
