@@ -17,7 +17,7 @@ use vmlab_fuzz::ring::REGIONS;
 
 fn device(is_console: bool, stream: &UnixStream) -> Arc<dyn Device> {
     if !is_console {
-        return Arc::new(Rng);
+        return Arc::new(Rng::new());
     }
     let stream = stream.try_clone().expect("a descriptor");
     let ports = vec![Port::console(), Port::channel("vmlab").with_stream(stream)];

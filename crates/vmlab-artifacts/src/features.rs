@@ -40,6 +40,9 @@ pub enum Feature {
     /// Sockets between guest and host.
     #[serde(rename = "vsock")]
     Vsock,
+    /// Random numbers of the host.
+    #[serde(rename = "virtio-rng")]
+    VirtioRng,
     /// The btrfs filesystem.
     #[serde(rename = "btrfs")]
     Btrfs,
@@ -59,7 +62,7 @@ pub enum Feature {
 
 impl Feature {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Feature; 14] = [
+    pub const ALL: [Feature; 15] = [
         Feature::VirtioPci,
         Feature::VirtioMmio,
         Feature::VirtioConsole,
@@ -69,6 +72,7 @@ impl Feature {
         Feature::NineP,
         Feature::Overlay,
         Feature::Vsock,
+        Feature::VirtioRng,
         Feature::Btrfs,
         Feature::Xfs,
         Feature::Ext4,
@@ -88,6 +92,7 @@ impl Feature {
             Feature::NineP => "9p",
             Feature::Overlay => "overlay",
             Feature::Vsock => "vsock",
+            Feature::VirtioRng => "virtio-rng",
             Feature::Btrfs => "btrfs",
             Feature::Xfs => "xfs",
             Feature::Ext4 => "ext4",
@@ -110,6 +115,7 @@ impl Feature {
             }
             Feature::Overlay => &[("CONFIG_OVERLAY_FS", Some("overlay"))],
             Feature::Vsock => &[("CONFIG_VIRTIO_VSOCKETS", Some("vmw_vsock_virtio_transport"))],
+            Feature::VirtioRng => &[("CONFIG_HW_RANDOM_VIRTIO", Some("virtio_rng"))],
             Feature::Btrfs => &[("CONFIG_BTRFS_FS", Some("btrfs"))],
             Feature::Xfs => &[("CONFIG_XFS_FS", Some("xfs"))],
             Feature::Ext4 => &[("CONFIG_EXT4_FS", Some("ext4"))],

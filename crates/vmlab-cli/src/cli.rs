@@ -245,6 +245,9 @@ pub(crate) struct VmArgs {
     /// CID 2, it is DIR/vsock_PORT that is connected to. DIR is made if it is missing, and is one VM's at a time.
     #[arg(long, value_name = "DIR")]
     pub(crate) vsock: Option<PathBuf>,
+    /// Give the guest a source of random numbers of the host (virtio-rng), /dev/hwrng there
+    #[arg(long)]
+    pub(crate) rng: bool,
     /// Load a module before the command, with its parameters: 'kvm-amd nested=1'
     #[arg(long, value_name = "MODULE")]
     pub(crate) module: Vec<String>,

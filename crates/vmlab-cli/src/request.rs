@@ -245,6 +245,7 @@ fn builder(args: VmArgs) -> Result<VmBuilder> {
     if let Some(dir) = args.vsock {
         vm = vm.vsock(dir);
     }
+    vm = vm.rng(args.rng);
     for arguments in args.append {
         vm = vm.append(arguments);
     }

@@ -53,7 +53,7 @@ fn main() {
     let share = Passthrough::new(Path::new(&dir), PassthroughConfig::default()).unwrap();
     let fs = serve(Arc::new(Fs::new(Server::new(share), "root", 1)), fs_here);
     let mut fs = Some(fs.unwrap());
-    let rng = serve(Arc::new(Rng), rng_here).unwrap();
+    let rng = serve(Arc::new(Rng::new()), rng_here).unwrap();
     let mut qemu = Command::new("qemu-system-x86_64")
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
         .args(["-machine", machine, "-accel", "tcg,thread=multi"])

@@ -13,7 +13,7 @@ use driver::{BUFFERS, Driver, INDIRECT, MEMORY, NEXT, SIZE, TABLE, USED, WRITE};
 
 /// Lets the random number generator serve what is there.
 fn serve(driver: &Driver) -> Result<(), vmlab_devices::QueueError> {
-    driver::process(&Rng, 0, &driver.queue)
+    driver::process(&Rng::new(), 0, &driver.queue)
 }
 
 /// Offers descriptor 0 and says why it was refused. The queue still works after that.

@@ -37,7 +37,7 @@ fn ask(guest: &Guest) {
 
 #[test]
 fn a_driver_finds_a_device_and_uses_it() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     assert_eq!(guest.get(register::MAGIC_VALUE), 0x7472_6976);
     assert_eq!(guest.get(register::VERSION), 2);
     assert_eq!(guest.get(register::DEVICE_ID), 4);
@@ -59,7 +59,7 @@ fn a_driver_finds_a_device_and_uses_it() {
 
 #[test]
 fn an_interrupt_has_its_reason_until_that_is_acknowledged() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     guest.start();
     guest.offer(0, &[(BUFFERS, 8, WRITE)]);
     guest.kick(0);
@@ -78,7 +78,7 @@ fn an_interrupt_has_its_reason_until_that_is_acknowledged() {
 
 #[test]
 fn interrupts_come_whether_they_are_acknowledged_or_not() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     guest.start();
     // A monitor need not tell the device of acknowledgments.
     for seen in 0..3_u16 {
@@ -92,7 +92,7 @@ fn interrupts_come_whether_they_are_acknowledged_or_not() {
         assert!(guest.take(0).is_some());
     }
     guest.mmio.quiesce();
-    let second = guest.moved_to(Arc::new(Rng));
+    let second = guest.moved_to(Arc::new(Rng::new()));
     second.mmio.restore(&guest.mmio.state()).unwrap();
     assert_eq!(second.interrupts(), 1);
     // An acknowledgment of another reason, which it is told of, takes away what it names.
@@ -152,7 +152,7 @@ fn the_page_shows_what_is_read() {
 
 #[test]
 fn features_are_agreed_once() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     let modern = 1 << VIRTIO_F_VERSION_1;
     guest.add_status(ACKNOWLEDGE | DRIVER);
     let refused = [0, 1 << 28, modern | 1, modern | 1 << 63, modern | 1 << 34];
@@ -176,7 +176,7 @@ fn features_are_agreed_once() {
 
 #[test]
 fn a_status_grows_until_a_reset() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     guest.accept(guest.offered());
     // Not before the device was seen and its driver is there.
     for early in [FEATURES_OK, DRIVER_OK, FEATURES_OK | DRIVER_OK] {
@@ -190,12 +190,12 @@ fn a_status_grows_until_a_reset() {
     guest.set(register::STATUS, FAILED);
     assert_eq!(guest.add_status(DRIVER_OK), agreed | FAILED, "it has given up");
     guest.set(register::STATUS, 0);
-    assert_eq!(guest.mmio.state(), Guest::new(Arc::new(Rng)).mmio.state());
+    assert_eq!(guest.mmio.state(), Guest::new(Arc::new(Rng::new())).mmio.state());
 }
 
 #[test]
 fn registers_have_one_width() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     guest.negotiate();
     for (offset, len) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 2), (2, 4), (0xfc, 8), (0xff, 4)] {
         let mut bytes = vec![0xee; len];
@@ -312,7 +312,7 @@ fn queues_are_set_up_between_features_and_the_start() {
 
 #[test]
 fn a_queue_can_be_taken_out_of_use() {
-    let guest = Guest::new(Arc::new(Rng));
+    let guest = Guest::new(Arc::new(Rng::new()));
     guest.start();
     ask(&guest);
     guest.set(register::QUEUE_READY, 0);
@@ -495,7 +495,7 @@ fn a_quiet_device_takes_no_requests_until_it_goes_on() {
 
 #[test]
 fn another_device_goes_on_with_a_state() {
-    let first = Guest::new(Arc::new(Rng));
+    let first = Guest::new(Arc::new(Rng::new()));
     first.start();
     for _ in 0..SIZE + 3 {
         ask(&first);
@@ -507,7 +507,7 @@ fn another_device_goes_on_with_a_state() {
     // What comes later, and without another kick.
     let head = first.offer(0, &[(BUFFERS, 32, WRITE)]);
 
-    let second = first.moved_to(Arc::new(Rng));
+    let second = first.moved_to(Arc::new(Rng::new()));
     second.mmio.check(&state).unwrap();
     assert_eq!(second.get(register::STATUS), 0, "nothing has changed");
     second.mmio.restore(&state).unwrap();
@@ -517,7 +517,7 @@ fn another_device_goes_on_with_a_state() {
     }
     // It was stopped as well as begun in the middle.
     second.mmio.quiesce();
-    let third = second.moved_to(Arc::new(Rng));
+    let third = second.moved_to(Arc::new(Rng::new()));
     third.mmio.restore(&second.mmio.state()).unwrap();
     ask(&third);
 }
@@ -599,12 +599,12 @@ fn states_that_cannot_be_are_refused() {
 
 #[test]
 fn indices_of_a_state_can_be_any() {
-    let first = Guest::new(Arc::new(Rng));
+    let first = Guest::new(Arc::new(Rng::new()));
     first.start();
     first.mmio.quiesce();
     let mut state = first.mmio.state();
     state.queues[0].next_available = 1000;
-    let second = first.moved_to(Arc::new(Rng));
+    let second = first.moved_to(Arc::new(Rng::new()));
     second.mmio.restore(&state).unwrap();
     assert_eq!(second.interrupted(), VIRTIO_MMIO_INT_CONFIG);
     assert_ne!(second.get(register::STATUS) & NEEDS_RESET, 0);

@@ -34,7 +34,7 @@ struct Monitor {
 }
 
 fn monitor() -> Monitor {
-    monitor_of(Arc::new(Rng))
+    monitor_of(Arc::new(Rng::new()))
 }
 
 fn monitor_of(device: Arc<dyn Device>) -> Monitor {
@@ -289,7 +289,7 @@ fn a_device_in_the_place_of_another_goes_on_where_that_one_stopped() {
     first.driver.describe(0, (BUFFERS, 32, WRITE, 0));
     first.driver.offer(0);
 
-    let mut second = monitor_by(|stream| serve_on(Arc::new(Rng), stream).unwrap());
+    let mut second = monitor_by(|stream| serve_on(Arc::new(Rng::new()), stream).unwrap());
     second.driver = first.driver;
     second.driver.set(AVAILABLE + 4 + 2 * u64::from(SIZE), 2);
     // The monitor knows nothing of the first one.

@@ -76,6 +76,8 @@ pub(crate) struct Needs {
     pub(crate) network: bool,
     /// There are streams to programs of the host.
     pub(crate) vsock: bool,
+    /// There is a source of random numbers.
+    pub(crate) rng: bool,
     /// How host directories are carried.
     pub(crate) share_via: ShareVia,
     /// There is a disk.
@@ -299,6 +301,9 @@ fn way_to_root(known: &Known<'_>, needs: Needs) -> Result<Way, Lacking> {
     }
     if needs.vsock {
         required.push((Feature::Vsock, "reach programs of the host over vsock"));
+    }
+    if needs.rng {
+        required.push((Feature::VirtioRng, "have random numbers of the host"));
     }
     let has_serial = |config: &KernelConfig| config.get("CONFIG_SERIAL_8250") == Tristate::BuiltIn;
     let channel = match features.get(Feature::VirtioConsole) {

@@ -93,6 +93,7 @@ pub struct VmBuilder {
     pluggable: bool,
     lans: Vec<(Lan, String)>,
     vsock: Option<PathBuf>,
+    rng: bool,
     hostname: Option<String>,
     append: Vec<String>,
     full_console: bool,
@@ -140,6 +141,7 @@ impl Default for VmBuilder {
             pluggable: false,
             lans: Vec::new(),
             vsock: None,
+            rng: false,
             hostname: None,
             append: Vec::new(),
             full_console: false,
@@ -286,6 +288,13 @@ impl VmBuilder {
     /// [`GUEST_CID`](crate::vsock::GUEST_CID).
     pub fn vsock(mut self, dir: impl Into<PathBuf>) -> Self {
         self.vsock = Some(dir.into());
+        self
+    }
+
+    /// Gives the guest a source of random numbers of the host: a virtio-rng device, `/dev/hwrng` there. Its kernel's own
+    /// generator is seeded at each start without.
+    pub fn rng(mut self, rng: bool) -> Self {
+        self.rng = rng;
         self
     }
 
@@ -507,6 +516,7 @@ impl VmBuilder {
         if let Some(dir) = &self.vsock {
             config = config.vsock(VsockDevice::in_dir(dir)?);
         }
+        config = config.rng(self.rng);
         let mut config = config.build()?;
         if let Some(cpu) = self.kvm_cpu.filter(|_| config.accel == Accel::Kvm) {
             config.qemu_args.extend(["-cpu".to_owned(), cpu]);

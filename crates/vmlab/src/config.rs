@@ -344,6 +344,9 @@ pub struct VmConfig {
     /// Streams to programs of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockDevice>,
+    /// Whether it has a source of random numbers of the host, by virtio-rng.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rng: bool,
     /// How the agent is reached.
     pub channel: AgentChannel,
     /// Whether disks can be plugged in and taken out while it runs, and a snapshot taken in the midst of a run.
@@ -367,14 +370,14 @@ impl VmConfig {
     /// How many devices a run brings.
     pub(crate) fn devices(&self) -> usize {
         let network = usize::from(self.network != NetworkMode::None);
-        let vsock = usize::from(self.vsock.is_some());
-        self.shares.len() + network + self.lans.len() + vsock + self.disks.len()
+        let others = usize::from(self.vsock.is_some()) + usize::from(self.rng);
+        self.shares.len() + network + self.lans.len() + others + self.disks.len()
     }
 
     /// How many servers of vmlab's own read and write the guest's memory.
     pub(crate) fn servers(&self) -> usize {
-        let vsock = usize::from(self.vsock.is_some());
-        self.served_shares().count() + self.served_disks().count() + vsock
+        let others = usize::from(self.vsock.is_some()) + usize::from(self.rng);
+        self.served_shares().count() + self.served_disks().count() + others
     }
 }
 
@@ -400,6 +403,7 @@ impl VmConfigBuilder {
                 network: NetworkMode::None,
                 lans: Vec::new(),
                 vsock: None,
+                rng: false,
                 channel: AgentChannel::Virtio,
                 pluggable: false,
                 qemu_args: Vec::new(),
@@ -464,6 +468,13 @@ impl VmConfigBuilder {
     /// Adds streams to programs of the host.
     pub fn vsock(mut self, vsock: VsockDevice) -> Self {
         self.config.vsock = Some(vsock);
+        self
+    }
+
+    /// Gives it a source of random numbers.
+    #[must_use]
+    pub fn rng(mut self, rng: bool) -> Self {
+        self.config.rng = rng;
         self
     }
 

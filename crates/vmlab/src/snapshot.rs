@@ -165,6 +165,7 @@ fn without_run(config: &VmConfig, empty: &Path) -> VmConfig {
     config.lans.clear();
     config.disks.clear();
     config.vsock = None;
+    config.rng = false;
     // All such VMs are.
     config.pluggable = false;
     // It restricts threads of the process, which a run has its own of.

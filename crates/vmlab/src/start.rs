@@ -345,7 +345,8 @@ impl Devices {
             || config.network != NetworkMode::None
             || !config.lans.is_empty()
             || !config.disks.is_empty()
-            || config.vsock.is_some();
+            || config.vsock.is_some()
+            || config.rng;
         let revive = if keeps_devices { 0 } else { kept.min(shares) };
         Self { revive, more }
     }

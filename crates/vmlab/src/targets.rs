@@ -200,6 +200,8 @@ pub struct VmSpec {
     pub network: NetworkMode,
     /// The directory of its vsock's sockets.
     pub vsock: Option<PathBuf>,
+    /// Whether it has a source of random numbers of the host.
+    pub rng: bool,
     /// Its name.
     pub hostname: Option<String>,
     /// Words behind the kernel's command line.

@@ -209,6 +209,27 @@ fn a_guest_that_goes_back_knows_nothing_of_what_came_after() {
     vm.shutdown().unwrap();
 }
 
+#[test]
+fn a_guest_that_goes_back_has_random_numbers_still_or_is_refused() {
+    let _logs = Logs::new();
+    let mut vm = builder().rng(true).start().unwrap();
+    let read = |vm: &Vm| sh(vm, "head -c 1000 /dev/hwrng | md5sum");
+    let before = read(&vm);
+    let snapshot = match vm.snapshot() {
+        Err(Error::NotInSnapshot { why }) => {
+            assert!(why.contains("random"), "{why}");
+            assert_ne!(read(&vm), before);
+            return;
+        }
+        taken => taken.unwrap(),
+    };
+    let later = read(&vm);
+    vm.restore(&snapshot).unwrap();
+    let again = read(&vm);
+    assert!(before != later && later != again, "{before} {later} {again}");
+    vm.shutdown().unwrap();
+}
+
 /// Reads and writes without end, and says so where something is not as it was written.
 const BUSY: &str = r#"
     cd /mnt/data

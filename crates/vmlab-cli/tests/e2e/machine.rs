@@ -79,6 +79,25 @@ fn a_topology_arrives() {
 }
 
 #[test]
+fn random_numbers_of_the_host_arrive() {
+    let site = Site::new();
+    let words = script(
+        r#"
+        fact source cat /sys/class/misc/hw_random/rng_current
+        fact values bash -c 'head -c 65536 /dev/hwrng | od -An -tu1 -v -w1 | sort -u | wc -l'
+        "#,
+    );
+    // From a snapshot of a machine that had no such device, too.
+    for mode in ["--cold", "--no-cwd"] {
+        let facts = Facts::of(&site.run(&["--rng", mode], words.clone()).output());
+        facts.expect("source", "virtio_rng.0").expect("values", "256");
+    }
+    let without = site.sh(&[], "test -e /dev/hwrng && cat /sys/class/misc/hw_random/rng_current");
+    let said = without.output().stdout_text().to_owned();
+    assert!(!said.contains("virtio"), "{said}");
+}
+
+#[test]
 fn machines_that_cannot_be_are_refused() {
     let site = Site::new();
     for (options, wanted) in [

@@ -16,9 +16,30 @@ pub const MAX_REQUEST: usize = 64 * 1024;
 /// The size of its ring, as of other monitors.
 const RING: u16 = 256;
 
-/// The device. Its threads keep no rights but those that they need.
-#[derive(Debug, Default)]
-pub struct Rng;
+/// The device.
+#[derive(Debug)]
+pub struct Rng {
+    sandbox: bool,
+}
+
+impl Default for Rng {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Rng {
+    /// A device.
+    pub fn new() -> Self {
+        Self { sandbox: true }
+    }
+
+    /// Sets whether its threads keep no rights but those that they need, as they do unless set.
+    #[must_use]
+    pub fn sandbox(self, sandbox: bool) -> Self {
+        Self { sandbox }
+    }
+}
 
 impl Device for Rng {
     fn id(&self) -> u32 {
@@ -30,7 +51,7 @@ impl Device for Rng {
     }
 
     fn prepare_thread(&self) -> io::Result<()> {
-        sandbox::enter(Work::Random)
+        if self.sandbox { sandbox::enter(Work::Random) } else { Ok(()) }
     }
 
     fn process(&self, _: usize, queue: &VirtQueue, _: &mut Turn<'_>) -> Result<(), QueueError> {

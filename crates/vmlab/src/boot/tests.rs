@@ -10,6 +10,7 @@ const NEEDS: Needs = Needs {
     overlay: true,
     network: false,
     vsock: false,
+    rng: false,
     share_via: ShareVia::Only(ShareTransport::NineP),
     modules_place: false,
 };
@@ -72,6 +73,11 @@ fn exactly_what_is_missing_is_named() {
             &["CONFIG_VIRTIO_VSOCKETS"],
             Needs { vsock: true, ..NEEDS },
             "reach programs of the host over vsock",
+        ),
+        (
+            &["CONFIG_HW_RANDOM_VIRTIO"],
+            Needs { rng: true, ..NEEDS },
+            "have random numbers of the host",
         ),
         (&["CONFIG_VIRTIO_BLK"], Needs { disk: true, ..NEEDS }, "reach its disks"),
         (&["CONFIG_BLK_DEV_INITRD"], NEEDS, "run the agent"),

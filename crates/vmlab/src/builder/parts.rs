@@ -268,6 +268,7 @@ impl VmBuilder {
             disk_root: self.image.is_some(),
             network: self.network != NetworkMode::None || !self.lans.is_empty(),
             vsock: self.vsock.is_some(),
+            rng: self.rng,
             share_via: self.share_via,
             modules_place: self.chosen_root_mode() == RootMode::ReadOnly
                 && self.image.is_none()

@@ -9,6 +9,7 @@ use rustix::process::{Resource, getrlimit};
 use vmlab_devices::Device;
 use vmlab_devices::blk::{self, Blk, Source};
 use vmlab_devices::fs::{self, CachePolicy, Fs, Passthrough, PassthroughConfig};
+use vmlab_devices::rng::Rng;
 
 use super::HypervisorError;
 use crate::config::{Caching, DiskDevice, DiskWrites, ShareDevice};
@@ -102,6 +103,11 @@ pub(super) fn vsock(
 ) -> Result<(Arc<dyn Device>, String), HypervisorError> {
     let what = format!("the vsock in {}", vsock.dir.display());
     Ok((Arc::new(vsock.open()?.sandbox(sandbox)), what))
+}
+
+/// The device that has random numbers for a VM, and what it is for a person.
+pub(super) fn rng(sandbox: bool) -> (Arc<dyn Device>, String) {
+    (Arc::new(Rng::new().sandbox(sandbox)), "the random number generator".to_owned())
 }
 
 /// The disk, or why there is none.

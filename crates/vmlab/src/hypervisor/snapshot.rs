@@ -114,6 +114,8 @@ pub(crate) enum DeviceId {
     Disk(String),
     /// Streams to programs of the host.
     Vsock,
+    /// A source of random numbers.
+    Rng,
 }
 
 /// The content of some RAM.

@@ -92,6 +92,7 @@ impl Target {
         if let Some(dir) = &spec.vsock {
             vm = vm.vsock(dir);
         }
+        vm = vm.rng(spec.rng);
         if let Some(limit) = spec.boot_timeout {
             vm = vm.boot_timeout(limit);
         }

@@ -565,6 +565,7 @@ impl Lower<'_, '_, '_> {
             fast: value(table.fast.take()).unwrap_or_default(),
             network: value(table.net.take()).map(|word| word.0).unwrap_or_default(),
             vsock: value(table.vsock.take()).map(|text| self.context.path(&text)),
+            rng: value(table.rng.take()).unwrap_or_default(),
             hostname: value(table.hostname.take()),
             append: words(table.append.take()),
             modules: strings(table.modules.take()),

@@ -217,6 +217,8 @@ table! {
         net: Word<NetworkMode>,
         /// Directory for the sockets of the guest's vsock, which one VM can have at a time.
         vsock: String,
+        /// Whether the guest has a source of random numbers of the host (virtio-rng).
+        rng: bool,
         /// The guest's host name.
         hostname: String,
         /// Host directories in the guest: names from `[shares]`, or tables.

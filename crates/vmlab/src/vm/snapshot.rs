@@ -108,10 +108,15 @@ impl Vm {
         if config.shares.iter().any(|share| share.transport == ShareTransport::NineP) {
             return not("its shares are carried by 9p".to_owned());
         }
-        // In QEMU another device takes the place of this one, and nobody would tell the guest that its connections
-        // are over.
+        // In QEMU another device takes the place of each of these, and nobody would tell the guest.
         if config.vsock.is_some() && !self.prepared.hypervisor.capabilities().keeps_devices {
             return not("it has a vsock, which is kept by vmlab's own monitor only".to_owned());
+        }
+        if config.rng && !self.prepared.hypervisor.capabilities().keeps_devices {
+            return not(
+                "it has a random number generator, which is kept by vmlab's own monitor only"
+                    .to_owned(),
+            );
         }
         for DiskDevice { serial, writes, serve, .. } in &config.disks {
             let why = match (writes, serve) {

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{CLOUD, Outcome, Site, kernel, vmlab_bin};
 
@@ -96,7 +96,8 @@ pub(crate) fn test_program(target: &str) -> PathBuf {
         let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
         let program = |message: Value| {
             let target = &message["target"];
-            let is_test = target["kind"] == serde_json::json!(["test"]);
+            // Of a library, what can be executed has its unit tests.
+            let is_test = [["test"], ["lib"]].iter().any(|kind| target["kind"] == json!(kind));
             // Those of devices have names that others have too, and run no VMs.
             let manifest = Path::new(message["manifest_path"].as_str()?);
             let is_test = is_test && !manifest.parent()?.ends_with("vmlab-devices");

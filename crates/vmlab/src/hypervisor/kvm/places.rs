@@ -118,6 +118,10 @@ impl Making<'_> {
             let (device, what) = served::vsock(vsock, config.sandbox)?;
             place(DeviceId::Vsock, device, what)?;
         }
+        if config.rng {
+            let (device, what) = served::rng(config.sandbox);
+            place(DeviceId::Rng, device, what)?;
+        }
         Ok(devices)
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use super::devices::{PLUG_BUS, VSOCK, devices, disk_id, lan_id, share_id};
+use super::devices::{PLUG_BUS, RNG, VSOCK, devices, disk_id, lan_id, share_id};
 use crate::config::{
     Accel, AgentChannel, Boot, DiskWrites, Firmware, FirmwareBoot, Machine, NetworkMode,
     ShareTransport, Topology, VmConfig,
@@ -27,7 +27,7 @@ pub(super) struct Descriptors {
     /// The way to qemu-guest-agent, for images.
     pub(super) guest_agent: Option<RawFd>,
     /// Connections to servers of ours: one for each share over virtio-fs, then one for each disk that is served
-    /// here, in their order, then one for a vsock.
+    /// here, in their order, then one for a vsock and one for random numbers.
     pub(super) servers: Vec<RawFd>,
     /// Datagram sockets of ports on networks of VMs.
     pub(super) lans: Vec<RawFd>,
@@ -326,10 +326,9 @@ fn backends(args: &mut Arguments, config: &VmConfig, fds: &Descriptors) {
         let drive = format!("if=none,id={id},discard=unmap,format={format}{how},file={path}");
         args.option("-drive", drive);
     }
-    if config.vsock.is_some()
-        && let Some(fd) = servers.next()
-    {
-        args.option("-chardev", format!("socket,id={VSOCK},fd={fd}"));
+    let others = [config.vsock.is_some().then_some(VSOCK), config.rng.then_some(RNG)];
+    for (id, fd) in others.into_iter().flatten().zip(servers) {
+        args.option("-chardev", format!("socket,id={id},fd={fd}"));
     }
 }
 

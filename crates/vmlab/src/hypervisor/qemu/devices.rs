@@ -19,6 +19,9 @@ const FS_QUEUE_SIZE: u16 = 1024;
 /// The name of the back end of a vsock.
 pub(super) const VSOCK: &str = "vsock";
 
+/// The name of the back end of a source of random numbers.
+pub(super) const RNG: &str = "rng";
+
 /// The name of a share's back end.
 pub(super) fn share_id(index: usize) -> String {
     format!("share{index}")
@@ -145,6 +148,14 @@ pub(super) fn devices(config: &VmConfig) -> Vec<Device> {
             served: true,
             driver: "vhost-user-vsock-pci",
             properties: vec![("chardev", VSOCK.to_owned())],
+        });
+    }
+    if config.rng {
+        devices.push(Device {
+            id: DeviceId::Rng,
+            served: true,
+            driver: "vhost-user-rng-pci",
+            properties: vec![("chardev", RNG.to_owned())],
         });
     }
     devices

@@ -11,7 +11,7 @@ use vmlab_devices::transport::vhost_user::{self, Served};
 
 use super::super::HypervisorError;
 use super::super::served::{self, FileServer};
-use super::devices::{VSOCK, disk_id, share_id};
+use super::devices::{RNG, VSOCK, disk_id, share_id};
 use crate::config::{DiskDevice, ShareTransport, VmConfig};
 use crate::error::chain;
 
@@ -75,6 +75,10 @@ impl Servers {
         if let Some(vsock) = &config.vsock {
             let (device, what) = served::vsock(vsock, config.sandbox)?;
             servers.waiting.push(Waiting { id: VSOCK.to_owned(), what, device });
+        }
+        if config.rng {
+            let (device, what) = served::rng(config.sandbox);
+            servers.waiting.push(Waiting { id: RNG.to_owned(), what, device });
         }
         Ok(servers)
     }

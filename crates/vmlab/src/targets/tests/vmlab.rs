@@ -96,6 +96,7 @@ fn each_key_of_a_target_is_read() {
         fast = true
         net = "user"
         vsock = "sockets"
+        rng = true
         hostname = "guest"
         shares = ["src", "cache", { host = "x", guest = "/x" }]
         disks = ["log", "data", "old", "scratch"]
@@ -140,6 +141,7 @@ fn each_key_of_a_target_is_read() {
             fast: true,
             network: NetworkMode::User,
             vsock: Some(here.join("sockets")),
+            rng: true,
             hostname: Some("guest".to_owned()),
             append: ["a=1", "b", "c"].map(text).into(),
             modules: ["kvm-amd nested=1", "loop"].map(text).into(),
