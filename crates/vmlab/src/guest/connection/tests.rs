@@ -1,7 +1,8 @@
 use super::*;
 use std::time::Duration;
 use vmlab_wire::flow::STREAM_WINDOW;
-use vmlab_wire::message::{ExitStatus, StartStage};
+use vmlab_wire::message::{ExitStatus, StartStage, decode};
+use vmlab_wire::{Frame, GuestMessage};
 
 /// How long a test waits for what must come.
 const PATIENCE: Duration = Duration::from_secs(10);
