@@ -1,11 +1,11 @@
 //! What a hypervisor is asked to run: everything resolved, nothing left to look for.
 
+mod check;
 mod error;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vmlab_artifacts::Arch;
@@ -17,6 +17,8 @@ use crate::disk::CloneMode;
 use crate::units::{Bytes, MIB};
 
 pub use crate::vsock::VsockDevice;
+use check::{check_boot, check_shares};
+pub(crate) use check::{check_disks, is_serial};
 pub use error::ConfigError;
 
 /// The least memory that a guest can be given. Distribution kernels do not reach their init with less.
@@ -540,102 +542,4 @@ impl VmConfigBuilder {
         config.vsock.iter().try_for_each(|vsock| vsock.check(&config.shares))?;
         Ok(config)
     }
-}
-
-fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
-    std::fs::File::open(path).map(drop).map_err(|source| ConfigError::File {
-        what,
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn check_boot(boot: &Boot) -> Result<(), ConfigError> {
-    match boot {
-        Boot::Kernel(kernel) => {
-            readable("kernel image", &kernel.image)?;
-            readable("initramfs", &kernel.initramfs)?;
-            check_command_line(&kernel.command_line)
-        }
-        Boot::Firmware(FirmwareBoot { firmware, .. }) => match firmware {
-            Firmware::Bios => Ok(()),
-            Firmware::File(file) => readable("firmware", file),
-            Firmware::Uefi { code, vars, .. } => {
-                readable("firmware", code)?;
-                readable("store of the firmware's variables", vars)
-            }
-        },
-    }
-}
-
-pub(crate) fn check_disks(disks: &[DiskDevice]) -> Result<(), ConfigError> {
-    let mut serials = HashSet::new();
-    for DiskDevice { serial, path, writes, format, serve, keep: _ } in disks {
-        if !is_serial(serial) {
-            return Err(ConfigError::Serial { serial: serial.clone() });
-        }
-        if !serials.insert(serial) {
-            return Err(ConfigError::DuplicateSerial { serial: serial.clone() });
-        }
-        let writable = *writes == DiskWrites::Kept;
-        let opened = std::fs::File::options().read(true).write(writable).open(path);
-        opened.map_err(|source| ConfigError::File { what: "disk", path: path.clone(), source })?;
-        if path.to_str().is_none() {
-            return Err(ConfigError::DiskEncoding { path: path.clone() });
-        }
-        if serve.is_some() && *format != ImageFormat::Raw {
-            let format = format.name();
-            return Err(ConfigError::ServedFormat { path: path.clone(), format });
-        }
-        if let Some(blk::Options { queues, .. }) = *serve
-            && !(1..=blk::MAX_QUEUES).contains(&queues)
-        {
-            return Err(ConfigError::Queues { serial: serial.clone(), queues });
-        }
-    }
-    Ok(())
-}
-
-/// Whether a disk can have this name.
-pub(crate) fn is_serial(name: &str) -> bool {
-    (1..=MAX_SERIAL).contains(&name.len()) && name.chars().all(is_plain)
-}
-
-fn is_plain(c: char) -> bool {
-    c.is_ascii_alphanumeric() || c == '-' || c == '_'
-}
-
-fn check_command_line(line: &str) -> Result<(), ConfigError> {
-    if line.len() > MAX_COMMAND_LINE {
-        return Err(ConfigError::CommandLineLength { len: line.len() });
-    }
-    match line.chars().find(|c| c.is_control()) {
-        Some(found) => Err(ConfigError::CommandLineCharacter { found }),
-        None => Ok(()),
-    }
-}
-
-fn check_shares(shares: &[ShareDevice]) -> Result<(), ConfigError> {
-    let mut tags = HashSet::new();
-    for share in shares {
-        let fits = (1..=MAX_TAG).contains(&share.tag.len());
-        if !fits || !share.tag.chars().all(is_plain) {
-            return Err(ConfigError::Tag { tag: share.tag.clone() });
-        }
-        if !tags.insert(&share.tag) {
-            return Err(ConfigError::DuplicateTag { tag: share.tag.clone() });
-        }
-        if share.transport == ShareTransport::NineP && share.path.to_str().is_none() {
-            return Err(ConfigError::PathEncoding { path: share.path.clone() });
-        }
-        match std::fs::metadata(&share.path) {
-            Ok(meta) if meta.is_dir() => {}
-            Ok(_) => return Err(ConfigError::NotADirectory { path: share.path.clone() }),
-            Err(source) => {
-                let path = share.path.clone();
-                return Err(ConfigError::File { what: "shared directory", path, source });
-            }
-        }
-    }
-    Ok(())
 }

@@ -1,3 +1,6 @@
+use std::path::Path;
+
+use super::check::check_command_line;
 use super::*;
 
 fn dir() -> tempfile::TempDir {
