@@ -349,6 +349,11 @@ impl Process {
         found[1..].iter().filter_map(|&pid| Self::of_pid(Pid::from_raw(pid)?)).collect()
     }
 
+    /// Whether the QEMU below this process, if its VM has one, is gone when it is. Ask before that.
+    pub(crate) fn monitor(&self) -> Monitor {
+        Monitor((!native()).then(|| self.qemu()))
+    }
+
     /// The QEMU below this process. There has to be exactly one.
     pub(crate) fn qemu(&self) -> Process {
         let mut all = self.descendants();
@@ -358,6 +363,17 @@ impl Process {
         });
         assert_eq!(all.len(), 1, "vmlab has not exactly one QEMU: {all:?}");
         all.remove(0)
+    }
+}
+
+/// The process that a VM has for itself, if any.
+pub(crate) struct Monitor(Option<Process>);
+
+impl Monitor {
+    /// It is no more, now that vmlab has ended.
+    pub(crate) fn assert_gone(&self) {
+        let gone = self.0.as_ref().is_none_or(|qemu| qemu.wait_gone(Instant::now()));
+        assert!(gone, "QEMU outlives vmlab");
     }
 }
 

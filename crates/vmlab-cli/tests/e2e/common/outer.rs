@@ -65,7 +65,8 @@ impl Outer {
         let seconds = patience.as_secs().to_string();
         // One CPU: QEMU's TCG sometimes ends guests that have more and run guests themselves.
         let mut options = vec!["--hypervisor", "qemu", "--accel", "tcg", "-m", MEMORY];
-        options.extend(["--module", "kvm-amd", "--timeout", &seconds]);
+        // passt wants a network that it can pass on.
+        options.extend(["--module", "kvm-amd", "--net", "user", "--timeout", &seconds]);
         options.extend(self.shares.iter().flat_map(|share| ["--share", share]));
         let words = ["bash", "-c", &[&environment, script].concat()];
         let run = self.site.run_with(CLOUD[0], &options, words);
