@@ -6,11 +6,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
     GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
+use vmlab_devices::sparse;
 
 /// Bytes of a page, of guests and of hosts.
 pub(crate) const PAGE: u64 = 4096;
@@ -53,11 +55,48 @@ pub fn map(ranges: &[Range<u64>], backing: &Backing) -> io::Result<GuestMemoryMm
         // As much as is used is taken, whatever the host says of all that could be.
         let flags = flags | libc::MAP_NORESERVE;
         let region = MmapRegion::build(file, length, protection, flags).map_err(failed)?;
+        if let Backing::Private(file) = backing {
+            fill_holes(&region, file, offset)?;
+        }
         let region = GuestRegionMmap::new(region, GuestAddress(range.start));
         regions.push(region.ok_or(io::ErrorKind::InvalidInput)?);
         offset += size;
     }
     GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+}
+
+/// The least hole that is filled, and how many are at most: each takes two mappings, of which a process has 65,530.
+const HOLE: u64 = 256 * PAGE;
+const HOLES: usize = 4096;
+
+/// Puts memory of its own in the place of the holes of a file, whose content from `first` on this region has privately.
+/// A page in a hole would be taken twice when it is used: of the file, to be read from there, and as the copy that is
+/// written to. Where the file is in memory, that would stay, up to the size of the memory.
+fn fill_holes(region: &MmapRegion, file: &File, first: u64) -> io::Result<()> {
+    let mut at = first;
+    let end = first + region.size() as u64;
+    let mut holes = Vec::new();
+    let pieces = sparse::pieces(file).chain(std::iter::once(Ok(end..end)));
+    for piece in pieces {
+        let piece = piece?;
+        let until = piece.start.min(end) / PAGE * PAGE;
+        if until.saturating_sub(at) >= HOLE && holes.len() < HOLES {
+            holes.push(at..until);
+        }
+        at = at.max(piece.end.next_multiple_of(PAGE));
+    }
+    for hole in holes {
+        let (offset, length) = ((hole.start - first) as usize, (hole.end - hole.start) as usize);
+        let address = region.as_ptr().wrapping_add(offset).cast();
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        let flags = flags | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the range is in the region's mapping, which nobody uses yet, and has the same content: zeroes.
+        unsafe { mmap_anonymous(address, length, protection, flags) }?;
+        // As the rest: which pages are used can be told, and one costs no more than itself.
+        // SAFETY: the same range; nothing of its content changes.
+        let _ = unsafe { madvise(address, length, Advice::LinuxNoHugepage) };
+    }
+    Ok(())
 }
 
 /// Writes what a guest has changed in memory that is mapped [privately](Backing::Private) to another file with what
@@ -235,6 +274,38 @@ pub(crate) mod tests {
         expected[3 * PAGE as usize..][..5].copy_from_slice(b"stays");
         expected[6 * PAGE as usize - 4..].copy_from_slice(b"high");
         assert!(content == expected);
+    }
+
+    #[test]
+    fn memory_in_the_holes_of_a_file_takes_nothing_of_it() {
+        const MIB: u64 = 1 << 20;
+        let file = tempfile();
+        file.set_len(8 * MIB).unwrap();
+        // In the midst of each region.
+        for place in [3 * MIB + 5, 6 * MIB + 5] {
+            file.write_all_at(b"data", place).unwrap();
+        }
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let before = blocks();
+        let ranges = [0..5 * MIB, 16 * MIB..19 * MIB];
+        let file = Arc::new(file.try_clone().unwrap());
+        let memory = map(&ranges, &Backing::Private(file)).unwrap();
+        let mut content = Vec::new();
+        for address in ranges.into_iter().flat_map(|range| range.step_by(PAGE as usize)) {
+            let mut page = vec![0; PAGE as usize];
+            memory.read_slice(&mut page, GuestAddress(address)).unwrap();
+            content.extend(page);
+            memory.write_slice(b"mine", GuestAddress(address + 100)).unwrap();
+        }
+        let mut wanted = vec![0; 8 << 20];
+        wanted[(3 << 20) + 5..][..4].copy_from_slice(b"data");
+        wanted[(6 << 20) + 5..][..4].copy_from_slice(b"data");
+        assert!(content == wanted);
+        // What is around the data, in holes that are not worth a mapping.
+        assert!(blocks() <= before + 2 * HOLE / 512, "{before}, then {}", blocks());
+        let mut all = 0;
+        present(&memory, |_, which| all += u64::from(which == Present::Own)).unwrap();
+        assert_eq!(all, 8 * MIB / PAGE);
     }
 
     #[test]
