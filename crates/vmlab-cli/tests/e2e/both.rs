@@ -12,8 +12,8 @@ use crate::common::outer::{Outer, test_program};
 /// One list for all.
 const LIST: &str = include_str!("both.list");
 
-/// How long one test may take; most need a few seconds.
-const TEST_TIME: u32 = 150;
+/// How long one test may take; most need a few seconds, and a disk's template half a minute or more.
+const TEST_TIME: u32 = 300;
 
 /// How long a group may take, on a machine that has much else to do. The long ones are run by hand.
 const GROUP_TIME: Duration = Duration::from_secs(1800);
