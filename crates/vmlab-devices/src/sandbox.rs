@@ -9,7 +9,7 @@ use std::io;
 
 use libc::c_long;
 use vmlab_fuse::sandbox::FilterOfAll;
-pub use vmlab_fuse::sandbox::{Calls, Filter, Is, Sandbox};
+pub use vmlab_fuse::sandbox::{Calls, Filter, Is, KVM_IRQ_LINE, Sandbox};
 
 /// What a device's threads do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,7 +24,7 @@ use seccompiler::BpfProgram;
 mod calls;
 mod share;
 
-pub use calls::{Calls, Condition, Is};
+pub use calls::{Calls, Condition, Is, KVM_IRQ_LINE};
 
 /// What is forbidden: all that Landlock knew of files at this version, which is the newest that adds something and that
 /// the tests have run with. An older kernel forbids what it knows.

@@ -55,39 +55,41 @@ pub fn map(ranges: &[Range<u64>], backing: &Backing) -> io::Result<GuestMemoryMm
         // As much as is used is taken, whatever the host says of all that could be.
         let flags = flags | libc::MAP_NORESERVE;
         let region = MmapRegion::build(file, length, protection, flags).map_err(failed)?;
-        if let Backing::Private(file) = backing {
-            fill_holes(&region, file, offset)?;
-        }
         let region = GuestRegionMmap::new(region, GuestAddress(range.start));
         regions.push(region.ok_or(io::ErrorKind::InvalidInput)?);
         offset += size;
     }
-    GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+    let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+    if let Backing::Private(file) = backing {
+        fill_holes(&memory, file)?;
+    }
+    Ok(memory)
 }
 
-/// The least hole that is filled, and how many are at most: each takes two mappings, of which a process has 65,530.
-const HOLE: u64 = 256 * PAGE;
+/// Pages of the least hole that is filled, and how many are at most: each takes two mappings, of which a process has
+/// 65,530.
+const HOLE: u64 = 256;
 const HOLES: usize = 4096;
 
-/// Puts memory of its own in the place of the holes of a file, whose content from `first` on this region has privately.
-/// A page in a hole would be taken twice when it is used: of the file, to be read from there, and as the copy that is
-/// written to. Where the file is in memory, that would stay, up to the size of the memory.
-fn fill_holes(region: &MmapRegion, file: &File, first: u64) -> io::Result<()> {
-    let mut at = first;
-    let end = first + region.size() as u64;
+/// Puts memory of its own in the place of the holes of the file that a memory is mapped from privately. A page in a hole
+/// would be taken twice when it is used: of the file, to be read from there, and as the copy that is written to. Where
+/// the file is in memory, that would stay, up to the size of the memory.
+fn fill_holes(memory: &GuestMemoryMmap, file: &File) -> io::Result<()> {
+    let end = file.metadata()?.len() / PAGE;
+    let mut page = 0;
     let mut holes = Vec::new();
-    let pieces = sparse::pieces(file).chain(std::iter::once(Ok(end..end)));
-    for piece in pieces {
+    for piece in sparse::pieces(file).chain(std::iter::once(Ok(end * PAGE..end * PAGE))) {
         let piece = piece?;
-        let until = piece.start.min(end) / PAGE * PAGE;
-        if until.saturating_sub(at) >= HOLE && holes.len() < HOLES {
-            holes.push(at..until);
+        let until = piece.start / PAGE;
+        if until.saturating_sub(page) >= HOLE && holes.len() < HOLES {
+            holes.push(page..until);
         }
-        at = at.max(piece.end.next_multiple_of(PAGE));
+        page = piece.end.div_ceil(PAGE);
     }
-    for hole in holes {
-        let (offset, length) = ((hole.start - first) as usize, (hole.end - hole.start) as usize);
-        let address = region.as_ptr().wrapping_add(offset).cast();
+    for part in parts(memory, &holes) {
+        let address = part.region.get_host_address(MemoryRegionAddress(part.offset));
+        let address = address.map_err(io::Error::other)?.cast();
+        let length = part.length as usize;
         let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
         let flags = flags | MapFlags::FIXED | MapFlags::NORESERVE;
         // SAFETY: the range is in the region's mapping, which nobody uses yet, and has the same content: zeroes.
@@ -302,7 +304,7 @@ pub(crate) mod tests {
         wanted[(6 << 20) + 5..][..4].copy_from_slice(b"data");
         assert!(content == wanted);
         // What is around the data, in holes that are not worth a mapping.
-        assert!(blocks() <= before + 2 * HOLE / 512, "{before}, then {}", blocks());
+        assert!(blocks() <= before + 2 * HOLE * PAGE / 512, "{before}, then {}", blocks());
         let mut all = 0;
         present(&memory, |_, which| all += u64::from(which == Present::Own)).unwrap();
         assert_eq!(all, 8 * MIB / PAGE);

@@ -372,14 +372,17 @@ impl VmConfig {
     /// How many devices a run brings.
     pub(crate) fn devices(&self) -> usize {
         let network = usize::from(self.network != NetworkMode::None);
-        let others = usize::from(self.vsock.is_some()) + usize::from(self.rng);
-        self.shares.len() + network + self.lans.len() + others + self.disks.len()
+        self.shares.len() + network + self.lans.len() + self.single_servers() + self.disks.len()
     }
 
     /// How many servers of vmlab's own read and write the guest's memory.
     pub(crate) fn servers(&self) -> usize {
-        let others = usize::from(self.vsock.is_some()) + usize::from(self.rng);
-        self.served_shares().count() + self.served_disks().count() + others
+        self.served_shares().count() + self.served_disks().count() + self.single_servers()
+    }
+
+    /// How many of them are for devices that a VM has one of at most.
+    fn single_servers(&self) -> usize {
+        usize::from(self.vsock.is_some()) + usize::from(self.rng)
     }
 }
 

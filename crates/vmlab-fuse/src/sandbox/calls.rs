@@ -46,8 +46,9 @@ const TRANSPORT: &[c_long] = &[
     libc::SYS_poll,
 ];
 
-/// Interrupting the guest: `KVM_IRQ_LINE` of `linux/kvm.h`, whose argument has two numbers of 32 bits.
-const INTERRUPT: u32 = opcode::write::<[u32; 2]>(0xae, 0x61);
+/// The `ioctl` by which a thread of a monitor interrupts its guest: `KVM_IRQ_LINE` of `linux/kvm.h`, whose argument has
+/// two numbers of 32 bits.
+pub const KVM_IRQ_LINE: u32 = opcode::write::<[u32; 2]>(0xae, 0x61);
 
 /// What an argument has to be. The kernel and the filter look at its lower 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +85,7 @@ impl Calls {
 
     /// What a thread needs besides to serve a queue.
     pub fn of_worker() -> Self {
-        let interrupt = vec![(1, Is::This(INTERRUPT))];
+        let interrupt = vec![(1, Is::This(KVM_IRQ_LINE))];
         Self::runtime().and(TRANSPORT).and_if(libc::SYS_ioctl, [interrupt])
     }
 

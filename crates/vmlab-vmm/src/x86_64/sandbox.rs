@@ -1,14 +1,14 @@
 //! What the thread of a processor gives up before it enters its guest.
 //!
-//! It opens no file, runs its own processor alone, and may interrupt its VM. Threads of devices start and end in another thread
-//! ([`Control`](super::control::Control)), since they would inherit this.
+//! It opens no file, runs its own processor alone, and may interrupt its VM. Threads of devices start and end in another
+//! thread ([`Control`](super::control::Control)), since they would inherit this.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use kvm_bindings::{KVMIO, kvm_irq_level, kvm_regs, kvm_sregs, kvm_translation};
+use kvm_bindings::{KVMIO, kvm_regs, kvm_sregs, kvm_translation};
 use rustix::ioctl::{Opcode, opcode};
-use vmlab_devices::sandbox::{Calls, Filter, Is, Sandbox};
+use vmlab_devices::sandbox::{Calls, Filter, Is, KVM_IRQ_LINE, Sandbox};
 
 const GROUP: u8 = KVMIO as u8;
 
@@ -21,11 +21,8 @@ const ON_PROCESSOR: [Opcode; 5] = [
     opcode::none(GROUP, 0xad),                          // KVM_KVMCLOCK_CTRL
 ];
 
-/// `KVM_IRQ_LINE`, for the interrupts of its serial lines.
-const INTERRUPT: Opcode = opcode::write::<kvm_irq_level>(GROUP, 0x61);
-
-/// Restricts the calling thread, which runs this processor of this VM and has blocked the signal of its kick, for good. What the
-/// host's kernel lacks is left out.
+/// Restricts the calling thread, which runs this processor of this VM and has blocked the signal of its kick, for good.
+/// What the host's kernel lacks is left out.
 ///
 /// # Errors
 /// The kernel has something and refuses it.
@@ -42,7 +39,8 @@ pub(super) fn enter(vcpu: BorrowedFd<'_>, vm: BorrowedFd<'_>) -> io::Result<()> 
         // It waits for a host that does not read what a serial line says.
         .and(&[libc::SYS_poll, libc::SYS_ppoll])
         .and_if(libc::SYS_sendto, [connected])
-        .and_if(libc::SYS_ioctl, operations.chain([on(vm, INTERRUPT)]));
+        // The last one is for the interrupts of serial lines.
+        .and_if(libc::SYS_ioctl, operations.chain([on(vm, KVM_IRQ_LINE)]));
     // It names the processor, so that it is of use to this thread alone.
     Sandbox::without_files(&Filter::new(&calls)?)?.enter().map(drop)
 }

@@ -109,14 +109,11 @@ impl Vm {
             return not("its shares are carried by 9p".to_owned());
         }
         // In QEMU another device takes the place of each of these, and nobody would tell the guest.
-        if config.vsock.is_some() && !self.prepared.hypervisor.capabilities().keeps_devices {
-            return not("it has a vsock, which is kept by vmlab's own monitor only".to_owned());
-        }
-        if config.rng && !self.prepared.hypervisor.capabilities().keeps_devices {
-            return not(
-                "it has a random number generator, which is kept by vmlab's own monitor only"
-                    .to_owned(),
-            );
+        let keeps_devices = self.prepared.hypervisor.capabilities().keeps_devices;
+        let devices =
+            [(config.vsock.is_some(), "a vsock"), (config.rng, "a random number generator")];
+        if let Some((_, what)) = devices.iter().find(|(is_there, _)| *is_there && !keeps_devices) {
+            return not(format!("it has {what}, which is kept by vmlab's own monitor only"));
         }
         for DiskDevice { serial, writes, serve, .. } in &config.disks {
             let why = match (writes, serve) {

@@ -96,7 +96,7 @@ fn only_its_own_processor_and_vm_are_operated() {
         let operate = |file: &File, operation: Opcode| {
             raw(libc::SYS_ioctl, [file.as_raw_fd() as usize, operation as usize, 0, 0, 0])
         };
-        for operation in ON_PROCESSOR.into_iter().chain([INTERRUPT]) {
+        for operation in ON_PROCESSOR.into_iter().chain([KVM_IRQ_LINE]) {
             // What is no processor and no VM does not know them.
             assert_eq!(operate(file, operation), Errno::NOTTY);
             assert_eq!(operate(&other, operation), Errno::NOSYS);
