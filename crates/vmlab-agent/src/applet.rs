@@ -1,5 +1,5 @@
 //! What the agent does as a command of its own, with standard streams as of any other: copies files, reads the
-//! kernel's log. So nothing of that needs a program of the guest, and nothing of it stops the session.
+//! kernel's log, loads and unloads modules. So nothing of that needs a program of the guest, and nothing of it stops the session.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmlab_copy::CopyError;
 
-use crate::boot_log;
+use crate::{boot_log, module};
 
 /// The argument by which the agent is one of these.
 pub(crate) const WORD: &str = "applet";
@@ -28,6 +28,12 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         (b"receive", [target]) => receive(Path::new(target), None),
         (b"receive", [target, name]) => receive(Path::new(target), Some(name)),
         (b"kernel-log", []) => kernel_log().map_err(CopyError::Stream),
+        (b"module", [what, rest @ ..]) => {
+            let Some(asked) = module::Asked::of(what, rest) else { return ExitCode::from(2) };
+            input()
+                .and_then(|input| module::answer(&asked, input, output()?))
+                .map_err(CopyError::Stream)
+        }
         _ => return ExitCode::from(2),
     };
     match done {

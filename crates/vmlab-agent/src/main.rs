@@ -14,6 +14,7 @@ mod exec;
 mod guest;
 mod kernel_log;
 mod kmsg;
+mod module;
 mod modules;
 mod power;
 mod session;

@@ -127,3 +127,22 @@ pub(crate) fn reserve_stdio() -> io::Result<()> {
         std::mem::forget(null);
     }
 }
+
+/// Loads a module, which is in memory: init_module(2).
+pub(crate) fn init_module(module: &[u8], parameters: &std::ffi::CStr) -> io::Result<()> {
+    let (start, length) = (module.as_ptr(), module.len());
+    // SAFETY: the kernel reads `length` bytes from `start` and the string, both of which live for the call.
+    match unsafe { libc::syscall(libc::SYS_init_module, start, length, parameters.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Unloads a module that is not in use: delete_module(2).
+pub(crate) fn delete_module(name: &std::ffi::CStr) -> io::Result<()> {
+    // SAFETY: the kernel reads the string, which lives for the call.
+    match unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

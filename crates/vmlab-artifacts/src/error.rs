@@ -200,6 +200,25 @@ pub enum KernelError {
         /// The spec.
         spec: String,
     },
+    /// The distribution has no headers for this release.
+    #[error(
+        "there are no headers for {release} in {from}, so that no module can be built for it; where a newer \
+         kernel has taken its place, `vmlab kernel pull` fetches that"
+    )]
+    NoHeaders {
+        /// The release.
+        release: String,
+        /// Where they were looked for.
+        from: String,
+    },
+    /// It is not known where a kernel has its build tree.
+    #[error("no module can be built for {spec}: {why}")]
+    NoBuildTree {
+        /// The kernel.
+        spec: String,
+        /// Why not, and what to do.
+        why: String,
+    },
     /// Several store entries have this name.
     #[error("`{name}` names several kernels of the store, name one of them: {}", list(entries))]
     SeveralEntries {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::cache::Flaw;
 use crate::source::{apt, local};
-use crate::{image, image_build, store};
+use crate::{image, image_build, module_build, store};
 
 /// What is kept of a kind: that which was used last, and what is in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,11 +35,13 @@ impl std::fmt::Debug for Kind {
 }
 
 /// All kinds of this crate.
-pub const KINDS: [Kind; 6] = [
+pub const KINDS: [Kind; 8] = [
     store::KIND,
+    store::HEADERS_KIND,
     local::CONFIGS_KIND,
     local::LINKED_MODULES_KIND,
     apt::KIND,
     image::KIND,
     image_build::KIND,
+    module_build::KIND,
 ];

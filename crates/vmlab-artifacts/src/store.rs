@@ -15,8 +15,11 @@ use crate::{
 };
 
 mod entry;
+mod headers;
 
 use entry::Entry;
+pub use headers::BuildTree;
+pub(crate) use headers::KIND as HEADERS_KIND;
 
 /// The cache kind of kernels.
 const KERNELS: &str = "kernels";
@@ -349,7 +352,7 @@ impl KernelStore {
         self.build_entry(&key, progress, |dir| {
             let debs_dir = dir.join("debs");
             fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
-            let debs = found.download(&debs_dir, progress)?;
+            let debs = found.parts.download(&debs_dir, progress)?;
             entry::unpack(dir, &debs, progress)?;
             fs::remove_dir_all(&debs_dir)
                 .map_err(|e| KernelError::cache_io("remove", &debs_dir, e))?;

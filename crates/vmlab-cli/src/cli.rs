@@ -9,7 +9,9 @@ use vmlab::hypervisor::HypervisorChoice;
 
 use crate::exit::{self, Code};
 use crate::vmtest::{self, Vmtest, VmtestArgs};
-use crate::{cache, disk, doctor, generate, image, kernel, output, request, run, runner, test};
+use crate::{
+    cache, disk, doctor, generate, image, kernel, module, output, request, run, runner, test,
+};
 
 /// Run anything in a fresh virtual machine, under any Linux kernel.
 #[derive(Debug, Parser)]
@@ -58,6 +60,9 @@ enum Command {
     /// Make bootable disk images
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Build kernel modules, and test them under kernels
+    #[command(subcommand)]
+    Module(module::ModuleCommand),
     /// List, remove and verify the disks that runs get copies of
     #[command(subcommand)]
     Disk(disk::DiskCommand),
@@ -325,6 +330,16 @@ pub(crate) struct TestArgs {
     /// What an earlier run has written by --json: parts are made to take alike
     #[arg(long, value_name = "FILE", requires = "shard")]
     pub(crate) durations: Option<PathBuf>,
+    /// Print the names of the targets and stop
+    #[arg(short, long)]
+    pub(crate) list: bool,
+    #[command(flatten)]
+    pub(crate) running: RunningArgs,
+}
+
+/// How targets are run, and what is told of them.
+#[derive(Debug, Args)]
+pub(crate) struct RunningArgs {
     /// VMs at the same time; as many as the host has CPUs for, unless given
     #[arg(short, long, value_name = "J")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
@@ -339,9 +354,6 @@ pub(crate) struct TestArgs {
     /// How long all targets together may take: 90s, 5m, 1h
     #[arg(long, value_name = "TIME")]
     pub(crate) timeout: Option<String>,
-    /// Print the names of the targets and stop
-    #[arg(short, long)]
-    pub(crate) list: bool,
     /// Whose output is printed
     #[arg(short, long, value_enum, default_value = "failed")]
     pub(crate) output: ShownArg,
@@ -533,6 +545,7 @@ pub(crate) fn dispatch() -> Code {
         Command::Report(ReportCommand::Tests(args)) => done(test::of_tests(&args)),
         Command::Kernel(command) => done(kernel::run(command)),
         Command::Image(command) => done(image::run(command)),
+        Command::Module(command) => module::run(&command),
         Command::Disk(command) => disk::run(command),
         Command::Cache(command) => cache::run(command),
         Command::Doctor { json } => doctor::run(json),

@@ -9,6 +9,7 @@ mod exit;
 mod generate;
 mod image;
 mod kernel;
+mod module;
 mod output;
 mod progress;
 mod repeat;

@@ -15,7 +15,7 @@ use vmlab::runner::{Runner, RunnerOptions};
 use vmlab::targets::{self, FILE_NAMES, Selection, Shard, Target, TargetCommand};
 use vmlab::units::{Bytes, duration};
 
-use crate::cli::{ReportArgs, ShownArg, TestArgs};
+use crate::cli::{ReportArgs, RunningArgs, ShownArg, TestArgs};
 use crate::exit::Code;
 use crate::output;
 use crate::repeat::raise_file_limit;
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     };
     let file = targets::load(&file)?;
     let mut chosen = choose(args, &file.targets)?;
-    if let Some(hypervisor) = args.hypervisor {
+    if let Some(hypervisor) = args.running.hypervisor {
         chosen.iter_mut().for_each(|target| target.vm.hypervisor = Some(hypervisor.into()));
     }
     if args.list {
@@ -44,30 +44,42 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     if let [target] = &chosen[..]
         && target.run.command == TargetCommand::Shell
     {
-        if args.reports != ReportArgs::default() {
+        if args.running.reports != ReportArgs::default() {
             bail!("`{}` is a shell, of which there are no reports", target.name);
         }
-        let request = request::of_shell_target(target, args.snapshots.mode())?;
+        let request = request::of_shell_target(target, args.running.snapshots.mode())?;
         return Ok(run::one(&request)?.0);
     }
     let suite = file.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names = file.targets.iter().map(|target| target.name.as_str());
+    let places: HashMap<&str, usize> = names.zip(0..).collect();
+    run_targets(chosen, &args.running, suite, |results| {
+        for result in &mut results.targets {
+            result.index = places.get(result.name.as_str()).copied().unwrap_or_default();
+        }
+    })
+}
+
+/// Runs targets, and prints and writes what they came to once `finish` has seen it.
+pub(crate) fn run_targets(
+    targets: Vec<Target>,
+    args: &RunningArgs,
+    suite: String,
+    finish: impl FnOnce(&mut Results),
+) -> Result<Code> {
     let reports = Reports::open(&args.reports)?;
     let options = options(args, suite)?;
     // After the limits that guests are given were read.
     raise_file_limit();
     let signals = SignalThread::start()?;
-    let names = chosen.iter().map(|target| target.name.clone()).collect();
+    let names = targets.iter().map(|target| target.name.clone()).collect();
     let lines = Arc::new(Lines::new(names, args.quiet));
-    let runner = Arc::new(Runner::new(chosen, options, Arc::clone(&lines) as _));
+    let runner = Arc::new(Runner::new(targets, options, Arc::clone(&lines) as _));
     signals.group(Arc::clone(&runner) as _);
     let mut results = runner.run()?;
     signals.idle();
     lines.close();
-    let names = file.targets.iter().map(|target| target.name.as_str());
-    let places: HashMap<&str, usize> = names.zip(0..).collect();
-    for result in &mut results.targets {
-        result.index = places.get(result.name.as_str()).copied().unwrap_or_default();
-    }
+    finish(&mut results);
     let show = match args.output {
         ShownArg::All => ShowOutput::All,
         ShownArg::Failed => ShowOutput::Failed,
@@ -125,7 +137,7 @@ fn durations(path: &Path) -> Result<BTreeMap<String, u64>> {
     Ok(results.targets.iter().map(took).collect())
 }
 
-fn options(args: &TestArgs, suite: String) -> Result<RunnerOptions> {
+fn options(args: &RunningArgs, suite: String) -> Result<RunnerOptions> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let slots = args.jobs.map_or(Slots::Cpus(cpus), |jobs| Slots::Count(jobs.into()));
     let memory = args.memory_budget.as_deref().map(str::parse::<Bytes>).transpose();

@@ -12,6 +12,7 @@
 pub mod flow;
 pub mod frame;
 pub mod message;
+pub mod observation;
 mod preamble;
 pub mod tree;
 

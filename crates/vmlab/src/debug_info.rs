@@ -118,6 +118,38 @@ impl DebugInfo {
     }
 }
 
+/// The code in a module's file, by its sections, which have no addresses before the module is loaded.
+pub(crate) struct ModuleCode {
+    file: Option<ObjectFile>,
+    sections: Vec<(String, u64, u64)>,
+}
+
+impl ModuleCode {
+    /// That of a file. What is no module has none.
+    pub(crate) fn read(content: &[u8]) -> Self {
+        let file = ObjectFile::of_module(content);
+        Self { file, sections: object_file::code_sections(content) }
+    }
+
+    /// The sections with code and their lengths in bytes.
+    pub(crate) fn sections(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.sections.iter().map(|(name, length, _)| (name.as_str(), *length))
+    }
+
+    /// The function at an offset of a section, and where that is in the sources: `f+0x12 (f.c:34)`. `None` where the
+    /// file does not tell.
+    pub(crate) fn function_at(&self, section: &str, offset: u64) -> Option<String> {
+        let (.., place) = self.sections.iter().find(|(name, ..)| name == section)?;
+        let (name, offset, lines) = self.file.as_ref()?.function_at(place.checked_add(offset)?)?;
+        let shown: Vec<String> = lines.iter().map(Location::to_string).collect();
+        let name = format!("{name}+{offset:#x}");
+        Some(match shown.is_empty() {
+            true => name,
+            false => format!("{name} ({})", shown.join(", inlined at ")),
+        })
+    }
+}
+
 /// What was read so far, by the module's name.
 struct Reader {
     info: DebugInfo,

@@ -11,6 +11,7 @@ use vmlab_artifacts::firmware::FirmwareError;
 use vmlab_artifacts::image::ImageError;
 use vmlab_artifacts::image_build::{ImageBuildError, RecipeError};
 use vmlab_artifacts::initramfs::InitramfsError;
+use vmlab_artifacts::module_build::ModuleBuildError;
 use vmlab_artifacts::modules::ModulesError;
 use vmlab_artifacts::{CacheError, KernelError, SpecError};
 use vmlab_vmm::probe::KvmUnusable;
@@ -342,6 +343,23 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A module cannot be built.
+    #[error(transparent)]
+    ModuleBuild(#[from] ModuleBuildError),
+    /// A module cannot be built for a kernel that is not known.
+    #[error(
+        "{image} starts a kernel of its own, for which no module can be built; name a kernel beside it"
+    )]
+    ModuleWithoutKernel {
+        /// The image.
+        image: String,
+    },
+    /// The agent's part that looks at a guest around a module's life does not work.
+    #[error("the guest cannot be looked at: {how}")]
+    ModuleLook {
+        /// How that ended.
+        how: String,
+    },
     /// The arguments and environment of a command are too large.
     #[error("{}: its arguments and environment are too large", program.display())]
     TooManyArguments {
@@ -489,6 +507,9 @@ impl Error {
             | Self::ShellAmongOthers { .. }
             | Self::Copy { .. }
             | Self::KernelLog { .. }
+            | Self::ModuleBuild(_)
+            | Self::ModuleWithoutKernel { .. }
+            | Self::ModuleLook { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,
         }
     }

@@ -33,6 +33,7 @@ mod identity;
 mod image;
 pub mod kept;
 pub mod lan;
+pub mod module;
 pub mod prelude;
 mod prepared;
 mod random;
@@ -66,6 +67,7 @@ pub use guest::{
 };
 pub use image::Image;
 pub use lan::{Lan, LanError};
+pub use module::ModuleSpec;
 pub use prepared::PreparedVm;
 pub use runs::RunDir;
 pub use share::{Share, ShareVia};

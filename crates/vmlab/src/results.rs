@@ -90,6 +90,9 @@ pub struct AttemptResult {
     pub start_ms: f64,
     /// How long it took, in milliseconds, the VM's start and end included.
     pub took_ms: f64,
+    /// Building its modules, or finding what was built before, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub build_ms: Option<f64>,
     /// The command alone, in milliseconds.
     pub command_ms: Option<f64>,
     /// The command's exit code as a shell has it, if it came to its end.
@@ -151,6 +154,11 @@ pub enum Failure {
     },
     /// The command should have failed.
     UnexpectedSuccess,
+    /// A module does not build, load or unload, or has left something behind.
+    Module {
+        /// What is wrong, a line or more for each thing: `unload: left behind: /proc/mymod`.
+        how: String,
+    },
     /// The kernel said something of itself that makes it fail.
     Event {
         /// The first such event's title.

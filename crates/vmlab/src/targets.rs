@@ -30,7 +30,7 @@ use crate::config::{Machine, NetworkMode, Topology};
 use crate::events::{EventKind, EventKinds};
 use crate::hypervisor::HypervisorChoice;
 use crate::units::Bytes;
-use crate::{AccelChoice, Disk, RootMode, Share, ShareVia};
+use crate::{AccelChoice, Disk, ModuleSpec, RootMode, Share, ShareVia};
 
 /// The names of files that are looked for in a directory, the first before the second.
 pub const FILE_NAMES: [&str; 2] = ["vmlab.toml", "vmtest.toml"];
@@ -229,6 +229,8 @@ pub struct RunSpec {
     pub command: TargetCommand,
     /// Its working directory, absolute, in the guest. `None` is the caller's.
     pub cwd: Option<PathBuf>,
+    /// Modules that are built, loaded before it, and unloaded after it.
+    pub module: Option<ModuleSpec>,
     /// What its environment has beside the caller's.
     pub env: BTreeMap<String, String>,
     /// Who runs it: as for `run --user`.
@@ -250,6 +252,8 @@ pub enum TargetCommand {
     Program(Vec<OsString>),
     /// A shell on the caller's terminal.
     Shell,
+    /// Nothing: what comes before and after it is all.
+    Nothing,
 }
 
 /// When a target counts as passed.

@@ -2,12 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may fail anywhere")]
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tempfile::TempDir;
+use vmlab::artifacts::module_build::{self, ModuleBuild, ModuleSource};
+use vmlab::artifacts::{Cache, Kernel, KernelStore, Silent};
 use vmlab::budget::Slots;
 use vmlab::events::EventKind::{
     self, Bug, GeneralProtection, HungTask, Kfence, Oops, Panic, RcuStall, SoftLockup, Taint,
@@ -27,53 +28,13 @@ const PATIENCE: Duration = Duration::from_secs(240);
 /// How many VMs at once.
 const JOBS: usize = 2;
 
-fn run(command: &mut Command, needs: &str) {
-    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}; it needs {needs}"));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{command:?} (it needs {needs}): {said}");
-}
-
-/// The module for a release, built against the distribution's headers, which are fetched and unpacked once.
-fn module(release: &str) -> PathBuf {
+/// The module, built for the kernel.
+fn module(kernel: &Kernel) -> ModuleBuild {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/provoke");
-    let tree = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("headers-{release}"));
-    let (version, _) = release.rsplit_once('-').unwrap();
-    let headers = tree.join(format!("usr/src/linux-headers-{release}"));
-    if !headers.join("ready").is_file() {
-        let _ = std::fs::remove_dir_all(&tree);
-        std::fs::create_dir_all(&tree).unwrap();
-        let packages = [
-            format!("linux-headers-{release}"),
-            format!("linux-headers-{version}-common"),
-            format!("linux-kbuild-{version}"),
-        ];
-        let apt = "an archive that still has this release: vmlab kernel pull takes a newer one";
-        run(
-            Command::new("apt-get").args(["-q", "download"]).args(packages).current_dir(&tree),
-            apt,
-        );
-        for package in std::fs::read_dir(&tree).unwrap() {
-            run(Command::new("dpkg").arg("-x").arg(package.unwrap().path()).arg(&tree), "dpkg");
-        }
-        // It includes the common headers by the path that they have when they are installed.
-        let makefile = headers.join("Makefile");
-        let text = std::fs::read_to_string(&makefile).unwrap();
-        let moved = text.replace("/usr/src/", &format!("{}/usr/src/", tree.display()));
-        std::fs::write(makefile, moved).unwrap();
-        // For types of the kernel in the module's BTF, which needs a program that nothing else here does.
-        let _ = std::fs::remove_file(headers.join("vmlinux"));
-        std::fs::write(headers.join("ready"), "").unwrap();
-    }
-    let build = tree.join("module");
-    std::fs::create_dir_all(&build).unwrap();
-    for name in ["Makefile", "provoke.c"] {
-        std::fs::copy(sources.join(name), build.join(name)).unwrap();
-    }
-    let mut make = Command::new("make");
-    // Not with the compiler that the headers name: it need not be there, and another one does as well.
-    make.arg("-C").arg(&headers).arg(format!("M={}", build.display())).args(["CC=gcc", "modules"]);
-    run(make.env_remove("MAKEFLAGS"), "make, gcc and libelf1");
-    build
+    let cache = Cache::open_default().unwrap();
+    let tree = KernelStore::open(cache.clone()).build_tree(kernel, &Silent).unwrap();
+    let source = ModuleSource::open(&sources).unwrap();
+    module_build::build(&cache, &source, &tree, &Silent).unwrap()
 }
 
 /// What happens in a guest that loads the module with this parameter, after a script.
@@ -175,8 +136,8 @@ fn each_way_to_damage_a_kernel_is_recognised() {
         builder.accel(AccelChoice::Tcg).share_cwd(false).timeout(PATIENCE)
     };
     let prepared = builder().prepare().unwrap();
-    let release = prepared.kernel().unwrap().release.clone();
-    let dir = module(&release).canonicalize().unwrap();
+    let module = module(prepared.kernel().unwrap());
+    let dir = module.dir.canonicalize().unwrap();
 
     let left = Mutex::new(cases().into_iter());
     let work = || {

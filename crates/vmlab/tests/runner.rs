@@ -67,6 +67,7 @@ fn target(name: &str, script: &str) -> Target {
         vm: VmSpec::default(),
         run: RunSpec {
             command: TargetCommand::Script(script.to_owned()),
+            module: None,
             cwd: None,
             env: [("GIVEN".to_owned(), "a b".to_owned())].into(),
             user: "root".to_owned(),

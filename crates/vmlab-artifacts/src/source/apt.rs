@@ -58,25 +58,37 @@ const UBUNTU_ELSEWHERE: [&str; 8] = [
 /// How many specs a message offers.
 const MAX_OFFERED: usize = 12;
 
-/// A kernel in an archive, ready to be downloaded.
+/// A kernel in an archive.
 #[derive(Debug)]
 pub(crate) struct Found {
-    root: AptRoot,
     pub(crate) candidate: Candidate,
-    /// All its parts; the image is the first.
-    pub(crate) packages: Vec<Package>,
+    /// The image is the first.
+    pub(crate) parts: Parts,
     /// The suite under the names that it has.
     pub(crate) suites: Vec<String>,
 }
 
-impl Found {
-    /// Downloads all parts into an empty directory.
+/// Packages of one suite that belong together, ready to be downloaded.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    root: AptRoot,
+    /// At least one, which the others are parts of.
+    packages: Vec<Package>,
+}
+
+impl Parts {
+    /// The one that the others are parts of.
+    pub(crate) fn first(&self) -> &Package {
+        &self.packages[0]
+    }
+
+    /// Downloads all of them into an empty directory.
     pub(crate) fn download(
         &self,
         dest: &Path,
         progress: &dyn Progress,
     ) -> Result<Vec<PathBuf>, KernelError> {
-        progress.phase(&format!("download {}", self.candidate.image.name));
+        progress.phase(&format!("download {}", self.first().name));
         self.root.download(&self.packages, dest, progress)
     }
 }
@@ -93,6 +105,24 @@ pub(crate) fn find(
     match &spec.select {
         Select::Suite(suite) => search.in_suite(&host, suite),
         Select::Version(_) => search.by_version(&host),
+    }
+}
+
+/// Finds what modules for a release are built against, in the suite of `spec`, where its kernel came from.
+///
+/// # Errors
+/// [`KernelError::NoHeaders`] when the suite has none for it (any more).
+pub(crate) fn find_headers(
+    cache_root: &Path,
+    spec: &DistroSpec,
+    release: &str,
+    progress: &dyn Progress,
+) -> Result<Parts, KernelError> {
+    // The lists that are there may be from before the kernel was.
+    let search = |fresh| Search { cache_root, spec, fresh, progress };
+    match search(false).headers(release) {
+        Err(KernelError::NoHeaders { .. }) => search(true).headers(release),
+        found => found,
     }
 }
 
@@ -140,6 +170,13 @@ fn config(distro: Distro) -> Result<BTreeMap<String, String>, KernelError> {
     })?
     .map_err(|words| KernelError::Apt { doing: "print its configuration".to_owned(), words })?;
     Ok(places)
+}
+
+fn lacking(whole: &str, root: &AptRoot, part: &str) -> KernelError {
+    KernelError::Apt {
+        doing: format!("find all parts of {whole}"),
+        words: format!("nothing, but {} has no package {part}", root.source.suite),
+    }
 }
 
 fn no_source(distro: Distro, sources: PathBuf) -> KernelError {
@@ -288,6 +325,24 @@ impl Search<'_> {
         Err(self.no_match(&offers, &names))
     }
 
+    /// The headers for a release in the suite of the spec.
+    fn headers(&self, release: &str) -> Result<Parts, KernelError> {
+        let Select::Suite(suite) = &self.spec.select else { return Err(self.no_headers(release)) };
+        for Offer { root, index } in self.of_suite(&self.host_sources()?, suite)? {
+            let packages = packages::headers(release, &index.packages)
+                .map_err(|part| lacking(&format!("the headers for {release}"), &root, &part))?;
+            if !packages.is_empty() {
+                return Ok(Parts { root, packages });
+            }
+        }
+        Err(self.no_headers(release))
+    }
+
+    fn no_headers(&self, release: &str) -> KernelError {
+        let (release, from) = (release.to_owned(), self.spec.to_string());
+        KernelError::NoHeaders { release, from }
+    }
+
     /// Where to look for a version, group by group.
     fn tiers(&self, host: &[HostSource]) -> [Vec<HostSource>; 3] {
         let suites = |names: &[&str]| -> Vec<HostSource> {
@@ -343,12 +398,9 @@ impl Search<'_> {
             .filter(|(_, candidate)| candidate.fits(self.spec))
             .max_by(|(_, a), (_, b)| a.order(b));
         let Some((offer, candidate)) = best else { return Ok(None) };
-        let packages = candidate.closure(&offer.index.packages, self.spec).map_err(|part| {
-            KernelError::Apt {
-                doing: format!("find all parts of {}", candidate.image.name),
-                words: format!("nothing, but {} has no package {part}", offer.root.source.suite),
-            }
-        })?;
+        let packages = candidate
+            .closure(&offer.index.packages, self.spec)
+            .map_err(|part| lacking(&candidate.image.name, &offer.root, &part))?;
         let names = [&offer.root.source.suite, &offer.index.codename, &offer.index.suite];
         let mut suites: Vec<String> = Vec::new();
         for name in names {
@@ -356,7 +408,8 @@ impl Search<'_> {
                 suites.push(name.clone());
             }
         }
-        Ok(Some(Found { root: offer.root.clone(), candidate, packages, suites }))
+        let parts = Parts { root: offer.root.clone(), packages };
+        Ok(Some(Found { candidate, parts, suites }))
     }
 
     /// Says where was looked, and which kernels there are instead.

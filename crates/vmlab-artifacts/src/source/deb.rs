@@ -52,12 +52,12 @@ pub(crate) fn stanza_fields(stanza: &str) -> BTreeMap<String, String> {
     fields
 }
 
-/// The names in a `Depends` field that are parts of a kernel, such as `linux-modules-7.2.13-amd64`.
-pub(crate) fn kernel_depends(depends: &str) -> Vec<String> {
+/// The names in a `Depends` field that are such parts, as `linux-modules-7.2.13-amd64` is of a kernel.
+pub(crate) fn depends_on(depends: &str, is_part: fn(&str) -> bool) -> Vec<String> {
     depends
         .split([',', '|'])
         .filter_map(|term| term.split([' ', '(', ':', '\n']).find(|word| !word.is_empty()))
-        .filter(|name| is_kernel_part(name))
+        .filter(|name| is_part(name))
         .map(str::to_owned)
         .collect()
 }
@@ -67,7 +67,19 @@ pub(crate) fn is_kernel_part(name: &str) -> bool {
     ["linux-image-", "linux-binary-", "linux-modules-", "linux-modules-extra-", "linux-base-"]
         .iter()
         .filter_map(|prefix| name.strip_prefix(prefix))
-        .any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        .any(begins_with_version)
+}
+
+/// Whether a package of this name holds a part of what modules for one kernel are built against.
+pub(crate) fn is_header_part(name: &str) -> bool {
+    ["linux-headers-", "linux-kbuild-"]
+        .iter()
+        .filter_map(|prefix| name.strip_prefix(prefix))
+        .any(begins_with_version)
+}
+
+fn begins_with_version(rest: &str) -> bool {
+    rest.starts_with(|c: char| c.is_ascii_digit())
 }
 
 /// Reads a package's control file.
@@ -90,7 +102,10 @@ pub(crate) fn control(path: &Path) -> Result<Control, KernelError> {
         package: field("package")?,
         version: field("version")?,
         architecture: field("architecture")?,
-        depends: fields.get("depends").map(|text| kernel_depends(text)).unwrap_or_default(),
+        depends: fields
+            .get("depends")
+            .map(|text| depends_on(text, is_kernel_part))
+            .unwrap_or_default(),
     })
 }
 
@@ -151,11 +166,42 @@ fn placed(name: &Path) -> Option<PathBuf> {
     }
 }
 
+/// Unpacks the headers in a package as they are: files and links below `usr/src` and `usr/lib`.
+pub(crate) fn unpack_headers(path: &Path, dest: &Path) -> Result<(), KernelError> {
+    let mut left = MAX_UNPACKED;
+    each_entry(path, "data.tar", |name, entry| {
+        let kind = entry.header().entry_type();
+        let theirs = name.starts_with("usr/src") || name.starts_with("usr/lib");
+        if !theirs || !(kind.is_file() || kind.is_symlink()) {
+            return Ok(());
+        }
+        left = left.checked_sub(entry.size()).ok_or_else(|| {
+            io::Error::other(format!("it unpacks to more than {MAX_UNPACKED} bytes"))
+        })?;
+        // It leaves out what links would lead out of the directory.
+        entry.unpack_in(dest).map(drop)
+    })
+}
+
 /// Calls `each` for the regular files of one of a package's two tar archives.
 fn each_file(
     path: &Path,
     archive: &str,
     mut each: impl FnMut(&Path, &mut dyn Read) -> io::Result<()>,
+) -> Result<(), KernelError> {
+    each_entry(path, archive, |name, entry| match entry.header().entry_type().is_file() {
+        true => each(name, entry),
+        false => Ok(()),
+    })
+}
+
+type Entry<'archive, 'file> = tar::Entry<'archive, Box<dyn Read + 'file>>;
+
+/// Calls `each` for all that is in one of a package's two tar archives.
+fn each_entry(
+    path: &Path,
+    archive: &str,
+    mut each: impl FnMut(&Path, &mut Entry<'_, '_>) -> io::Result<()>,
 ) -> Result<(), KernelError> {
     let file = File::open(path).map_err(|e| KernelError::io("open the package", path, e))?;
     let mut outer = ar::Archive::new(BufReader::new(file));
@@ -178,9 +224,6 @@ fn each_file(
         let mut inner = tar::Archive::new(stream);
         for entry in inner.entries().map_err(|e| bad(path, e))? {
             let mut entry = entry.map_err(|e| bad(path, e))?;
-            if !entry.header().entry_type().is_file() {
-                continue;
-            }
             let name = entry.path().map_err(|e| bad(path, e))?.into_owned();
             let name: PathBuf =
                 name.components().filter(|part| *part != Component::CurDir).collect();

@@ -140,7 +140,8 @@ fn line(result: &TargetResult) -> String {
     }
     let why = result.attempts.iter().rev().find_map(|attempt| attempt.failure.as_ref());
     if let Some(why) = why.filter(|why| **why != Failure::Cancelled) {
-        text.push_str(&format!(": {why}"));
+        // The summary has all of it.
+        text.push_str(&format!(": {}", why.to_string().lines().next().unwrap_or_default()));
     }
     text.push('\n');
     text

@@ -21,6 +21,7 @@ mod images;
 mod kept_apart;
 mod kernels;
 mod machine;
+mod modules;
 mod native;
 mod nested;
 mod new_disks;

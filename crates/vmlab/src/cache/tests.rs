@@ -31,10 +31,12 @@ fn every_kind_has_a_name_of_its_own() {
             "boot-images",
             "configs",
             "disks",
+            "headers",
             "images",
             "initramfs",
             "kernels",
             "linked-modules",
+            "modules",
             "seeds",
             "snapshots",
             "unpacked-images"

@@ -114,6 +114,17 @@ impl ObjectFile {
         location.file?.strip_suffix(MAIN).map(str::to_owned)
     }
 
+    /// The function at an address, how far it is from its start, and where in the sources that is.
+    pub(super) fn function_at(&self, address: u64) -> Option<(&str, u64, Vec<Location>)> {
+        let all =
+            self.functions.iter().flat_map(|(name, all)| all.iter().map(move |one| (name, one)));
+        let mut holding = all.filter(|(_, function)| {
+            address.checked_sub(function.address).is_some_and(|offset| offset < function.size)
+        });
+        let (name, function) = holding.next()?;
+        Some((name, address - function.address, self.lines_of(address).unwrap_or_default()))
+    }
+
     /// Where an instruction is in the sources, the innermost of inlined functions first. `None` if this is not
     /// the file of that code, or it has several such functions.
     pub(super) fn locate(&self, place: &Place<'_>) -> Option<Vec<Location>> {
@@ -124,19 +135,35 @@ impl ObjectFile {
         {
             return None;
         }
-        let probe = function.address.wrapping_add(place.offset);
-        let mut frames = self.context.find_frames(probe).skip_all_loads().ok()?;
+        self.lines_of(function.address.wrapping_add(place.offset))
+    }
+
+    fn lines_of(&self, address: u64) -> Option<Vec<Location>> {
+        let mut frames = self.context.find_frames(address).skip_all_loads().ok()?;
         let mut found: Vec<Location> = Vec::new();
         while let Ok(Some(frame)) = frames.next() {
             let Some(location) = frame.location else { continue };
             let (Some(file), Some(line)) = (location.file, location.line) else { continue };
             let function = frame.function.and_then(|name| Some(name.raw_name().ok()?.into_owned()));
-            found.push(Location { file: file.to_owned(), line, inlined: function });
+            // A module's file may begin with the directory that it was built in, which is made to be this one.
+            let file = file.strip_prefix("./").unwrap_or(file).to_owned();
+            found.push(Location { file, line, inlined: function });
         }
         // The outermost is the function that the report names.
         found.last_mut()?.inlined = None;
         Some(found)
     }
+}
+
+/// Sections with code: name, length in bytes, and the place that [`ObjectFile`] gives it.
+pub(super) fn code_sections(content: &[u8]) -> Vec<(String, u64, u64)> {
+    let Ok(file) = object::File::parse(content) else { return Vec::new() };
+    let places = places(&file);
+    let code = file.sections().filter(|section| section.kind() == SectionKind::Text);
+    let one = |section: object::Section<'_, '_>| {
+        Some((section.name().ok()?.to_owned(), section.size(), place(&places, section.index())))
+    };
+    code.filter_map(one).collect()
 }
 
 /// Where the sections are that have addresses of their own only once they are loaded.

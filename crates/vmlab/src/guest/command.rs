@@ -353,6 +353,11 @@ impl ChildControl {
 }
 
 impl ExitStatus {
+    /// That of nothing that was run, which is a success.
+    pub(crate) fn of_nothing() -> Self {
+        Self(Exited { status: message::ExitStatus::Code(0), oom_kills: 0, cpu_us: (0, 0) })
+    }
+
     /// The exit code, unless it was killed by a signal.
     pub fn code(self) -> Option<u8> {
         match self.0.status {

@@ -207,7 +207,7 @@ fn decode(mut bytes: &[u8]) -> io::Result<KernelLog> {
 }
 
 /// Reads a record (`Documentation/ABI/testing/dev-kmsg`); `None` for what is none.
-fn parse(record: &[u8]) -> Option<LogRecord> {
+pub(crate) fn parse(record: &[u8]) -> Option<LogRecord> {
     let at = record.iter().position(|byte| *byte == b';')?;
     let (head, text) = (str::from_utf8(&record[..at]).ok()?, &record[at + 1..]);
     let mut fields = head.split(',');

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::text::{counted, duration, one_line};
+use super::text::{REPORT, counted, duration, one_line};
 use super::{AttemptResult, Failure, Outcome, Results, TargetResult};
 use crate::events::EventKind;
 
@@ -123,8 +123,10 @@ impl AttemptResult {
             Some(Failure::Event { title }) => {
                 let event = self.events.iter().find(|event| event.title == *title);
                 let report = event.map(|event| event.report.join("\n")).unwrap_or_default();
-                [("report", report), console(), output()]
+                [(REPORT, report), console(), output()]
             }
+            // The message has all of it, and the console of a guest that goes on says nothing more.
+            Some(Failure::Module { .. }) => [output(), ("", String::new()), ("", String::new())],
             Some(
                 Failure::GuestEnded { .. }
                 | Failure::Infrastructure { .. }
@@ -142,6 +144,7 @@ impl Failure {
         match self {
             Failure::Command { .. } => "command",
             Failure::Test { .. } => "test",
+            Failure::Module { .. } => "module",
             Failure::UnexpectedSuccess => "unexpected-success",
             Failure::Event { .. } => "event",
             Failure::MissingEvent { .. } => "missing-event",
@@ -163,7 +166,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Command { how } => write!(f, "the command ended with {how}"),
-            Failure::Test { how } => f.write_str(how),
+            Failure::Test { how } | Failure::Module { how } => f.write_str(how),
             Failure::UnexpectedSuccess => {
                 f.write_str("the command succeeded, but it should have failed")
             }

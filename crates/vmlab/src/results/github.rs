@@ -1,6 +1,6 @@
 //! What GitHub Actions shows: annotations and groups by workflow commands in a step's log, and a summary in Markdown.
 
-use super::text::{add, counted, duration, escape, escape_line, one_line, plain, tail};
+use super::text::{add, counted, duration, escape, escape_line, excerpt, one_line, plain};
 use super::{Outcome, Results, TargetResult};
 
 /// GitHub shows so many annotations of a kind for each step, and drops the others without a word.
@@ -28,13 +28,8 @@ pub fn github_annotations(results: &Results) -> String {
         add(&mut out, format_args!("::group::{}\n", data(&one_line(&title))));
         if let Some((what, text)) = attempt.evidence() {
             let text = plain(&text);
-            let (lines, before) = tail(&text, LINES);
-            if before > 0 {
-                let lines = counted(before, "line");
-                add(&mut out, format_args!("{what}, without the first {lines}:\n"));
-            } else {
-                add(&mut out, format_args!("{what}:\n"));
-            }
+            let (what, lines) = excerpt(what, &text, LINES);
+            add(&mut out, format_args!("{what}:\n"));
             for line in lines {
                 add(&mut out, format_args!("| {}\n", harmless(line)));
             }
@@ -180,12 +175,8 @@ fn details(target: &TargetResult) -> String {
     let mut out = format!("\n<details><summary><b>{name}</b>: {reason}</summary>\n\n");
     if let Some((what, text)) = target.attempts.last().and_then(|attempt| attempt.evidence()) {
         let text = plain(&text);
-        let (lines, before) = tail(&text, LINES);
-        let first = match before {
-            0 => String::new(),
-            before => format!(", without the first {}", counted(before, "line")),
-        };
-        add(&mut out, format_args!("{what}{first}:\n\n<pre>\n"));
+        let (what, lines) = excerpt(what, &text, LINES);
+        add(&mut out, format_args!("{what}:\n\n<pre>\n"));
         for line in lines {
             let shown: String = line.chars().take(LINE_MAX).collect();
             let cut = if shown.len() < line.len() { "…" } else { "" };

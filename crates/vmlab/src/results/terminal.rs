@@ -1,6 +1,6 @@
 //! The summary that a person reads at the end of a run.
 
-use super::text::{add, counted, duration, one_line, plain, tail};
+use super::text::{add, duration, excerpt, one_line, plain};
 use super::{AttemptResult, Outcome, Results, TargetResult};
 
 /// So many lines of what explains a failure are shown; a screen holds them, and files have all.
@@ -104,11 +104,8 @@ fn evidence(out: &mut String, attempt: &AttemptResult, outcome: Outcome, show: S
 
 fn lines(out: &mut String, what: &str, text: &str, count: usize) {
     let text = plain(text);
-    let (lines, before) = tail(&text, count);
-    if before > 0 {
-        let before = counted(before, "line");
-        add(out, format_args!("  {what}, without the first {before}:\n"));
-    } else if !lines.is_empty() {
+    let (what, lines) = excerpt(what, &text, count);
+    if !lines.is_empty() {
         add(out, format_args!("  {what}:\n"));
     }
     for line in lines {

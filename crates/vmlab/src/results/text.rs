@@ -84,6 +84,23 @@ pub(super) fn tail(text: &str, count: usize) -> (Vec<&str>, usize) {
     (lines[before..].to_vec(), before)
 }
 
+/// What explains a failure: `count` lines of it, without empty lines at the end, and in words what they are. Of a kernel's
+/// report they are the first, as it begins with what happened and where; of all else the last.
+pub(super) fn excerpt<'a>(what: &str, text: &'a str, count: usize) -> (String, Vec<&'a str>) {
+    let (last, left_out) = tail(text, count);
+    let more = counted(left_out, "line");
+    match (left_out, what) {
+        (0, _) => (what.to_owned(), last),
+        (_, REPORT) => {
+            (format!("{what}, without the last {more}"), text.lines().take(count).collect())
+        }
+        _ => (format!("{what}, without the first {more}"), last),
+    }
+}
+
+/// What [`AttemptResult::evidence`](super::AttemptResult) calls a kernel's report.
+pub(super) const REPORT: &str = "report";
+
 /// Escapes what means something in XML and in HTML, in text as in quoted attributes.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + text.len() / 16);

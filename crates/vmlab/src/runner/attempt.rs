@@ -5,9 +5,11 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vmlab_artifacts::Progress;
+use vmlab_artifacts::module_build::{self, ModuleBuild, ModuleSource};
+use vmlab_artifacts::{KernelStore, Progress};
 
 use super::keep::keep;
 use super::verdict::{End, judge};
@@ -18,12 +20,13 @@ use crate::error::chain;
 use crate::events::{KernelEvent, decode};
 use crate::hypervisor::ExitReason;
 use crate::kept::{self, Keeper};
+use crate::module::{Life, Step};
 use crate::report::Report;
 use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
-use crate::{DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
+use crate::{DebugInfo, Error, ExitStatus, ModuleSpec, PreparedVm, RunDir, Stdio, Vm, VmBuilder};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -111,6 +114,32 @@ struct Attempt<'a> {
     debug_info: &'a OnceLock<DebugInfo>,
 }
 
+/// A target's modules, which are being built for the kernel of its VM.
+struct Building {
+    thread: JoinHandle<Result<(ModuleBuild, Duration), Error>>,
+}
+
+impl Building {
+    fn begin(spec: &ModuleSpec, prepared: &PreparedVm) -> Result<Self, Error> {
+        let no_kernel = || Error::ModuleWithoutKernel { image: prepared.report().kernel };
+        let kernel = prepared.kernel().ok_or_else(no_kernel)?.clone();
+        let source = ModuleSource::open(&spec.dir)?;
+        let (cache, progress) = (prepared.cache.clone(), Arc::clone(&prepared.progress));
+        let build = move || {
+            let since = Instant::now();
+            let tree = KernelStore::open(cache.clone()).build_tree(&kernel, &*progress)?;
+            let build = module_build::build(&cache, &source, &tree, &*progress)?;
+            Ok((build, since.elapsed()))
+        };
+        Ok(Self { thread: std::thread::spawn(build) })
+    }
+
+    /// What was built, and how long that took.
+    fn finish(self) -> Result<(ModuleBuild, Duration), Error> {
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
 /// Where the output of all that runs in a guest goes.
 #[derive(Debug, Clone)]
 struct Tee {
@@ -176,13 +205,13 @@ impl Attempt<'_> {
         let runner = self.run.runner;
         let vm = self.builder()?;
         let prepared = vm.prepare()?;
+        // While the VM starts.
+        let building = match &self.target.run.module {
+            Some(spec) => Some((spec, Building::begin(spec, &prepared)?)),
+            None => None,
+        };
         record.accel = Some(prepared.config().accel.name().to_owned());
-        let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
-        let dirs = [runner.options.environment.cwd.clone()].into_iter().chain(shares);
-        // Nothing is known of a kernel that is an image's own.
-        if let Some(kernel) = prepared.kernel() {
-            self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
-        }
+        let kernel = prepared.kernel().cloned();
         let permit = runner.budget.acquire(Need::of(prepared.config()));
         let _permit = permit.ok_or(Error::Cancelled)?;
         let prepared = prepared.one_of(runner.workers()).logs_in(logs.clone());
@@ -190,20 +219,43 @@ impl Attempt<'_> {
             runner.group.add(self.key(), vm);
             self.watch.vm(vm);
         });
+        let module = building.map(|(spec, building)| (spec, building.finish()));
+        // Nothing is known of a kernel that is an image's own.
+        if let Some(kernel) = &kernel {
+            let built =
+                module.iter().filter_map(|(_, built)| Some(built.as_ref().ok()?.0.dir.clone()));
+            let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
+            let dirs = built.chain([runner.options.environment.cwd.clone()]).chain(shares);
+            self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
+        }
         let vm = started.map_err(|failed| {
             record.phases = phases(&failed.report);
             failed.error
         })?;
+        let module = match module {
+            Some((spec, built)) => {
+                let (build, took) = built?;
+                record.build_ms = Some(millis(took));
+                record.notes.extend(build.warnings.iter().map(|text| format!("building: {text}")));
+                Some((spec, build))
+            }
+            None => None,
+        };
         record.console_log = Some(vm.console().log_path().to_owned());
         record.release = Some(vm.release().to_owned());
         let keeper = Keeper::new(logs.file(kept::OUTPUT_FILE)?);
         let observer = Arc::clone(&runner.observer);
         let tee = Tee { keeper: Arc::new(Mutex::new(Some(keeper))), observer, index: self.index };
-        let end = self.commands(&vm, &tee, logs.path(), record);
+        let end = match &module {
+            Some((spec, build)) => {
+                self.around_module(&vm, (spec, build), &tee, logs.path(), record)
+            }
+            None => self.commands(&vm, &tee, logs.path(), record),
+        };
         let stopped = vm.shutdown();
         let warnings = vm.take_warnings();
         record.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
-        record.phases = phases(&vm.report());
+        record.phases.splice(0..0, phases(&vm.report()));
         let console = vm.console().clone();
         drop(vm);
         if let Some(error) = console.log_failure() {
@@ -228,6 +280,45 @@ impl Attempt<'_> {
             // What it wrote may not have arrived.
             (End::Exited(_), Err(error)) => Err(error),
             _ => Ok(end),
+        }
+    }
+
+    /// What runs in the guest, while its modules are loaded.
+    fn around_module(
+        &self,
+        vm: &Vm,
+        (spec, build): (&ModuleSpec, &ModuleBuild),
+        tee: &Tee,
+        dir: &Path,
+        record: &mut AttemptResult,
+    ) -> Result<End, Error> {
+        let observer = &self.run.runner.observer;
+        let mut problems = Vec::new();
+        let mut life = Life::begin(vm, spec, build, self.debug_info.get())?;
+        let mut note = |step: Step, record: &mut AttemptResult| {
+            record.phases.push((step.name.to_owned(), millis(step.took)));
+            problems.extend(step.problems.into_iter().map(|what| format!("{}: {what}", step.name)));
+            step.goes_on
+        };
+        observer.phase(self.index, "load");
+        let mut end = End::Exited(ExitStatus::of_nothing());
+        if note(life.load()?, record) {
+            end = self.commands(vm, tee, dir, record)?;
+            if note(life.used()?, record) {
+                observer.phase(self.index, "unload");
+                note(life.unload()?, record);
+            }
+        }
+        let unknown = life.unknown().iter().map(|what| format!("not looked for: {what}"));
+        record.notes.extend(unknown);
+        match &end {
+            End::Exited(status) if status.success() && !problems.is_empty() => {
+                Ok(End::Misbehaved(problems))
+            }
+            _ => {
+                record.notes.extend(problems);
+                Ok(end)
+            }
         }
     }
 
@@ -257,6 +348,7 @@ impl Attempt<'_> {
         }
         let end = match end {
             Some(end) => end,
+            None if run.command == TargetCommand::Nothing => End::Exited(ExitStatus::of_nothing()),
             None => {
                 observer.phase(self.index, "command");
                 let since = Instant::now();

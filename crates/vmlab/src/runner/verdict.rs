@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use vmlab_artifacts::module_build::ModuleBuildError;
+
 use crate::error::chain;
 use crate::events::KernelEvent;
 use crate::hypervisor::ExitReason;
@@ -18,6 +20,8 @@ pub(super) enum End {
     TimedOut(Duration),
     /// A script before it failed: which, and how.
     SetupFailed(String),
+    /// Something was wrong with the target's module.
+    Misbehaved(Vec<String>),
     /// The VM did not start, or ended before the command did; or the command could not be started.
     Lost(Box<Error>),
 }
@@ -49,6 +53,7 @@ pub(super) fn judge(spec: &VerdictSpec, end: &End, events: &[KernelEvent]) -> Op
             return Some(Failure::Timeout { what });
         }
         End::Lost(error) => Some(of_the_guest(error)),
+        End::Misbehaved(problems) => Some(Failure::Module { how: problems.join("\n") }),
         End::SetupFailed(_) => None,
     };
     match (failure, spec.expect) {
@@ -69,6 +74,12 @@ pub(crate) fn of_a_vm(error: &Error) -> Failure {
 /// A failure that says nothing of the guest.
 fn of_the_host(error: &Error) -> Option<Failure> {
     let reason = error.exit_reason();
+    if let Error::ModuleBuild(
+        error @ (ModuleBuildError::Failed { .. } | ModuleBuildError::NoModules { .. }),
+    ) = error
+    {
+        return Some(Failure::Module { how: error.to_string() });
+    }
     let guests = matches!(
         error,
         Error::BootTimeout { .. }

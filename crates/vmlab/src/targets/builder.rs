@@ -30,6 +30,7 @@ impl RunSpec {
             TargetCommand::Script(script) => script_words(script),
             TargetCommand::Program(words) => words.clone(),
             TargetCommand::Shell => vec![SHELL.into()],
+            TargetCommand::Nothing => Vec::new(),
         }
     }
 

@@ -588,6 +588,7 @@ impl Lower<'_, '_, '_> {
         RunSpec {
             command,
             cwd,
+            module: None,
             env: value(table.env.take()).map(|env| env.0).unwrap_or_default(),
             user: value(table.user.take()).unwrap_or_else(|| "root".to_owned()),
             setup,

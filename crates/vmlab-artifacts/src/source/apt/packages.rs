@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use serde::{Deserialize, Serialize};
 
 use crate::Arch;
-use crate::source::deb::{is_kernel_part, kernel_depends};
+use crate::source::deb::{depends_on, is_header_part, is_kernel_part};
 use crate::spec::{Distro, DistroSpec, Select, has_version_prefix, split_release};
 use crate::version;
 
@@ -13,12 +13,12 @@ use crate::version;
 /// the signing service, and images that lack the signature of the package without this end.
 const OTHER_ENDS: [&str; 4] = ["-dbg", "-dbgsym", "-unsigned", "-template"];
 
-/// A part of a kernel.
+/// A part of a kernel, or of what modules for one are built against.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Package {
     pub(crate) name: String,
     pub(crate) version: String,
-    /// Parts of kernels that it depends on.
+    /// Parts of the same that it depends on.
     pub(crate) depends: Vec<String>,
     /// Bytes to download.
     pub(crate) size: u64,
@@ -36,11 +36,14 @@ impl Package {
     }
 }
 
-/// Picks the parts of kernels out of a `Packages` file, line by line.
+/// Which names belong to what a package is a part of.
+type IsPart = fn(&str) -> bool;
+
+/// Picks the parts of kernels and of their headers out of a `Packages` file, line by line.
 #[derive(Debug)]
 pub(super) struct PackageFilter {
     arch: &'static str,
-    wanted: bool,
+    wanted: Option<IsPart>,
     right_arch: bool,
     current: Package,
     found: Vec<Package>,
@@ -50,7 +53,7 @@ impl PackageFilter {
     pub(super) fn new(arch: Arch) -> PackageFilter {
         PackageFilter {
             arch: arch.debian(),
-            wanted: false,
+            wanted: None,
             right_arch: false,
             current: Package::default(),
             found: Vec::new(),
@@ -60,17 +63,22 @@ impl PackageFilter {
     pub(super) fn line(&mut self, line: &str) {
         if let Some(name) = line.strip_prefix("Package: ") {
             self.end_stanza();
-            self.wanted = is_kernel_part(name) && !OTHER_ENDS.iter().any(|end| name.ends_with(end));
+            let parts: [IsPart; 2] = [is_kernel_part, is_header_part];
+            let other = OTHER_ENDS.iter().any(|end| name.ends_with(end));
+            self.wanted = parts.into_iter().find(|is_part| !other && is_part(name));
             name.clone_into(&mut self.current.name);
-        } else if !self.wanted {
-        } else if let Some(version) = line.strip_prefix("Version: ") {
+            return;
+        }
+        let Some(is_part) = self.wanted else { return };
+        if let Some(version) = line.strip_prefix("Version: ") {
             version.clone_into(&mut self.current.version);
         } else if let Some(arch) = line.strip_prefix("Architecture: ") {
-            self.right_arch = arch == self.arch;
+            // Headers that all architectures have in common are in packages for all of them.
+            self.right_arch = arch == self.arch || arch == "all";
         } else if let Some(depends) =
             line.strip_prefix("Depends: ").or_else(|| line.strip_prefix("Pre-Depends: "))
         {
-            self.current.depends.extend(kernel_depends(depends));
+            self.current.depends.extend(depends_on(depends, is_part));
         } else if let Some(size) = line.strip_prefix("Size: ") {
             self.current.size = size.trim().parse().unwrap_or(0);
         }
@@ -83,10 +91,10 @@ impl PackageFilter {
 
     fn end_stanza(&mut self) {
         let package = std::mem::take(&mut self.current);
-        if self.wanted && self.right_arch && !package.version.is_empty() {
+        if self.wanted.is_some() && self.right_arch && !package.version.is_empty() {
             self.found.push(package);
         }
-        self.wanted = false;
+        self.wanted = None;
         self.right_arch = false;
     }
 }
@@ -142,21 +150,7 @@ impl Candidate {
         packages: &[Package],
         spec: &DistroSpec,
     ) -> Result<Vec<Package>, String> {
-        let mut all = vec![self.image.clone()];
-        let mut next = 0;
-        while let Some(package) = all.get(next) {
-            let depends = package.depends.clone();
-            next += 1;
-            for name in depends {
-                if all.iter().any(|package| package.name == name) {
-                    continue;
-                }
-                // The parts of a kernel depend on each other in one exact version.
-                let part = newest(packages, &name, Some(&self.image.version))
-                    .or_else(|| newest(packages, &name, None));
-                all.push(part.ok_or(name)?.clone());
-            }
-        }
+        let mut all = closure(&self.image, packages)?;
         // Ubuntu keeps filesystems and other modules in a package that only its `linux-image-generic`
         // depends on; leaving it out is what makes the `virtual` flavour.
         if spec.distro == Distro::Ubuntu && spec.flavour.as_deref() != Some("virtual") {
@@ -164,6 +158,37 @@ impl Candidate {
             all.extend(newest(packages, &extra, Some(&self.image.version)).cloned());
         }
         Ok(all)
+    }
+}
+
+/// All packages that one consists of, itself the first, or the name of one that the suite lacks.
+fn closure(first: &Package, packages: &[Package]) -> Result<Vec<Package>, String> {
+    let mut all = vec![first.clone()];
+    let mut next = 0;
+    while let Some(package) = all.get(next) {
+        let depends = package.depends.clone();
+        next += 1;
+        for name in depends {
+            if all.iter().any(|package| package.name == name) {
+                continue;
+            }
+            // The parts of a kernel depend on each other in one exact version.
+            let part = newest(packages, &name, Some(&first.version))
+                .or_else(|| newest(packages, &name, None));
+            all.push(part.ok_or(name)?.clone());
+        }
+    }
+    Ok(all)
+}
+
+/// All packages of the headers for a release; none where the suite has none for it.
+///
+/// # Errors
+/// The name of a part that the suite lacks.
+pub(super) fn headers(release: &str, packages: &[Package]) -> Result<Vec<Package>, String> {
+    match newest(packages, &format!("linux-headers-{release}"), None) {
+        Some(first) => closure(first, packages),
+        None => Ok(Vec::new()),
     }
 }
 

@@ -40,6 +40,7 @@ fn little_has_to_be_said() {
         run: RunSpec {
             command: TargetCommand::Script("true".to_owned()),
             cwd: None,
+            module: None,
             env: BTreeMap::new(),
             user: "root".to_owned(),
             setup: vec![],
@@ -165,6 +166,7 @@ fn each_key_of_a_target_is_read() {
         run: RunSpec {
             command: TargetCommand::Program(vec!["./test".into(), "two words".into()]),
             cwd: Some(here.join("sub")),
+            module: None,
             env: [("A", "b"), ("N", "1"), ("T", "true")].map(|(k, v)| (text(k), text(v))).into(),
             user: "caller".to_owned(),
             setup: vec!["one".to_owned()],

@@ -1,0 +1,205 @@
+//! `vmlab module`.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use vmlab::artifacts::module_build::{self, ModuleBuild, ModuleSource};
+use vmlab::artifacts::{Cache, KernelSpec, KernelStore, Progress};
+use vmlab::events::{EventKind, default_kinds};
+use vmlab::targets::{RunSpec, System, Target, TargetCommand, VerdictSpec, VmSpec};
+use vmlab::units::{Bytes, duration};
+use vmlab::{ModuleSpec, RootMode, Share};
+
+use crate::cli::RunningArgs;
+use crate::exit::{self, Code};
+use crate::output;
+use crate::progress::Display;
+use crate::request::Verbosity;
+use crate::test::run_targets;
+
+/// What of the kernel's own words makes a module fail beside what makes any target fail.
+const MODULES_FAIL_ON: [EventKind; 4] =
+    [EventKind::Warning, EventKind::HungTask, EventKind::Lockdep, EventKind::MemoryLeak];
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModuleCommand {
+    /// Build a directory's modules for kernels, and print where they are
+    ///
+    /// The directory is not written to. A distribution's headers are fetched, and what was built of the same
+    /// sources before is used again.
+    Build(BuildArgs),
+    /// Build, load, use and unload a directory's modules, in a fresh VM for each kernel
+    ///
+    /// They fail when they do not build, load or unload, when the command fails, when the kernel warns or worse, and
+    /// when something of them stays behind once they are unloaded: memory, names in /proc, /sys and /dev, users of
+    /// other modules.
+    #[command(after_help = exit::TEST_HELP)]
+    Test(Box<TestArgs>),
+}
+
+/// Which modules, and for which kernels.
+#[derive(Debug, Args)]
+pub(crate) struct WhatArgs {
+    /// The directory with the sources: a Kbuild or Makefile with `obj-m`
+    dir: PathBuf,
+    /// Kernel, as for `run -k`; each that is given is one more. The usual one unless given
+    #[arg(short, long = "kernel", value_name = "KERNEL")]
+    kernel: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BuildArgs {
+    #[command(flatten)]
+    what: WhatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TestArgs {
+    #[command(flatten)]
+    what: WhatArgs,
+    /// Give a parameter to the module that no other needs, or to another one: NAME=VALUE, MODULE.NAME=VALUE
+    #[arg(short, long, value_name = "PARAMETER")]
+    param: Vec<String>,
+    /// Let lines of the kernel's log pass that match this regular expression, though they are warnings or worse
+    #[arg(long, value_name = "REGEX")]
+    allow_log: Vec<String>,
+    /// How long loading and unloading may take; 20s unless given
+    #[arg(long, value_name = "TIME")]
+    step_timeout: Option<String>,
+    /// How long the command may take; 5m unless given
+    #[arg(long, value_name = "TIME", default_value = "5m")]
+    command_timeout: String,
+    /// Memory of each VM
+    #[arg(short, long, value_name = "SIZE", default_value = "512M")]
+    memory: Bytes,
+    #[command(flatten)]
+    running: RunningArgs,
+    /// The command that uses the modules, and its arguments; none unless given
+    #[arg(trailing_var_arg = true)]
+    command: Vec<OsString>,
+}
+
+pub(crate) fn run(command: &ModuleCommand) -> Result<Code> {
+    match command {
+        ModuleCommand::Build(args) => build(&args.what).map(|()| Code::SUCCESS),
+        ModuleCommand::Test(args) => test(args),
+    }
+}
+
+fn build(what: &WhatArgs) -> Result<()> {
+    let store = KernelStore::open(Cache::open_default()?);
+    let source = ModuleSource::open(&what.dir)?;
+    let kernels: Vec<Option<&str>> = match what.kernel.is_empty() {
+        true => vec![None],
+        false => what.kernel.iter().map(|kernel| Some(kernel.as_str())).collect(),
+    };
+    for kernel in kernels {
+        let since = Instant::now();
+        let display = Display::new(Verbosity::Normal);
+        let built = build_for(&store, &source, kernel, &display);
+        display.clear();
+        let (release, built) = built?;
+        for warning in &built.warnings {
+            output::lines(&format!("{warning}\n"));
+        }
+        let how = if built.fresh { "built" } else { "was built before" };
+        output::note(&format!("{release}: {how}, {:.1} s", since.elapsed().as_secs_f64()));
+        for module in &built.modules {
+            output::stdout(format!("{}\n", module.path.display()).as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+fn build_for(
+    store: &KernelStore,
+    source: &ModuleSource,
+    kernel: Option<&str>,
+    progress: &dyn Progress,
+) -> Result<(String, ModuleBuild)> {
+    let kernel = match kernel {
+        Some(spec) => store.resolve(&spec.parse::<KernelSpec>()?, progress)?,
+        None => store.resolve_default(progress)?,
+    };
+    let tree = store.build_tree(&kernel, progress)?;
+    Ok((kernel.release, module_build::build(store.cache(), source, &tree, progress)?))
+}
+
+fn test(args: &TestArgs) -> Result<Code> {
+    let source = ModuleSource::open(&args.what.dir)?;
+    let mut module = ModuleSpec::of(source.dir());
+    module.parameters.clone_from(&args.param);
+    for regex in &args.allow_log {
+        module.allow_log(regex).context("--allow-log")?;
+    }
+    if let Some(limit) = &args.step_timeout {
+        module.step_time = duration(limit).context("--step-timeout")?;
+    }
+    let limit = duration(&args.command_timeout).context("--command-timeout")?;
+    let mut fail_on = default_kinds();
+    fail_on.extend(MODULES_FAIL_ON);
+    let verdict =
+        VerdictSpec { timeout: Some(limit), retries: 0, should_fail: false, fail_on, expect: None };
+    let command = match args.command.is_empty() {
+        true => TargetCommand::Nothing,
+        false => TargetCommand::Program(args.command.clone()),
+    };
+    let cwd = std::env::current_dir().context("the working directory cannot be found")?;
+    let target = |kernel: Option<&String>| Target {
+        name: kernel.map_or_else(|| source.name(), |kernel| format!("{}[{kernel}]", source.name())),
+        tags: [].into(),
+        axes: kernel.iter().map(|kernel| ("kernel".to_owned(), (*kernel).clone())).collect(),
+        system: System::Kernel {
+            spec: kernel.cloned(),
+            rootfs: PathBuf::from("/"),
+            root_mode: RootMode::Overlay,
+        },
+        vm: VmSpec {
+            memory: Some(args.memory),
+            hypervisor: args.running.hypervisor.map(Into::into),
+            shares: shares(&cwd, source.dir()),
+            ..VmSpec::default()
+        },
+        run: RunSpec {
+            command: command.clone(),
+            cwd: None,
+            module: Some(module.clone()),
+            env: BTreeMap::from([(
+                "VMLAB_MODULE_DIR".to_owned(),
+                source.dir().to_string_lossy().into_owned(),
+            )]),
+            user: "root".to_owned(),
+            setup: Vec::new(),
+            teardown: Vec::new(),
+            keep_on_failure: Vec::new(),
+        },
+        verdict: verdict.clone(),
+    };
+    let targets: Vec<Target> = match args.what.kernel.is_empty() {
+        true => vec![target(None)],
+        false => args.what.kernel.iter().map(|kernel| target(Some(kernel))).collect(),
+    };
+    if let Some(twice) = args
+        .what
+        .kernel
+        .iter()
+        .find(|kernel| args.what.kernel.iter().filter(|other| other == kernel).count() > 1)
+    {
+        bail!("-k {twice} is given twice");
+    }
+    run_targets(targets, &args.running, source.name(), |_| {})
+}
+
+/// The working directory, for the command, and the modules' own directory, unless it is in that.
+fn shares(cwd: &Path, dir: &Path) -> Vec<Share> {
+    let mut dirs = vec![cwd];
+    if !dir.starts_with(cwd) {
+        dirs.push(dir);
+    }
+    let below_root = dirs.into_iter().filter(|dir| *dir != Path::new("/"));
+    below_root.map(Share::new).collect()
+}

@@ -1,0 +1,114 @@
+//! What a guest is like around the life of a kernel module: what the agent finds, for the host to compare.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::message::{self, MessageError};
+
+/// The most that an answer may have, in bytes.
+pub const MAX_ANSWER: u64 = 64 * 1024 * 1024;
+
+/// The answer to what was asked of a module.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleAnswer {
+    /// The kernel's error number where it did not do it; 0 if it did, or nothing was asked but to look.
+    pub errno: i32,
+    /// How long the kernel took for it, in microseconds.
+    pub took_us: u64,
+    /// Where the sections of a module are that was loaded.
+    pub sections: Vec<Section>,
+    /// What the guest is like now.
+    pub observation: Observation,
+}
+
+/// A part of a loaded module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// Its name, such as `.text`.
+    pub name: String,
+    /// Where it begins in the kernel's memory.
+    pub address: u64,
+}
+
+/// What a guest is like.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observation {
+    /// `/proc/sys/kernel/tainted`.
+    pub taint: u64,
+    /// The modules that are loaded.
+    pub modules: Vec<LoadedModule>,
+    /// What has a name and is made by modules: nodes of `/dev`, `/proc` and `/sys`, and registrations such as
+    /// `filesystem ext4`.
+    pub names: BTreeSet<String>,
+    /// Caches of objects of one kind.
+    pub caches: Vec<SlabCache>,
+    /// Memory that is there by vmalloc for code of modules.
+    pub areas: Vec<Area>,
+    /// Memory that code of modules has allocated since the first module was loaded, and that was not freed.
+    pub unfreed: Vec<Unfreed>,
+    /// Why it is not known what was not freed.
+    pub untracked: Option<String>,
+    /// What kmemleak has found, where the kernel has that: a report each.
+    pub kmemleak: Vec<String>,
+    /// Records of the kernel's log, as it gives them out.
+    pub log: Vec<Vec<u8>>,
+}
+
+/// A line of `/proc/modules`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadedModule {
+    /// Its name.
+    pub name: String,
+    /// How many users it has; -1 where it cannot be unloaded.
+    pub users: i64,
+}
+
+/// A line of `/proc/slabinfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlabCache {
+    /// Its name.
+    pub name: String,
+    /// Objects in use, of which some may be free ones that a processor keeps for itself.
+    pub objects: u64,
+    /// The size of each, in bytes.
+    pub object_size: u64,
+}
+
+/// A line of `/proc/vmallocinfo`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Area {
+    /// Where it begins.
+    pub address: u64,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// Who asked for it: a function as the kernel prints it, or an address where it does not know any.
+    pub caller: String,
+}
+
+/// Memory that was allocated by one call and not freed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unfreed {
+    /// The place behind the call.
+    pub call_site: u64,
+    /// How often it was called without its memory being freed.
+    pub count: u64,
+    /// All of that memory, in bytes.
+    pub bytes: u64,
+}
+
+impl ModuleAnswer {
+    /// As bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        // Plain data can always be encoded.
+        postcard::to_stdvec(self).unwrap_or_default()
+    }
+
+    /// From all of them.
+    ///
+    /// # Errors
+    /// When they are no such answer.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        message::decode(bytes)
+    }
+}

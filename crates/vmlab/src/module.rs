@@ -1,0 +1,89 @@
+//! Tests of kernel modules: they are built for the kernel of a VM, loaded into it, used and unloaded, with a look at the
+//! guest before and after each of that.
+
+mod checks;
+mod code;
+mod life;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use regex::Regex;
+
+pub(crate) use life::{Life, Step};
+
+/// How long loading, unloading or a look may take unless set, as long as that is on an emulated processor.
+pub const STEP_TIME: Duration = Duration::from_secs(20);
+
+/// A text is no regular expression.
+#[derive(Debug, thiserror::Error)]
+#[error("`{text}` is no regular expression")]
+pub struct BadRegex {
+    text: String,
+    source: regex::Error,
+}
+
+/// What is loaded around the command of a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleSpec {
+    /// The directory with the sources, absolute.
+    pub dir: PathBuf,
+    /// Parameters, `name=value` each: of the module that no other one needs, or `module.name=value`.
+    pub parameters: Vec<String>,
+    /// Regular expressions for lines of the kernel's log that are no failure, though they are warnings or worse.
+    pub allowed_log: Vec<String>,
+    /// How long loading, unloading or a look may take.
+    pub step_time: Duration,
+}
+
+impl ModuleSpec {
+    /// The modules in this directory, without parameters.
+    pub fn of(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            parameters: Vec::new(),
+            allowed_log: Vec::new(),
+            step_time: STEP_TIME,
+        }
+    }
+
+    /// Lets lines of the kernel's log pass that match a regular expression.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn allow_log(&mut self, regex: &str) -> Result<(), BadRegex> {
+        let bad = |source| BadRegex { text: regex.to_owned(), source };
+        Regex::new(regex).map_err(bad)?;
+        self.allowed_log.push(regex.to_owned());
+        Ok(())
+    }
+
+    /// The parameters for a module, as the kernel takes them. `last` is the one that no other needs.
+    pub(crate) fn parameters_of(&self, module: &str, last: bool) -> String {
+        let own = self.parameters.iter().filter_map(|parameter| {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            match name.split_once('.') {
+                Some((of, _)) if of.replace('-', "_") == module => Some(&parameter[of.len() + 1..]),
+                None if last => Some(parameter.as_str()),
+                _ => None,
+            }
+            .filter(|_| !value.contains('\0'))
+        });
+        own.collect::<Vec<&str>>().join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_go_to_their_modules() {
+        let mut spec = ModuleSpec::of("/m");
+        spec.parameters =
+            ["size=4", "my-base.debug=1", "name=\"a.b c\""].map(str::to_owned).to_vec();
+        assert_eq!(spec.parameters_of("top", true), "size=4 name=\"a.b c\"");
+        assert_eq!(spec.parameters_of("my_base", false), "debug=1");
+        assert_eq!(spec.parameters_of("other", false), "");
+    }
+}
