@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use error::ModuleBuildError;
 use info::ModuleInfo;
 use make::{Log, Toolchain};
-pub use sources::ModuleSource;
+pub use sources::{ModuleSource, SourceState};
 
 use crate::cache::{Flaw, Lease, Manifest};
 use crate::{Bound, BuildTree, Cache, ContentKey, Kind, Progress};

@@ -47,6 +47,11 @@ impl Code {
         Code(128u8.saturating_add(signal as u8 & 0x7f))
     }
 
+    /// Whether a signal has ended vmlab.
+    pub(crate) fn is_of_signal(self) -> bool {
+        self.0 > 128
+    }
+
     pub(crate) fn of_error(error: &Error) -> Self {
         Code(match error.class() {
             ErrorClass::Vmlab => FAILED,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -19,11 +19,15 @@ use crate::exit::{self, Code};
 use crate::output;
 use crate::progress::Display;
 use crate::request::Verbosity;
+use crate::signals::SignalThread;
 use crate::test::run_targets;
 
 /// What of the kernel's own words makes a module fail beside what makes any target fail.
 const MODULES_FAIL_ON: [EventKind; 4] =
     [EventKind::Warning, EventKind::HungTask, EventKind::Lockdep, EventKind::MemoryLeak];
+
+/// How often files are looked at, which takes next to nothing for a module's few.
+const WATCH_STEP: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModuleCommand {
@@ -39,6 +43,16 @@ pub(crate) enum ModuleCommand {
     /// other modules.
     #[command(after_help = exit::TEST_HELP)]
     Test(Box<TestArgs>),
+    /// Load and unload a directory's modules many times while a command uses them
+    ///
+    /// The command runs again and again until that is done, and has to put up with the modules not being there. All
+    /// else is as for `test`.
+    #[command(after_help = exit::TEST_HELP)]
+    Stress(Box<StressArgs>),
+    /// Test a directory's modules, and again each time that a file there is saved
+    ///
+    /// All else is as for `test`. Ctrl-C ends it.
+    Watch(Box<TestArgs>),
 }
 
 /// Which modules, and for which kernels.
@@ -67,6 +81,15 @@ pub(crate) struct TestArgs {
     /// Let lines of the kernel's log pass that match this regular expression, though they are warnings or worse
     #[arg(long, value_name = "REGEX")]
     allow_log: Vec<String>,
+    /// Show the kernel's log from loading on among the command's output
+    #[arg(long)]
+    show_log: bool,
+    /// Switch debugging messages of the modules on, and show them: +p for all, 'file x.c +p' for a file's
+    #[arg(long, value_name = "QUERY", allow_hyphen_values = true)]
+    dyndbg: Option<String>,
+    /// Show a trace event of the kernel's or the modules' own, or all of a system: SYSTEM[:EVENT]
+    #[arg(long, value_name = "EVENT")]
+    trace: Vec<String>,
     /// How long loading and unloading may take; 20s unless given
     #[arg(long, value_name = "TIME")]
     step_timeout: Option<String>,
@@ -83,10 +106,22 @@ pub(crate) struct TestArgs {
     command: Vec<OsString>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct StressArgs {
+    /// How often
+    #[arg(short = 'n', long, value_name = "N", default_value = "100")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    cycles: u32,
+    #[command(flatten)]
+    test: TestArgs,
+}
+
 pub(crate) fn run(command: &ModuleCommand) -> Result<Code> {
     match command {
         ModuleCommand::Build(args) => build(&args.what).map(|()| Code::SUCCESS),
-        ModuleCommand::Test(args) => test(args),
+        ModuleCommand::Test(args) => test(args, None),
+        ModuleCommand::Stress(args) => test(&args.test, Some(args.cycles)),
+        ModuleCommand::Watch(args) => watch(args),
     }
 }
 
@@ -129,10 +164,14 @@ fn build_for(
     Ok((kernel.release, module_build::build(store.cache(), source, &tree, progress)?))
 }
 
-fn test(args: &TestArgs) -> Result<Code> {
+fn test(args: &TestArgs, cycles: Option<u32>) -> Result<Code> {
     let source = ModuleSource::open(&args.what.dir)?;
     let mut module = ModuleSpec::of(source.dir());
     module.parameters.clone_from(&args.param);
+    module.cycles = cycles;
+    module.show_log = args.show_log || args.dyndbg.is_some();
+    module.dynamic_debug.clone_from(&args.dyndbg);
+    module.trace.clone_from(&args.trace);
     for regex in &args.allow_log {
         module.allow_log(regex).context("--allow-log")?;
     }
@@ -192,6 +231,38 @@ fn test(args: &TestArgs) -> Result<Code> {
         bail!("-k {twice} is given twice");
     }
     run_targets(targets, &args.running, source.name(), |_| {})
+}
+
+fn watch(args: &TestArgs) -> Result<Code> {
+    let source = ModuleSource::open(&args.what.dir)?;
+    let mut state = source.state()?;
+    let mut saved: Option<(PathBuf, SystemTime)> = None;
+    loop {
+        let code = test(args, None).unwrap_or_else(|error| {
+            output::error(&error);
+            Code::FAILED
+        });
+        if code.is_of_signal() {
+            return Ok(code);
+        }
+        let word = if code == Code::SUCCESS { "ok" } else { "FAILED" };
+        let after = saved.take().map_or_else(String::new, |(file, time)| {
+            let took = time.elapsed().unwrap_or_default().as_secs_f64();
+            format!(", {took:.1} s after {} was saved", file.display())
+        });
+        output::stdout(format!("{word:<9} {}{after}\n", source.name()).as_bytes())?;
+        // Ctrl-C ends the wait, and all.
+        let _signals = SignalThread::start()?;
+        loop {
+            let now = source.state()?;
+            if now != state {
+                saved = now.last_change(&state).map(|(file, time)| (file.to_owned(), time));
+                state = now;
+                break;
+            }
+            std::thread::sleep(WATCH_STEP);
+        }
+    }
 }
 
 /// The working directory, for the command, and the modules' own directory, unless it is in that.

@@ -9,21 +9,64 @@ use crate::message::{self, MessageError};
 /// The most that an answer may have, in bytes.
 pub const MAX_ANSWER: u64 = 64 * 1024 * 1024;
 
-/// The answer to what was asked of a module.
+/// The most that the modules in a request may have, in bytes.
+pub const MAX_FILES: u64 = 1 << 30;
+
+/// A module that is to be loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleFile {
+    /// Its name, as the kernel lists it.
+    pub name: String,
+    /// Its parameters, as the kernel takes them.
+    pub parameters: String,
+    /// The file.
+    pub content: Vec<u8>,
+}
+
+impl ModuleFile {
+    /// Modules as bytes, in the order in which they are loaded.
+    pub fn encode_all(files: &[Self]) -> Vec<u8> {
+        // Plain data can always be encoded.
+        postcard::to_stdvec(files).unwrap_or_default()
+    }
+
+    /// From all of those bytes.
+    ///
+    /// # Errors
+    /// When they are no modules.
+    pub fn decode_all(bytes: &[u8]) -> Result<Vec<Self>, MessageError> {
+        message::decode(bytes)
+    }
+}
+
+/// The answer to what was asked of modules.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleAnswer {
     /// The kernel's error number where it did not do it; 0 if it did, or nothing was asked but to look.
     pub errno: i32,
-    /// How long the kernel took for it, in microseconds.
+    /// The module that it was about.
+    pub module: String,
+    /// How long the kernel took for all of it, in microseconds.
     pub took_us: u64,
-    /// Where the sections of a module are that was loaded.
-    pub sections: Vec<Section>,
+    /// How often modules were loaded and unloaded.
+    pub cycles: u32,
+    /// Each module and where it was loaded; the same place once.
+    pub loads: Vec<Load>,
     /// What the guest is like now.
     pub observation: Observation,
 }
 
+/// A module and where it was loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Load {
+    /// Its name.
+    pub module: String,
+    /// Its sections.
+    pub sections: Vec<Section>,
+}
+
 /// A part of a loaded module.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Section {
     /// Its name, such as `.text`.
     pub name: String,

@@ -32,6 +32,16 @@ pub struct ModuleSpec {
     pub parameters: Vec<String>,
     /// Regular expressions for lines of the kernel's log that are no failure, though they are warnings or worse.
     pub allowed_log: Vec<String>,
+    /// What of its debugging messages is switched on while it is loaded: `+p`, `file x.c +p`
+    /// (`Documentation/admin-guide/dynamic-debug-howto.rst`).
+    pub dynamic_debug: Option<String>,
+    /// Trace events that are shown: `SYSTEM` or `SYSTEM:EVENT`.
+    pub trace: Vec<String>,
+    /// Whether the kernel's log is shown among the command's output.
+    pub show_log: bool,
+    /// How often they are loaded and unloaded while the command runs, again and again until that is done, instead of
+    /// once around it.
+    pub cycles: Option<u32>,
     /// How long loading, unloading or a look may take.
     pub step_time: Duration,
 }
@@ -43,6 +53,10 @@ impl ModuleSpec {
             dir: dir.into(),
             parameters: Vec::new(),
             allowed_log: Vec::new(),
+            dynamic_debug: None,
+            trace: Vec::new(),
+            show_log: false,
+            cycles: None,
             step_time: STEP_TIME,
         }
     }
@@ -69,7 +83,8 @@ impl ModuleSpec {
             }
             .filter(|_| !value.contains('\0'))
         });
-        own.collect::<Vec<&str>>().join(" ")
+        let debug = self.dynamic_debug.as_ref().map(|query| format!("dyndbg=\"{query}\""));
+        own.map(str::to_owned).chain(debug).collect::<Vec<String>>().join(" ")
     }
 }
 
@@ -85,5 +100,7 @@ mod tests {
         assert_eq!(spec.parameters_of("top", true), "size=4 name=\"a.b c\"");
         assert_eq!(spec.parameters_of("my_base", false), "debug=1");
         assert_eq!(spec.parameters_of("other", false), "");
+        spec.dynamic_debug = Some("file x.c +p".to_owned());
+        assert_eq!(spec.parameters_of("other", false), "dyndbg=\"file x.c +p\"");
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vmlab_wire::observation::Unfreed;
 
@@ -55,6 +55,8 @@ impl fmt::Display for Untracked {
     }
 }
 
+impl std::error::Error for Untracked {}
+
 impl From<io::Error> for Untracked {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
@@ -75,9 +77,14 @@ struct Allocation {
     bytes: u64,
 }
 
-fn instance() -> Result<std::path::PathBuf, Untracked> {
+/// The top of tracefs.
+pub(super) fn tracing() -> Result<&'static Path, Untracked> {
     let root = ROOTS.iter().map(Path::new).find(|root| root.join("events").is_dir());
-    Ok(root.ok_or(Untracked::NoTracing)?.join(INSTANCE))
+    root.ok_or(Untracked::NoTracing)
+}
+
+fn instance() -> Result<PathBuf, Untracked> {
+    Ok(tracing()?.join(INSTANCE))
 }
 
 /// Begins to watch, if that has not begun yet.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::ModuleBuildError;
 
@@ -17,6 +18,22 @@ const BUILT: [&str; 8] = [".o", ".ko", ".a", ".mod", ".mod.c", ".order", ".symve
 
 /// Directories of programs beside modules, with what was built there.
 const OTHER_DIRS: [&str; 2] = ["target", "node_modules"];
+
+/// What a directory's files were at some time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceState {
+    files: Vec<(PathBuf, Option<(SystemTime, u64)>)>,
+}
+
+impl SourceState {
+    /// The file that was changed last since an earlier state, and when; `None` where none was changed but by being
+    /// removed.
+    pub fn last_change(&self, earlier: &Self) -> Option<(&Path, SystemTime)> {
+        let changed = self.files.iter().filter(|file| !earlier.files.contains(file));
+        let times = changed.filter_map(|(file, state)| Some((file.as_path(), (*state)?.0)));
+        times.max_by_key(|(_, time)| *time)
+    }
+}
 
 /// A directory with the sources of modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +62,18 @@ impl ModuleSource {
     /// What the directory is called.
     pub fn name(&self) -> String {
         self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// What the files are at the moment, to see later whether any was changed, and when that was.
+    ///
+    /// # Errors
+    /// As for a build.
+    pub fn state(&self) -> Result<SourceState, ModuleBuildError> {
+        let files = self.files()?.into_iter().map(|file| {
+            let meta = self.dir.join(&file).metadata().ok();
+            (file, meta.and_then(|meta| Some((meta.modified().ok()?, meta.len()))))
+        });
+        Ok(SourceState { files: files.collect() })
     }
 
     /// The files that a build may depend on, relative and sorted. Hidden ones and what builds leave behind are none.
@@ -113,6 +142,23 @@ mod tests {
         std::os::unix::fs::symlink(".", dir.path().join("sub/again")).unwrap();
         let files = ModuleSource::open(dir.path()).unwrap().files().unwrap();
         assert_eq!(files, ["Makefile", "a.c", "link.c", "sub/b.h"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn changes_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("Makefile"), "obj-m := a.o").unwrap();
+        fs::write(dir.path().join("a.c"), "1").unwrap();
+        let source = ModuleSource::open(dir.path()).unwrap();
+        let before = source.state().unwrap();
+        fs::write(dir.path().join("a.o"), "built").unwrap();
+        assert_eq!(source.state().unwrap(), before);
+        fs::write(dir.path().join("a.c"), "12").unwrap();
+        let after = source.state().unwrap();
+        assert_eq!(after.last_change(&before).unwrap().0, Path::new("a.c"));
+        fs::remove_file(dir.path().join("a.c")).unwrap();
+        let removed = source.state().unwrap();
+        assert!(removed != after && removed.last_change(&after).is_none());
     }
 
     #[test]

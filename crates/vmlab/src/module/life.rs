@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use regex::Regex;
 use vmlab_artifacts::module_build::{BuiltModule, ModuleBuild};
-use vmlab_wire::observation::{MAX_ANSWER, ModuleAnswer, Observation};
+use vmlab_wire::observation::{MAX_ANSWER, ModuleAnswer, ModuleFile, Observation};
 
 use super::code::LoadedCode;
 use super::{ModuleSpec, checks};
@@ -91,7 +91,7 @@ impl<'a> Life<'a> {
             log_from: 0,
             code: Vec::new(),
         };
-        match life.ask(&["look"], None)? {
+        match life.ask(&["look"], None, spec.step_time)? {
             Reply::Answer(answer) => {
                 life.next_records(&answer.observation);
                 life.known_taint = answer.observation.taint;
@@ -109,60 +109,75 @@ impl<'a> Life<'a> {
     /// When the VM ends.
     pub(crate) fn load(&mut self) -> Result<Step, Error> {
         let mut step = Step::new("load");
+        if !self.load_needs(&mut step)? {
+            return Ok(step);
+        }
+        let reply = self.ask(&["insert"], Some(&self.files()?), self.spec.step_time)?;
+        let Some(answer) = self.done(reply, self.spec.step_time, &mut step)? else {
+            return Ok(step);
+        };
+        self.take(&answer, "load", &mut step)?;
+        let mut names = self.build.modules.iter().map(|module| &module.name);
+        let missing = names.find(|name| !checks::is_loaded(&answer.observation, name));
+        if let (Some(name), true) = (missing, step.goes_on) {
+            step.fail(format!("{name} was loaded and is not there"));
+        }
+        Ok(step)
+    }
+
+    /// Loads the kernel's modules that they need, which stay.
+    fn load_needs(&self, step: &mut Step) -> Result<bool, Error> {
         let needs = self.build.needs();
         if !needs.is_empty() {
             let output = self.vm.command("modprobe").arg("-a").args(&needs).output()?;
             if !output.status.success() {
                 let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
                 step.fail(format!("modprobe {}: {said}", needs.join(" ")));
-                return Ok(step);
             }
         }
-        let all = &self.build.modules;
-        for (index, module) in all.iter().enumerate() {
-            let last = index + 1 == all.len();
-            if !self.insert(module, last, &mut step)? {
-                break;
-            }
-        }
-        Ok(step)
+        Ok(step.goes_on)
     }
 
-    fn insert(&mut self, module: &BuiltModule, last: bool, step: &mut Step) -> Result<bool, Error> {
-        let name = &module.name;
-        let file = std::fs::read(&module.path).map_err(|source| Error::Io {
-            what: "read the module",
-            path: module.path.clone(),
-            source,
-            hint: "",
-        })?;
-        let parameters = self.spec.parameters_of(name, last);
-        let reply = self.ask(&["insert", name, &parameters], Some(&file))?;
-        let Some(answer) = self.done(reply, name, step)? else { return Ok(false) };
-        let now = answer.observation;
-        let records = self.next_records(&now);
+    /// The modules with their parameters.
+    fn files(&self) -> Result<Vec<u8>, Error> {
+        let all = &self.build.modules;
+        let file = |(index, module): (usize, &BuiltModule)| {
+            let last = index + 1 == all.len();
+            let parameters = self.spec.parameters_of(&module.name, last);
+            Ok(ModuleFile { name: module.name.clone(), parameters, content: content(module)? })
+        };
+        let files = all.iter().enumerate().map(file).collect::<Result<Vec<_>, Error>>()?;
+        Ok(ModuleFile::encode_all(&files))
+    }
+
+    /// What an answer says of a step: what was logged and refused, and where modules were.
+    fn take(&mut self, answer: &ModuleAnswer, verb: &str, step: &mut Step) -> Result<(), Error> {
+        let now = &answer.observation;
+        let records = self.next_records(now);
         step.took += Duration::from_micros(answer.took_us);
         step.problems.extend(checks::complaints(&records, &self.allowed));
-        self.taints(&now, step);
+        self.taints(now, step);
         if answer.errno != 0 {
-            let error = std::io::Error::from_raw_os_error(answer.errno);
+            let (name, error) = (&answer.module, std::io::Error::from_raw_os_error(answer.errno));
             // Why is in the kernel's log, at whatever level.
             let lines = records.iter().filter(|record| record.text.starts_with(name.as_str()));
             let said: Vec<String> = lines.map(|record| record.text.clone()).collect();
-            let said = if said.is_empty() {
-                String::new()
-            } else {
-                format!("; it logged: {}", said.join("; "))
+            let said = match said.is_empty() {
+                true => String::new(),
+                false => format!("; it logged: {}", said.join("; ")),
             };
-            step.fail(format!("the kernel refused {name}: {error}{said}"));
-        } else if !checks::is_loaded(&now, name) {
-            step.fail(format!("{name} was loaded and is not there"));
+            step.fail(format!("the kernel does not {verb} {name}: {error}{said}"));
         }
-        self.code.push(LoadedCode::new(name, &file, &answer.sections));
-        if let Some(why) = now.untracked {
+        for load in &answer.loads {
+            let module = self.build.modules.iter().find(|module| module.name == load.module);
+            if let Some(module) = module {
+                self.code.push(LoadedCode::new(&module.name, &content(module)?, &load.sections));
+            }
+        }
+        if let Some(why) = &now.untracked {
             self.unknown.push(format!("memory that is not freed: {why}"));
         }
-        Ok(step.goes_on)
+        Ok(())
     }
 
     /// Looks at the guest after they were used.
@@ -171,12 +186,9 @@ impl<'a> Life<'a> {
     /// When the VM ends.
     pub(crate) fn used(&mut self) -> Result<Step, Error> {
         let mut step = Step::new("use");
-        let reply = self.ask(&["glance"], None)?;
-        if let Some(answer) = self.done(reply, "looking at the guest", &mut step)? {
-            let now = answer.observation;
-            let records = self.next_records(&now);
-            step.problems.extend(checks::complaints(&records, &self.allowed));
-            self.taints(&now, &mut step);
+        let reply = self.ask(&["glance"], None, self.spec.step_time)?;
+        if let Some(answer) = self.done(reply, self.spec.step_time, &mut step)? {
+            self.take(&answer, "show", &mut step)?;
         }
         Ok(step)
     }
@@ -187,61 +199,97 @@ impl<'a> Life<'a> {
     /// When the VM ends.
     pub(crate) fn unload(&mut self) -> Result<Step, Error> {
         let mut step = Step::new("unload");
-        let mut last = None;
-        for module in self.build.modules.iter().rev() {
-            let name = &module.name;
-            let reply = self.ask(&["remove", name], None)?;
-            let Some(answer) = self.done(reply, name, &mut step)? else { return Ok(step) };
-            step.took += Duration::from_micros(answer.took_us);
-            let now = answer.observation;
-            let records = self.next_records(&now);
-            step.problems.extend(checks::complaints(&records, &self.allowed));
-            if answer.errno != 0 {
-                let error = std::io::Error::from_raw_os_error(answer.errno);
-                step.fail(format!("the kernel does not unload {name}: {error}"));
-                return Ok(step);
-            }
-            if checks::is_loaded(&now, name) {
-                step.fail(format!("{name} was unloaded and is still there"));
-                return Ok(step);
-            }
-            last = Some(now);
+        let names = self.build.modules.iter().rev().map(|module| module.name.as_str());
+        let words: Vec<&str> = ["remove"].into_iter().chain(names).collect();
+        let reply = self.ask(&words, None, self.spec.step_time)?;
+        if let Some(answer) = self.done(reply, self.spec.step_time, &mut step)? {
+            self.take(&answer, "unload", &mut step)?;
+            self.after(answer.observation, &mut step)?;
         }
-        let Some(mut now) = last else { return Ok(step) };
-        if let Some(why) = now.untracked.take() {
-            self.unknown.push(format!("memory that is not freed: {why}"));
+        Ok(step)
+    }
+
+    /// Loads and unloads them so often within a time, and sees whether they have left the guest as it was.
+    ///
+    /// # Errors
+    /// When the VM ends.
+    pub(crate) fn cycle(&mut self, count: u32, limit: Duration) -> Result<Step, Error> {
+        let mut step = Step::new("cycles");
+        if !self.load_needs(&mut step)? {
+            return Ok(step);
+        }
+        let reply = self.ask(&["cycle", &count.to_string()], Some(&self.files()?), limit)?;
+        if let Some(answer) = self.done(reply, limit, &mut step)? {
+            self.take(&answer, "load and unload", &mut step)?;
+            if answer.errno != 0 {
+                step.fail(format!("it was in cycle {} of {count}", answer.cycles + 1));
+            }
+            self.after(answer.observation, &mut step)?;
+        }
+        Ok(step)
+    }
+
+    /// Sees whether modules that were unloaded have left the guest as it was.
+    fn after(&mut self, mut now: Observation, step: &mut Step) -> Result<(), Error> {
+        if !step.goes_on {
+            return Ok(());
+        }
+        let mut names = self.build.modules.iter().map(|module| &module.name);
+        if let Some(name) = names.find(|name| checks::is_loaded(&now, name)) {
+            step.fail(format!("{name} was unloaded and is still there"));
+            return Ok(());
         }
         let others = checks::newcomers(&self.before, &now);
         if !others.is_empty() {
             // What they have made is not ours. Those that are in use stay.
             self.vm.command("modprobe").arg("-ra").args(others).output()?;
-            let reply = self.ask(&["look"], None)?;
-            let Some(answer) = self.done(reply, "looking at the guest", &mut step)? else {
-                return Ok(step);
-            };
-            now = Observation { kmemleak: now.kmemleak, ..answer.observation };
+            let Some(looked) = self.look_again(&now, step)? else { return Ok(()) };
+            now = looked;
         }
         let patience = if self.frees_later() { GRACE_TIME } else { SETTLE_TIME };
         let deadline = Instant::now() + patience;
         let mut left = self.left(&now);
         while !left.is_empty() && Instant::now() < deadline {
             std::thread::sleep(SETTLE_STEP);
-            let reply = self.ask(&["look"], None)?;
-            let Some(answer) = self.done(reply, "looking at the guest", &mut step)? else { break };
-            let records = self.next_records(&answer.observation);
-            step.problems.extend(checks::complaints(&records, &self.allowed));
-            // kmemleak has looked when they were removed.
-            now = Observation { kmemleak: now.kmemleak, ..answer.observation };
+            let Some(looked) = self.look_again(&now, step)? else { break };
+            now = looked;
             left = self.left(&now);
         }
         step.problems.extend(left);
-        self.taints(&now, &mut step);
         let others = checks::newcomers(&self.before, &now);
         if !others.is_empty() {
             let others = others.join(", ");
             self.unknown.push(format!("names that are left behind: they may be those of {others}"));
         }
-        Ok(step)
+        Ok(())
+    }
+
+    /// Looks once more. kmemleak has looked when they were removed.
+    fn look_again(
+        &mut self,
+        earlier: &Observation,
+        step: &mut Step,
+    ) -> Result<Option<Observation>, Error> {
+        let reply = self.ask(&["look"], None, self.spec.step_time)?;
+        let Some(answer) = self.done(reply, self.spec.step_time, step)? else { return Ok(None) };
+        let now = answer.observation;
+        let records = self.next_records(&now);
+        step.problems.extend(checks::complaints(&records, &self.allowed));
+        self.taints(&now, step);
+        Ok(Some(Observation { kmemleak: earlier.kmemleak.clone(), ..now }))
+    }
+
+    /// The command that shows the kernel's log and trace events from now on, until its input ends; `None` where they are not
+    /// to be shown.
+    pub(crate) fn follower(&self) -> Option<Command<'a>> {
+        let ModuleSpec { show_log, trace, .. } = self.spec;
+        let wanted = *show_log || !trace.is_empty();
+        let command = || {
+            let command = Command::of_agent(self.vm, GuestUser::default());
+            let command = command.args(["module", "follow", &self.log_from.to_string()]);
+            command.args(trace).stdin(Stdio::Piped).stderr(Stdio::Null)
+        };
+        wanted.then(command)
     }
 
     /// What could not be looked for, and why.
@@ -273,23 +321,22 @@ impl<'a> Life<'a> {
     fn done(
         &mut self,
         reply: Reply,
-        what: &str,
+        limit: Duration,
         step: &mut Step,
     ) -> Result<Option<ModuleAnswer>, Error> {
         match reply {
             Reply::Answer(answer) => return Ok(Some(*answer)),
             Reply::Died(status) => {
-                step.fail(format!("{what}: the process that did it ended with {status}"))
+                step.fail(format!("the process that did it ended with {status}"))
             }
             Reply::TimedOut => {
-                let limit = self.spec.step_time.as_secs_f64();
+                let limit = limit.as_secs_f64();
                 let stack = self.stuck_in()?;
-                let place = if stack.is_empty() {
-                    String::new()
-                } else {
-                    format!(", in {}", stack.join(" <- "))
+                let place = match stack.is_empty() {
+                    true => String::new(),
+                    false => format!(", in {}", stack.join(" <- ")),
                 };
-                step.fail(format!("{what}: it took longer than {limit} s{place}"));
+                step.fail(format!("it took longer than {limit} s{place}"));
             }
         }
         Ok(None)
@@ -301,7 +348,9 @@ impl<'a> Life<'a> {
         let shell = self.vm.command("sh").args(["-c", ask]);
         let quiet = shell.stdin(Stdio::Null).stdout(Stdio::Null).stderr(Stdio::Null);
         quiet.spawn()?.wait_until(Some(Instant::now() + STACKS_TIME))?;
-        let Reply::Answer(answer) = self.ask(&["look"], None)? else { return Ok(Vec::new()) };
+        let Reply::Answer(answer) = self.ask(&["look"], None, self.spec.step_time)? else {
+            return Ok(Vec::new());
+        };
         let records = self.next_records(&answer.observation);
         let lines: Vec<&str> = records.iter().map(|record| record.text.as_str()).collect();
         let frames = checks::frames_of_module_calls(&lines);
@@ -321,16 +370,16 @@ impl<'a> Life<'a> {
         records
     }
 
-    fn ask(&self, words: &[&str], module: Option<&[u8]>) -> Result<Reply, Error> {
-        let deadline = Instant::now() + self.spec.step_time;
+    fn ask(&self, words: &[&str], files: Option<&[u8]>, limit: Duration) -> Result<Reply, Error> {
+        let deadline = Instant::now() + limit;
         let mut command =
             Command::of_agent(self.vm, GuestUser::default()).args(["module", words[0]]);
         command = command.arg(self.log_from.to_string()).args(&words[1..]).stderr(Stdio::Null);
-        command = command.stdin(if module.is_some() { Stdio::Piped } else { Stdio::Null });
+        command = command.stdin(if files.is_some() { Stdio::Piped } else { Stdio::Null });
         let mut child = command.spawn()?;
-        if let (Some(mut stdin), Some(module)) = (child.stdin.take(), module) {
+        if let (Some(mut stdin), Some(files)) = (child.stdin.take(), files) {
             // That it breaks is seen below.
-            let _ = stdin.write_all(module);
+            let _ = stdin.write_all(files);
         }
         let (sender, answer) = channel();
         if let Some(stdout) = child.stdout.take() {
@@ -360,6 +409,16 @@ impl Step {
         self.problems.insert(0, problem);
         self.goes_on = false;
     }
+}
+
+/// A module's file.
+fn content(module: &BuiltModule) -> Result<Vec<u8>, Error> {
+    std::fs::read(&module.path).map_err(|source| Error::Io {
+        what: "read the module",
+        path: module.path.clone(),
+        source,
+        hint: "",
+    })
 }
 
 /// The agent's own part does not work.

@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::mpsc::channel;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,7 +27,10 @@ use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
-use crate::{DebugInfo, Error, ExitStatus, ModuleSpec, PreparedVm, RunDir, Stdio, Vm, VmBuilder};
+use crate::{
+    Child, Command, DebugInfo, Error, ExitStatus, ModuleSpec, PreparedVm, RunDir, Stdio, Vm,
+    VmBuilder,
+};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -34,6 +38,9 @@ const ATTEMPT: &str = "VMLAB_ATTEMPT";
 
 /// How long each script after the command may take: it is there to look and to tidy up.
 const TEARDOWN_TIME: Duration = Duration::from_secs(60);
+
+/// How long loading and unloading modules again and again may take, where the command has no limit.
+const CYCLES_TIME: Duration = Duration::from_secs(600);
 
 /// How long a command that was killed may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(5);
@@ -137,6 +144,39 @@ impl Building {
     /// What was built, and how long that took.
     fn finish(self) -> Result<(ModuleBuild, Duration), Error> {
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// A command whose output is shown beside others'.
+struct Following<'vm> {
+    child: Child<'vm>,
+    copied: Receiver<()>,
+}
+
+impl<'vm> Following<'vm> {
+    fn begin(command: Command<'vm>, tee: &Tee) -> Result<Self, Error> {
+        let mut child = command.spawn()?;
+        let (done, copied) = channel();
+        if let Some(mut stdout) = child.stdout.take() {
+            let mut tee = tee.clone();
+            std::thread::spawn(move || {
+                // As in `execute`.
+                let _ = stdout.copy_to(&mut tee);
+                drop((tee, done));
+            });
+        }
+        Ok(Self { child, copied })
+    }
+
+    /// Ends it, once it has shown what there is.
+    fn end(mut self) -> Result<(), Error> {
+        drop(self.child.stdin.take());
+        if self.child.wait_until(Some(Instant::now() + KILL_TIME))?.is_none() {
+            self.child.control().signal(SIGKILL);
+        }
+        // What ends the wait is that the sender is dropped.
+        let _ = self.copied.recv_timeout(KILL_TIME);
+        Ok(())
     }
 }
 
@@ -292,22 +332,20 @@ impl Attempt<'_> {
         dir: &Path,
         record: &mut AttemptResult,
     ) -> Result<End, Error> {
-        let observer = &self.run.runner.observer;
-        let mut problems = Vec::new();
         let mut life = Life::begin(vm, spec, build, self.debug_info.get())?;
-        let mut note = |step: Step, record: &mut AttemptResult| {
+        let following =
+            life.follower().map(|command| Following::begin(command, tee)).transpose()?;
+        let (end, steps) = match spec.cycles {
+            Some(count) => self.beside_cycles(&mut life, count, (vm, tee, dir), record)?,
+            None => self.while_loaded(&mut life, (vm, tee, dir), record)?,
+        };
+        if let Some(following) = following {
+            following.end()?;
+        }
+        let mut problems = Vec::new();
+        for step in steps {
             record.phases.push((step.name.to_owned(), millis(step.took)));
             problems.extend(step.problems.into_iter().map(|what| format!("{}: {what}", step.name)));
-            step.goes_on
-        };
-        observer.phase(self.index, "load");
-        let mut end = End::Exited(ExitStatus::of_nothing());
-        if note(life.load()?, record) {
-            end = self.commands(vm, tee, dir, record)?;
-            if note(life.used()?, record) {
-                observer.phase(self.index, "unload");
-                note(life.unload()?, record);
-            }
         }
         let unknown = life.unknown().iter().map(|what| format!("not looked for: {what}"));
         record.notes.extend(unknown);
@@ -320,6 +358,57 @@ impl Attempt<'_> {
                 Ok(end)
             }
         }
+    }
+
+    fn while_loaded(
+        &self,
+        life: &mut Life<'_>,
+        (vm, tee, dir): (&Vm, &Tee, &Path),
+        record: &mut AttemptResult,
+    ) -> Result<(End, Vec<Step>), Error> {
+        let observer = &self.run.runner.observer;
+        observer.phase(self.index, "load");
+        let mut steps = vec![life.load()?];
+        let mut end = End::Exited(ExitStatus::of_nothing());
+        if steps[0].goes_on {
+            end = self.commands(vm, tee, dir, record)?;
+            steps.push(life.used()?);
+            if steps[1].goes_on {
+                observer.phase(self.index, "unload");
+                steps.push(life.unload()?);
+            }
+        }
+        Ok((end, steps))
+    }
+
+    /// The command runs again and again until all cycles are done, or it fails.
+    fn beside_cycles(
+        &self,
+        life: &mut Life<'_>,
+        count: u32,
+        (vm, tee, dir): (&Vm, &Tee, &Path),
+        record: &mut AttemptResult,
+    ) -> Result<(End, Vec<Step>), Error> {
+        let limit = self.target.verdict.timeout.unwrap_or(CYCLES_TIME);
+        self.run.runner.observer.phase(self.index, "cycles");
+        let done = AtomicBool::new(false);
+        let nothing = self.target.run.command == TargetCommand::Nothing;
+        std::thread::scope(|scope| {
+            let cycles = scope.spawn(|| {
+                let step = life.cycle(count, limit);
+                done.store(true, Ordering::Release);
+                step
+            });
+            let mut end = Ok(End::Exited(ExitStatus::of_nothing()));
+            while !nothing && matches!(&end, Ok(End::Exited(status)) if status.success()) {
+                end = self.commands(vm, tee, dir, record);
+                if done.load(Ordering::Acquire) {
+                    break;
+                }
+            }
+            let step = cycles.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok((end?, vec![step]))
+        })
     }
 
     /// What runs in the guest, in its order.
