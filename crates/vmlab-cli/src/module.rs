@@ -101,7 +101,7 @@ pub(crate) struct TestArgs {
     memory: Bytes,
     #[command(flatten)]
     running: RunningArgs,
-    /// The command that uses the modules, and its arguments; none unless given
+    /// The command that uses the modules, and its arguments. Without it, the programs in the directory's `tests` are run
     #[arg(trailing_var_arg = true)]
     command: Vec<OsString>,
 }
@@ -119,8 +119,8 @@ pub(crate) struct StressArgs {
 pub(crate) fn run(command: &ModuleCommand) -> Result<Code> {
     match command {
         ModuleCommand::Build(args) => build(&args.what).map(|()| Code::SUCCESS),
-        ModuleCommand::Test(args) => test(args, None),
-        ModuleCommand::Stress(args) => test(&args.test, Some(args.cycles)),
+        ModuleCommand::Test(args) => test(args, None, &SignalThread::start()?),
+        ModuleCommand::Stress(args) => test(&args.test, Some(args.cycles), &SignalThread::start()?),
         ModuleCommand::Watch(args) => watch(args),
     }
 }
@@ -164,7 +164,7 @@ fn build_for(
     Ok((kernel.release, module_build::build(store.cache(), source, &tree, progress)?))
 }
 
-fn test(args: &TestArgs, cycles: Option<u32>) -> Result<Code> {
+fn test(args: &TestArgs, cycles: Option<u32>, signals: &SignalThread) -> Result<Code> {
     let source = ModuleSource::open(&args.what.dir)?;
     let mut module = ModuleSpec::of(source.dir());
     module.parameters.clone_from(&args.param);
@@ -172,6 +172,7 @@ fn test(args: &TestArgs, cycles: Option<u32>) -> Result<Code> {
     module.show_log = args.show_log || args.dyndbg.is_some();
     module.dynamic_debug.clone_from(&args.dyndbg);
     module.trace.clone_from(&args.trace);
+    module.own_tests = args.command.is_empty();
     for regex in &args.allow_log {
         module.allow_log(regex).context("--allow-log")?;
     }
@@ -230,15 +231,16 @@ fn test(args: &TestArgs, cycles: Option<u32>) -> Result<Code> {
     {
         bail!("-k {twice} is given twice");
     }
-    run_targets(targets, &args.running, source.name(), |_| {})
+    run_targets(targets, &args.running, source.name(), signals, |_| {})
 }
 
 fn watch(args: &TestArgs) -> Result<Code> {
     let source = ModuleSource::open(&args.what.dir)?;
+    let signals = SignalThread::start()?;
     let mut state = source.state()?;
     let mut saved: Option<(PathBuf, SystemTime)> = None;
     loop {
-        let code = test(args, None).unwrap_or_else(|error| {
+        let code = test(args, None, &signals).unwrap_or_else(|error| {
             output::error(&error);
             Code::FAILED
         });
@@ -251,17 +253,21 @@ fn watch(args: &TestArgs) -> Result<Code> {
             format!(", {took:.1} s after {} was saved", file.display())
         });
         output::stdout(format!("{word:<9} {}{after}\n", source.name()).as_bytes())?;
-        // Ctrl-C ends the wait, and all.
-        let _signals = SignalThread::start()?;
+        let mut now = source.state()?;
+        while now == state {
+            std::thread::sleep(WATCH_STEP);
+            now = source.state()?;
+        }
+        // Several files may be saved, or one in several steps.
         loop {
-            let now = source.state()?;
-            if now != state {
-                saved = now.last_change(&state).map(|(file, time)| (file.to_owned(), time));
-                state = now;
+            std::thread::sleep(WATCH_STEP);
+            let later = source.state()?;
+            if later == std::mem::replace(&mut now, later.clone()) {
                 break;
             }
-            std::thread::sleep(WATCH_STEP);
         }
+        saved = now.last_change(&state).map(|(file, time)| (file.to_owned(), time));
+        state = now;
     }
 }
 

@@ -53,7 +53,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<Code> {
     let suite = file.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let names = file.targets.iter().map(|target| target.name.as_str());
     let places: HashMap<&str, usize> = names.zip(0..).collect();
-    run_targets(chosen, &args.running, suite, |results| {
+    let signals = SignalThread::start()?;
+    run_targets(chosen, &args.running, suite, &signals, |results| {
         for result in &mut results.targets {
             result.index = places.get(result.name.as_str()).copied().unwrap_or_default();
         }
@@ -65,13 +66,13 @@ pub(crate) fn run_targets(
     targets: Vec<Target>,
     args: &RunningArgs,
     suite: String,
+    signals: &SignalThread,
     finish: impl FnOnce(&mut Results),
 ) -> Result<Code> {
     let reports = Reports::open(&args.reports)?;
     let options = options(args, suite)?;
     // After the limits that guests are given were read.
     raise_file_limit();
-    let signals = SignalThread::start()?;
     let names = targets.iter().map(|target| target.name.clone()).collect();
     let lines = Arc::new(Lines::new(names, args.quiet));
     let runner = Arc::new(Runner::new(targets, options, Arc::clone(&lines) as _));

@@ -346,6 +346,14 @@ pub enum Error {
     /// A module cannot be built.
     #[error(transparent)]
     ModuleBuild(#[from] ModuleBuildError),
+    /// A module's own tests cannot be built.
+    #[error("the module's tests cannot be built: {program} says:\n{words}")]
+    ModuleTests {
+        /// The program.
+        program: String,
+        /// What it says.
+        words: String,
+    },
     /// A module cannot be built for a kernel that is not known.
     #[error(
         "{image} starts a kernel of its own, for which no module can be built; name a kernel beside it"
@@ -508,6 +516,7 @@ impl Error {
             | Self::Copy { .. }
             | Self::KernelLog { .. }
             | Self::ModuleBuild(_)
+            | Self::ModuleTests { .. }
             | Self::ModuleWithoutKernel { .. }
             | Self::ModuleLook { .. }
             | Self::TooManyArguments { .. } => ErrorClass::Vmlab,

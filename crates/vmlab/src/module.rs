@@ -4,16 +4,26 @@
 mod checks;
 mod code;
 mod life;
+mod own_tests;
+mod tap;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use regex::Regex;
 
+use tap::Tap;
+
 pub(crate) use life::{Life, Step};
+pub(crate) use own_tests::{OwnTest, SKIPPED, build as build_own_tests};
 
 /// How long loading, unloading or a look may take unless set, as long as that is on an emulated processor.
 pub const STEP_TIME: Duration = Duration::from_secs(20);
+
+/// The tests in a text (TAP) that failed.
+pub(crate) fn failures_of_tap(text: &str) -> Vec<String> {
+    Tap::read(text.lines()).failed
+}
 
 /// A text is no regular expression.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +42,8 @@ pub struct ModuleSpec {
     pub parameters: Vec<String>,
     /// Regular expressions for lines of the kernel's log that are no failure, though they are warnings or worse.
     pub allowed_log: Vec<String>,
+    /// Whether the programs in its directory `tests` are run while it is loaded.
+    pub own_tests: bool,
     /// What of its debugging messages is switched on while it is loaded: `+p`, `file x.c +p`
     /// (`Documentation/admin-guide/dynamic-debug-howto.rst`).
     pub dynamic_debug: Option<String>,
@@ -53,6 +65,7 @@ impl ModuleSpec {
             dir: dir.into(),
             parameters: Vec::new(),
             allowed_log: Vec::new(),
+            own_tests: false,
             dynamic_debug: None,
             trace: Vec::new(),
             show_log: false,

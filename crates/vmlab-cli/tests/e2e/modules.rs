@@ -10,12 +10,23 @@ use crate::common::{DEBIAN_6_1, DEBIAN_6_12, Outcome, Site, kernel, need};
 fn example(site: &Site, name: &str) -> PathBuf {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/modules").join(name);
     let to = site.cwd().join(name);
-    std::fs::create_dir(&to).unwrap();
-    for item in std::fs::read_dir(&from).unwrap() {
-        let path = item.unwrap().path();
-        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
-    }
+    copy(&from, &to);
     to
+}
+
+/// Copies what is a source, and not what builds have left there.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for item in std::fs::read_dir(from).unwrap() {
+        let path = item.unwrap().path();
+        let place = to.join(path.file_name().unwrap());
+        match path.is_dir() {
+            true if path.ends_with("target") => {}
+            true => copy(&path, &place),
+            false if path.ends_with("tests/number") => {}
+            false => _ = std::fs::copy(&path, place).unwrap(),
+        }
+    }
 }
 
 fn site() -> Site {
@@ -51,7 +62,7 @@ fn line_of(site: &Site, name: &str, text: &str) -> usize {
 #[test]
 fn a_module_that_is_as_it_should_be_passes() {
     let site = site();
-    let more = ["--param", "start=5", "--junit", "out.xml", "--", "good/test.sh", "5"];
+    let more = ["--param", "start=5", "--junit", "out.xml", "--", "good/tests/proc.sh", "5"];
     let outcome = test(&site, "good", &more);
     outcome.expect_code(0);
     let text = outcome.stdout_text();
@@ -79,7 +90,145 @@ fn a_module_that_is_as_it_should_be_passes() {
         .map(|item| item.unwrap().file_name())
         .collect();
     names.sort();
-    assert_eq!(names, ["Kbuild", "good.c", "test.sh"]);
+    assert_eq!(names, ["Kbuild", "good.c", "tests"]);
+}
+
+#[test]
+fn a_modules_own_tests_are_built_and_run() {
+    let site = site();
+    test(&site, "good", &[]).expect_code(0);
+    for attempt in attempts(&site) {
+        let output = attempt["output"].as_str().unwrap();
+        for wanted in [
+            "# good_tests\n",
+            "test tests::the_number_is_a_number ... ok\n",
+            "# number\nTAP version 13\n1..3\nok 1 - the file is there\n",
+            "# proc.sh\nall as it should be\n",
+        ] {
+            assert!(output.contains(wanted), "{wanted}: {output}");
+        }
+    }
+    let tests = site.cwd().join("good/tests");
+    let script =
+        |text: &str| std::fs::write(tests.join("proc.sh"), format!("#!/bin/sh\n{text}\n")).unwrap();
+    let run = || {
+        let arguments = ["module", "test", "good", "-k", DEBIAN_6_12];
+        site.vmlab(arguments).output()
+    };
+    script("echo 'ok 1 - a # SKIP not here'; exit 4");
+    run().expect_code(0);
+    script("echo 'not ok 1 - the knob'; echo 'ok 2 - other'; exit 1");
+    let outcome = run();
+    outcome.expect_code(1);
+    assert!(
+        outcome.stdout_text().contains("  use: test proc.sh failed: the knob\n"),
+        "{}",
+        outcome.stdout_text()
+    );
+    script("exit 3");
+    let outcome = run();
+    outcome.expect_code(1);
+    assert!(
+        outcome.stdout_text().contains("  use: test proc.sh failed: exit code 3\n"),
+        "{}",
+        outcome.stdout_text()
+    );
+    // KUnit writes to the log.
+    script("exit 0");
+    let source = site.cwd().join("good/good.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    let lines = r#"pr_info("    ok 1 first\n"); pr_info("    not ok 2 second\n"); pr_info("not ok 1 suite\n");"#;
+    std::fs::write(&source, text.replace(r#"pr_info("good: loaded\n");"#, lines)).unwrap();
+    let outcome = run();
+    outcome.expect_code(1);
+    assert!(
+        outcome.stdout_text().contains("  load: test failed: suite: second\n"),
+        "{}",
+        outcome.stdout_text()
+    );
+    std::fs::write(tests.join("number.c"), "nonsense").unwrap();
+    let outcome = run();
+    outcome.expect_code(1);
+    let text = outcome.stdout_text();
+    assert!(text.contains("the module's tests cannot be built: make says:"), "{text}");
+}
+
+#[test]
+fn modules_are_loaded_and_unloaded_many_times() {
+    let site = site();
+    let dir = example(&site, "good");
+    let stress = |more: &[&str]| {
+        let arguments =
+            ["module", "stress", "good", "-k", DEBIAN_6_12, "-n", "25", "--json", "out.json"];
+        site.vmlab(arguments.into_iter().chain(more.iter().copied())).output()
+    };
+    // The command runs beside it, whether the module is there or not.
+    stress(&["--", "sh", "-c", "echo again; cat /proc/good 2>/dev/null || true"]).expect_code(0);
+    let text = std::fs::read_to_string(site.cwd().join("out.json")).unwrap();
+    let attempt = &serde_json::from_str::<Value>(&text).unwrap()["targets"][0]["attempts"][0];
+    assert!(attempt["output"].as_str().unwrap().matches("again\n").count() > 1, "{attempt}");
+    let source = dir.join("good.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    // What one cycle loses, each does, wherever it was loaded.
+    let (free, last) = ("\tkfree(number);\n}\n\nmodule_init", "}\n\nmodule_init");
+    std::fs::write(&source, text.replace(free, last)).unwrap();
+    let outcome = stress(&[]);
+    outcome.expect_code(1);
+    let said = outcome.stdout_text();
+    assert!(said.contains("cycles: not freed: "), "{said}");
+    assert!(said.contains("in good_init+0x") && said.contains("/good.c:"), "{said}");
+    let counts = said.lines().filter_map(|line| line.split("allocated ").nth(1));
+    let counts = counts.filter_map(|rest| match rest.split(' ').next()? {
+        "once" => Some(1),
+        number => number.parse::<u32>().ok(),
+    });
+    // The first line is that of the one target, and the summary says the same.
+    assert!(counts.sum::<u32>() >= 25, "{said}");
+    // One that fails at some time says when.
+    let third = "static int times; if (++times > 0) return -EPERM; number = kmalloc(";
+    std::fs::write(&source, text.replace("number = kmalloc(", third)).unwrap();
+    let outcome = stress(&[]);
+    outcome.expect_code(1);
+    let said = outcome.stdout_text();
+    assert!(
+        said.contains("the kernel does not load and unload good: Operation not permitted"),
+        "{said}"
+    );
+}
+
+#[test]
+fn messages_and_events_are_shown_as_they_come() {
+    let site = site();
+    let more =
+        ["--dyndbg", "+p", "--trace", "sched:sched_process_exit", "--", "good/tests/proc.sh"];
+    test(&site, "good", &more).expect_code(0);
+    for attempt in attempts(&site) {
+        let output = attempt["output"].as_str().unwrap();
+        let place = |text: &str| output.find(text).unwrap_or_else(|| panic!("{text}: {output}"));
+        assert!(place("] good: loaded\n") < place("] good: the number is 7 now\n"));
+        assert!(place("sched_process_exit: comm=proc.sh") > place("] good: loaded\n"));
+        place("all as it should be\n");
+    }
+}
+
+#[test]
+fn a_saved_file_is_tested_again() {
+    let site = site();
+    let dir = example(&site, "good");
+    let command = ["good/tests/proc.sh", "42"];
+    let arguments = ["module", "watch", "good", "-k", DEBIAN_6_12, "--"];
+    let watching = site.vmlab(arguments.into_iter().chain(command)).start();
+    watching.wait_stdout("ok        good\n");
+    let source = dir.join("good.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    std::fs::write(&source, text.replace("*number = start;", "*number = 1;")).unwrap();
+    watching.wait_stdout(" s after good.c was saved\n");
+    std::fs::write(&source, text).unwrap();
+    watching.wait_stdout("\nok        good, ");
+    watching.signal(rustix::process::Signal::INT);
+    let outcome = watching.finish();
+    outcome.expect_code(130);
+    assert!(outcome.stdout_text().contains("\nFAILED    good, "), "{}", outcome.stdout_text());
 }
 
 #[test]
@@ -217,7 +366,7 @@ fn what_the_kernel_logs_and_refuses_is_told() {
 fn what_others_bring_is_not_put_down_to_the_module() {
     let site = site();
     // ext4 comes with names of its own, and can be unloaded again; loop stays, as it has a device in use.
-    let command = "modprobe ext4 && [ -d /sys/module/ext4 ] && good/test.sh";
+    let command = "modprobe ext4 && [ -d /sys/module/ext4 ] && good/tests/proc.sh";
     test(&site, "good", &["--", "sh", "-c", command]).expect_code(0);
     for attempt in attempts(&site) {
         assert_eq!(attempt["notes"], Value::Array(vec![]));

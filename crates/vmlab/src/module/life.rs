@@ -9,6 +9,7 @@ use vmlab_artifacts::module_build::{BuiltModule, ModuleBuild};
 use vmlab_wire::observation::{MAX_ANSWER, ModuleAnswer, ModuleFile, Observation};
 
 use super::code::LoadedCode;
+use super::tap::Tap;
 use super::{ModuleSpec, checks};
 use crate::events::decode;
 use crate::guest::{Command, ExitStatus, GuestUser, LogRecord, Stdio, parse_log_record};
@@ -174,6 +175,10 @@ impl<'a> Life<'a> {
                 self.code.push(LoadedCode::new(&module.name, &content(module)?, &load.sections));
             }
         }
+        // KUnit tells of its tests in the log.
+        let lines = records.iter().filter(|record| record.facility == 0);
+        let tap = Tap::read(lines.map(|record| record.text.as_str()));
+        step.problems.extend(tap.failed.into_iter().map(|test| format!("test failed: {test}")));
         if let Some(why) = &now.untracked {
             self.unknown.push(format!("memory that is not freed: {why}"));
         }

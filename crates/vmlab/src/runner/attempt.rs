@@ -1,16 +1,15 @@
 //! One attempt at a target: a VM, what runs before, the command, what runs after.
 
+mod module;
+
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vmlab_artifacts::module_build::{self, ModuleBuild, ModuleSource};
-use vmlab_artifacts::{KernelStore, Progress};
+use vmlab_artifacts::Progress;
 
 use super::keep::keep;
 use super::verdict::{End, judge};
@@ -21,16 +20,12 @@ use crate::error::chain;
 use crate::events::{KernelEvent, decode};
 use crate::hypervisor::ExitReason;
 use crate::kept::{self, Keeper};
-use crate::module::{Life, Step};
 use crate::report::Report;
 use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
-use crate::{
-    Child, Command, DebugInfo, Error, ExitStatus, ModuleSpec, PreparedVm, RunDir, Stdio, Vm,
-    VmBuilder,
-};
+use crate::{DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -38,9 +33,6 @@ const ATTEMPT: &str = "VMLAB_ATTEMPT";
 
 /// How long each script after the command may take: it is there to look and to tidy up.
 const TEARDOWN_TIME: Duration = Duration::from_secs(60);
-
-/// How long loading and unloading modules again and again may take, where the command has no limit.
-const CYCLES_TIME: Duration = Duration::from_secs(600);
 
 /// How long a command that was killed may take to be gone.
 const KILL_TIME: Duration = Duration::from_secs(5);
@@ -121,65 +113,6 @@ struct Attempt<'a> {
     debug_info: &'a OnceLock<DebugInfo>,
 }
 
-/// A target's modules, which are being built for the kernel of its VM.
-struct Building {
-    thread: JoinHandle<Result<(ModuleBuild, Duration), Error>>,
-}
-
-impl Building {
-    fn begin(spec: &ModuleSpec, prepared: &PreparedVm) -> Result<Self, Error> {
-        let no_kernel = || Error::ModuleWithoutKernel { image: prepared.report().kernel };
-        let kernel = prepared.kernel().ok_or_else(no_kernel)?.clone();
-        let source = ModuleSource::open(&spec.dir)?;
-        let (cache, progress) = (prepared.cache.clone(), Arc::clone(&prepared.progress));
-        let build = move || {
-            let since = Instant::now();
-            let tree = KernelStore::open(cache.clone()).build_tree(&kernel, &*progress)?;
-            let build = module_build::build(&cache, &source, &tree, &*progress)?;
-            Ok((build, since.elapsed()))
-        };
-        Ok(Self { thread: std::thread::spawn(build) })
-    }
-
-    /// What was built, and how long that took.
-    fn finish(self) -> Result<(ModuleBuild, Duration), Error> {
-        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-}
-
-/// A command whose output is shown beside others'.
-struct Following<'vm> {
-    child: Child<'vm>,
-    copied: Receiver<()>,
-}
-
-impl<'vm> Following<'vm> {
-    fn begin(command: Command<'vm>, tee: &Tee) -> Result<Self, Error> {
-        let mut child = command.spawn()?;
-        let (done, copied) = channel();
-        if let Some(mut stdout) = child.stdout.take() {
-            let mut tee = tee.clone();
-            std::thread::spawn(move || {
-                // As in `execute`.
-                let _ = stdout.copy_to(&mut tee);
-                drop((tee, done));
-            });
-        }
-        Ok(Self { child, copied })
-    }
-
-    /// Ends it, once it has shown what there is.
-    fn end(mut self) -> Result<(), Error> {
-        drop(self.child.stdin.take());
-        if self.child.wait_until(Some(Instant::now() + KILL_TIME))?.is_none() {
-            self.child.control().signal(SIGKILL);
-        }
-        // What ends the wait is that the sender is dropped.
-        let _ = self.copied.recv_timeout(KILL_TIME);
-        Ok(())
-    }
-}
-
 /// Where the output of all that runs in a guest goes.
 #[derive(Debug, Clone)]
 struct Tee {
@@ -247,7 +180,7 @@ impl Attempt<'_> {
         let prepared = vm.prepare()?;
         // While the VM starts.
         let building = match &self.target.run.module {
-            Some(spec) => Some((spec, Building::begin(spec, &prepared)?)),
+            Some(spec) => Some((spec, module::Building::begin(spec, &prepared)?)),
             None => None,
         };
         record.accel = Some(prepared.config().accel.name().to_owned());
@@ -262,8 +195,9 @@ impl Attempt<'_> {
         let module = building.map(|(spec, building)| (spec, building.finish()));
         // Nothing is known of a kernel that is an image's own.
         if let Some(kernel) = &kernel {
-            let built =
-                module.iter().filter_map(|(_, built)| Some(built.as_ref().ok()?.0.dir.clone()));
+            let built = module
+                .iter()
+                .filter_map(|(_, built)| Some(built.as_ref().ok()?.modules.dir.clone()));
             let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
             let dirs = built.chain([runner.options.environment.cwd.clone()]).chain(shares);
             self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
@@ -274,10 +208,11 @@ impl Attempt<'_> {
         })?;
         let module = match module {
             Some((spec, built)) => {
-                let (build, took) = built?;
-                record.build_ms = Some(millis(took));
-                record.notes.extend(build.warnings.iter().map(|text| format!("building: {text}")));
-                Some((spec, build))
+                let built = built?;
+                record.build_ms = Some(millis(built.took));
+                let warnings = built.modules.warnings.iter();
+                record.notes.extend(warnings.map(|text| format!("building: {text}")));
+                Some((spec, built))
             }
             None => None,
         };
@@ -321,94 +256,6 @@ impl Attempt<'_> {
             (End::Exited(_), Err(error)) => Err(error),
             _ => Ok(end),
         }
-    }
-
-    /// What runs in the guest, while its modules are loaded.
-    fn around_module(
-        &self,
-        vm: &Vm,
-        (spec, build): (&ModuleSpec, &ModuleBuild),
-        tee: &Tee,
-        dir: &Path,
-        record: &mut AttemptResult,
-    ) -> Result<End, Error> {
-        let mut life = Life::begin(vm, spec, build, self.debug_info.get())?;
-        let following =
-            life.follower().map(|command| Following::begin(command, tee)).transpose()?;
-        let (end, steps) = match spec.cycles {
-            Some(count) => self.beside_cycles(&mut life, count, (vm, tee, dir), record)?,
-            None => self.while_loaded(&mut life, (vm, tee, dir), record)?,
-        };
-        if let Some(following) = following {
-            following.end()?;
-        }
-        let mut problems = Vec::new();
-        for step in steps {
-            record.phases.push((step.name.to_owned(), millis(step.took)));
-            problems.extend(step.problems.into_iter().map(|what| format!("{}: {what}", step.name)));
-        }
-        let unknown = life.unknown().iter().map(|what| format!("not looked for: {what}"));
-        record.notes.extend(unknown);
-        match &end {
-            End::Exited(status) if status.success() && !problems.is_empty() => {
-                Ok(End::Misbehaved(problems))
-            }
-            _ => {
-                record.notes.extend(problems);
-                Ok(end)
-            }
-        }
-    }
-
-    fn while_loaded(
-        &self,
-        life: &mut Life<'_>,
-        (vm, tee, dir): (&Vm, &Tee, &Path),
-        record: &mut AttemptResult,
-    ) -> Result<(End, Vec<Step>), Error> {
-        let observer = &self.run.runner.observer;
-        observer.phase(self.index, "load");
-        let mut steps = vec![life.load()?];
-        let mut end = End::Exited(ExitStatus::of_nothing());
-        if steps[0].goes_on {
-            end = self.commands(vm, tee, dir, record)?;
-            steps.push(life.used()?);
-            if steps[1].goes_on {
-                observer.phase(self.index, "unload");
-                steps.push(life.unload()?);
-            }
-        }
-        Ok((end, steps))
-    }
-
-    /// The command runs again and again until all cycles are done, or it fails.
-    fn beside_cycles(
-        &self,
-        life: &mut Life<'_>,
-        count: u32,
-        (vm, tee, dir): (&Vm, &Tee, &Path),
-        record: &mut AttemptResult,
-    ) -> Result<(End, Vec<Step>), Error> {
-        let limit = self.target.verdict.timeout.unwrap_or(CYCLES_TIME);
-        self.run.runner.observer.phase(self.index, "cycles");
-        let done = AtomicBool::new(false);
-        let nothing = self.target.run.command == TargetCommand::Nothing;
-        std::thread::scope(|scope| {
-            let cycles = scope.spawn(|| {
-                let step = life.cycle(count, limit);
-                done.store(true, Ordering::Release);
-                step
-            });
-            let mut end = Ok(End::Exited(ExitStatus::of_nothing()));
-            while !nothing && matches!(&end, Ok(End::Exited(status)) if status.success()) {
-                end = self.commands(vm, tee, dir, record);
-                if done.load(Ordering::Acquire) {
-                    break;
-                }
-            }
-            let step = cycles.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok((end?, vec![step]))
-        })
     }
 
     /// What runs in the guest, in its order.
@@ -509,7 +356,7 @@ impl Attempt<'_> {
 fn execute(
     vm: &Vm,
     command: &[OsString],
-    tee: &Tee,
+    tee: &(impl Write + Clone + Send + 'static),
     deadline: Option<Instant>,
 ) -> Result<Option<ExitStatus>, Error> {
     let mut child =

@@ -74,6 +74,9 @@ pub(crate) fn of_a_vm(error: &Error) -> Failure {
 /// A failure that says nothing of the guest.
 fn of_the_host(error: &Error) -> Option<Failure> {
     let reason = error.exit_reason();
+    if let Error::ModuleTests { .. } = error {
+        return Some(Failure::Module { how: error.to_string() });
+    }
     if let Error::ModuleBuild(
         error @ (ModuleBuildError::Failed { .. } | ModuleBuildError::NoModules { .. }),
     ) = error
