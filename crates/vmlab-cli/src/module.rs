@@ -19,6 +19,7 @@ use crate::exit::{self, Code};
 use crate::output;
 use crate::progress::Display;
 use crate::request::Verbosity;
+use crate::run::quoted;
 use crate::signals::SignalThread;
 use crate::test::run_targets;
 
@@ -207,7 +208,10 @@ fn test(args: &TestArgs, cycles: Option<u32>, signals: &SignalThread) -> Result<
         run: RunSpec {
             command: command.clone(),
             cwd: None,
-            module: Some(module.clone()),
+            module: Some(ModuleSpec {
+                again: Some(again(args, cycles, kernel, (&cwd, source.dir()))),
+                ..module.clone()
+            }),
             env: BTreeMap::from([(
                 "VMLAB_MODULE_DIR".to_owned(),
                 source.dir().to_string_lossy().into_owned(),
@@ -232,6 +236,43 @@ fn test(args: &TestArgs, cycles: Option<u32>, signals: &SignalThread) -> Result<
         bail!("-k {twice} is given twice");
     }
     run_targets(targets, &args.running, source.name(), signals, |_| {})
+}
+
+/// The script that repeats a test under one kernel.
+fn again(
+    args: &TestArgs,
+    cycles: Option<u32>,
+    kernel: Option<&String>,
+    (cwd, dir): (&Path, &Path),
+) -> String {
+    let mut words: Vec<String> = ["vmlab", "module"].map(str::to_owned).into();
+    match cycles {
+        None => words.push("test".to_owned()),
+        Some(cycles) => words.extend(["stress".to_owned(), format!("--cycles={cycles}")]),
+    }
+    words.push(dir.to_string_lossy().into_owned());
+    let mut option = |name: &str, value: &str| words.push(format!("--{name}={value}"));
+    let one = |name, value: &Option<String>| value.clone().map(|value| (name, value));
+    let many = |name, values: &[String]| {
+        values.iter().map(|value| (name, value.clone())).collect::<Vec<_>>()
+    };
+    let given = [("kernel", kernel.cloned())].into_iter();
+    let given = given.filter_map(|(name, value)| Some((name, value?)));
+    let given = given.chain(many("param", &args.param)).chain(many("allow-log", &args.allow_log));
+    let given = given.chain(one("dyndbg", &args.dyndbg)).chain(many("trace", &args.trace));
+    let given = given.chain(one("step-timeout", &args.step_timeout));
+    given.for_each(|(name, value)| option(name, &value));
+    option("command-timeout", &args.command_timeout);
+    option("memory", &args.memory.to_string());
+    if args.show_log {
+        words.push("--show-log".to_owned());
+    }
+    if !args.command.is_empty() {
+        words.push("--".to_owned());
+        words.extend(args.command.iter().map(|word| word.to_string_lossy().into_owned()));
+    }
+    let line: Vec<String> = words.iter().map(|word| quoted(word)).collect();
+    format!("#!/bin/sh\ncd {} && exec {}\n", quoted(&cwd.to_string_lossy()), line.join(" "))
 }
 
 fn watch(args: &TestArgs) -> Result<Code> {

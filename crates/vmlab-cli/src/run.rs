@@ -354,7 +354,7 @@ fn dry_run(prepared: &PreparedVm) -> Result<()> {
 }
 
 /// A word as a shell reads it.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=,./:@%+".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()

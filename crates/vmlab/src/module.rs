@@ -14,7 +14,7 @@ use regex::Regex;
 
 use tap::Tap;
 
-pub(crate) use life::{Life, Step};
+pub(crate) use life::{Life, Step, content_of};
 pub(crate) use own_tests::{OwnTest, SKIPPED, build as build_own_tests};
 
 /// How long loading, unloading or a look may take unless set, as long as that is on an emulated processor.
@@ -56,6 +56,8 @@ pub struct ModuleSpec {
     pub cycles: Option<u32>,
     /// How long loading, unloading or a look may take.
     pub step_time: Duration,
+    /// The script that repeats the test, for who reads what is kept of a failure.
+    pub again: Option<String>,
 }
 
 impl ModuleSpec {
@@ -71,6 +73,7 @@ impl ModuleSpec {
             show_log: false,
             cycles: None,
             step_time: STEP_TIME,
+            again: None,
         }
     }
 

@@ -16,6 +16,7 @@ pub use counts::Counts;
 pub use github::{github_annotations, github_summary};
 pub use html::html;
 pub use json::ResultsError;
+pub(crate) use junit::explanation;
 pub use junit::junit;
 pub use tap::tap;
 pub use terminal::{ShowOutput, terminal};

@@ -26,6 +26,7 @@ mod native;
 mod nested;
 mod new_disks;
 mod other_tests;
+mod pages;
 mod power_cuts;
 mod repeat;
 mod report;

@@ -145,7 +145,7 @@ impl<'a> Life<'a> {
         let file = |(index, module): (usize, &BuiltModule)| {
             let last = index + 1 == all.len();
             let parameters = self.spec.parameters_of(&module.name, last);
-            Ok(ModuleFile { name: module.name.clone(), parameters, content: content(module)? })
+            Ok(ModuleFile { name: module.name.clone(), parameters, content: content_of(module)? })
         };
         let files = all.iter().enumerate().map(file).collect::<Result<Vec<_>, Error>>()?;
         Ok(ModuleFile::encode_all(&files))
@@ -172,7 +172,7 @@ impl<'a> Life<'a> {
         for load in &answer.loads {
             let module = self.build.modules.iter().find(|module| module.name == load.module);
             if let Some(module) = module {
-                self.code.push(LoadedCode::new(&module.name, &content(module)?, &load.sections));
+                self.code.push(LoadedCode::new(&module.name, &content_of(module)?, &load.sections));
             }
         }
         // KUnit tells of its tests in the log.
@@ -417,7 +417,7 @@ impl Step {
 }
 
 /// A module's file.
-fn content(module: &BuiltModule) -> Result<Vec<u8>, Error> {
+pub(crate) fn content_of(module: &BuiltModule) -> Result<Vec<u8>, Error> {
     std::fs::read(&module.path).map_err(|source| Error::Io {
         what: "read the module",
         path: module.path.clone(),

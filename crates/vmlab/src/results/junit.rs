@@ -174,7 +174,7 @@ fn streams(out: &mut String, indent: &str, attempt: &AttemptResult) {
 }
 
 /// All of a failure in words: its message, the kernel's reports, notes, and where files are.
-fn explanation(attempt: &AttemptResult) -> String {
+pub(crate) fn explanation(attempt: &AttemptResult) -> String {
     let mut lines: Vec<String> = Vec::new();
     lines.extend(attempt.failure.iter().map(|failure| plain(&failure.to_string())));
     for event in &attempt.events {

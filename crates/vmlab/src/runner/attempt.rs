@@ -26,6 +26,7 @@ use crate::sync::lock;
 use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
 use crate::{DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
+use module::{Building, Built};
 
 /// Variables that tell a command what it is.
 const NAME: &str = "VMLAB_TARGET";
@@ -50,13 +51,20 @@ impl Run<'_> {
         let mut record =
             AttemptResult { start_ms: millis(start - self.began), ..AttemptResult::default() };
         let watch = Watch::default();
-        let debug_info = OnceLock::new();
-        let attempt =
-            Attempt { run: self, index, target, number, watch: &watch, debug_info: &debug_info };
+        let (debug_info, built) = (OnceLock::new(), OnceLock::new());
+        let attempt = Attempt {
+            run: self,
+            index,
+            target,
+            number,
+            watch: &watch,
+            debug_info: &debug_info,
+            built: &built,
+        };
         let name = format!("{:03}-{}-{number}", index + 1, file_name(&target.name));
-        let end = match self.logs.part(&name) {
-            Ok(logs) => attempt.run(&logs, &mut record),
-            Err(error) => End::Lost(Box::new(error)),
+        let (end, dir) = match self.logs.part(&name) {
+            Ok(logs) => (attempt.run(&logs, &mut record), Some(logs)),
+            Err(error) => (End::Lost(Box::new(error)), None),
         };
         self.runner.group.remove(attempt.key());
         record.events = watch.finish();
@@ -69,6 +77,11 @@ impl Run<'_> {
         }
         if let Some(log) = record.console_log.as_deref().filter(|_| record.console.is_empty()) {
             record.console = excerpt(log, &mut record.notes);
+        }
+        if let (Some(_), Some(dir)) = (&record.failure, dir)
+            && let (Some(spec), Some(built)) = (&target.run.module, built.get())
+        {
+            module::keep_evidence(spec, built, &dir, &mut record);
         }
         record.took_ms = millis(start.elapsed());
         record
@@ -111,6 +124,8 @@ struct Attempt<'a> {
     watch: &'a Watch,
     /// That of its kernel, once that is known.
     debug_info: &'a OnceLock<DebugInfo>,
+    /// Its modules, once they are built.
+    built: &'a OnceLock<Built>,
 }
 
 /// Where the output of all that runs in a guest goes.
@@ -180,7 +195,7 @@ impl Attempt<'_> {
         let prepared = vm.prepare()?;
         // While the VM starts.
         let building = match &self.target.run.module {
-            Some(spec) => Some((spec, module::Building::begin(spec, &prepared)?)),
+            Some(spec) => Some((spec, Building::begin(spec, &prepared)?)),
             None => None,
         };
         record.accel = Some(prepared.config().accel.name().to_owned());
@@ -192,36 +207,34 @@ impl Attempt<'_> {
             runner.group.add(self.key(), vm);
             self.watch.vm(vm);
         });
-        let module = building.map(|(spec, building)| (spec, building.finish()));
+        let module = building.map(|(spec, building)| match building.finish() {
+            Ok(built) => Ok((spec, self.built.get_or_init(|| built))),
+            Err(error) => Err(error),
+        });
         // Nothing is known of a kernel that is an image's own.
         if let Some(kernel) = &kernel {
-            let built = module
-                .iter()
-                .filter_map(|(_, built)| Some(built.as_ref().ok()?.modules.dir.clone()));
+            let built = self.built.get().map(|built| built.modules.dir.clone());
             let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
-            let dirs = built.chain([runner.options.environment.cwd.clone()]).chain(shares);
+            let cwd = runner.options.environment.cwd.clone();
+            let dirs = built.into_iter().chain([cwd]).chain(shares);
             self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
         }
         let vm = started.map_err(|failed| {
             record.phases = phases(&failed.report);
             failed.error
         })?;
-        let module = match module {
-            Some((spec, built)) => {
-                let built = built?;
-                record.build_ms = Some(millis(built.took));
-                let warnings = built.modules.warnings.iter();
-                record.notes.extend(warnings.map(|text| format!("building: {text}")));
-                Some((spec, built))
-            }
-            None => None,
-        };
+        let module = module.transpose()?;
+        if let Some((_, built)) = module {
+            record.build_ms = Some(millis(built.took));
+            let warnings = built.modules.warnings.iter();
+            record.notes.extend(warnings.map(|text| format!("building: {text}")));
+        }
         record.console_log = Some(vm.console().log_path().to_owned());
         record.release = Some(vm.release().to_owned());
         let keeper = Keeper::new(logs.file(kept::OUTPUT_FILE)?);
         let observer = Arc::clone(&runner.observer);
         let tee = Tee { keeper: Arc::new(Mutex::new(Some(keeper))), observer, index: self.index };
-        let end = match &module {
+        let end = match module {
             Some((spec, build)) => {
                 self.around_module(&vm, (spec, build), &tee, logs.path(), record)
             }

@@ -13,13 +13,14 @@ use vmlab_artifacts::KernelStore;
 use vmlab_artifacts::module_build::{self, ModuleBuild, ModuleSource};
 
 use super::{Attempt, KILL_TIME, SIGKILL, Tee, execute};
-use crate::module::{Life, OwnTest, SKIPPED, Step, build_own_tests, failures_of_tap};
-use crate::results::AttemptResult;
+use crate::error::chain;
+use crate::module::{Life, OwnTest, SKIPPED, Step, build_own_tests, content_of, failures_of_tap};
+use crate::results::{AttemptResult, explanation};
 use crate::runner::verdict::End;
 use crate::sync::lock;
 use crate::targets::TargetCommand;
 use crate::timings::millis;
-use crate::{Child, Command, Error, ExitStatus, ModuleSpec, PreparedVm, Vm};
+use crate::{Child, Command, Error, ExitStatus, ModuleSpec, PreparedVm, RunDir, Vm};
 
 /// How long loading and unloading modules again and again may take, where the command has no limit.
 const CYCLES_TIME: Duration = Duration::from_secs(600);
@@ -30,6 +31,7 @@ pub(super) struct Building {
 }
 
 /// What was built for a module's test.
+#[derive(Debug)]
 pub(super) struct Built {
     pub(super) modules: ModuleBuild,
     pub(super) own_tests: Vec<OwnTest>,
@@ -60,6 +62,48 @@ impl Building {
     pub(super) fn finish(self) -> Result<Built, Error> {
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
+}
+
+/// Files that are kept of a failure: all that was found in words, the script that repeats it, and the modules, which
+/// have the debug information of what ran.
+const REPORT: &str = "report.txt";
+const AGAIN: &str = "again.sh";
+
+/// Keeps what explains a failure beside the logs. What cannot be kept is noted.
+pub(super) fn keep_evidence(
+    spec: &ModuleSpec,
+    built: &Built,
+    dir: &RunDir,
+    record: &mut AttemptResult,
+) {
+    let mut kept = Vec::new();
+    let mut keep = || -> Result<(), Error> {
+        let mut write = |name: &str, content: &[u8]| {
+            let path = dir.path().join(name);
+            let written = dir.file(name)?.write_all(content);
+            written.map_err(|source| Error::Io {
+                what: "write",
+                path: path.clone(),
+                source,
+                hint: "",
+            })?;
+            kept.push(path);
+            Ok::<(), Error>(())
+        };
+        write(REPORT, format!("{}\n", explanation(record)).as_bytes())?;
+        if let Some(again) = &spec.again {
+            write(AGAIN, again.as_bytes())?;
+        }
+        for module in &built.modules.modules {
+            let name = module.path.file_name().unwrap_or_default().to_string_lossy();
+            write(&name, &content_of(module)?)?;
+        }
+        Ok(())
+    };
+    if let Err(error) = keep() {
+        record.notes.push(chain(&error));
+    }
+    record.kept_files.extend(kept);
 }
 
 /// A command whose output is shown beside others'.
