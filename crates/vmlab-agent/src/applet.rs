@@ -31,7 +31,7 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         (b"module", [what, rest @ ..]) => {
             let Some(asked) = module::Asked::of(what, rest) else { return ExitCode::from(2) };
             input()
-                .and_then(|input| module::answer(&asked, input, output()?))
+                .and_then(|input| module::run(asked, input, output()?))
                 .map_err(CopyError::Stream)
         }
         _ => return ExitCode::from(2),

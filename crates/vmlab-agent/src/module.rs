@@ -13,10 +13,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vmlab_wire::observation::{Load, MAX_FILES, ModuleAnswer, ModuleFile, Section};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmlab_wire::observation::{
+    LENGTH, Load, MAX_REQUEST, ModuleAnswer, ModuleFile, ModuleRequest, Section,
+};
 
 use crate::sys;
-use observe::Depth;
+use allocations::Tracker;
+use observe::{Depth, Log};
 
 /// How long a module may be in use by what runs beside the cycles before that counts.
 const BUSY_TIME: Duration = Duration::from_secs(2);
@@ -24,29 +28,11 @@ const BUSY_TIME: Duration = Duration::from_secs(2);
 /// How long is waited before it is tried again.
 const BUSY_STEP: Duration = Duration::from_millis(1);
 
+/// How often the trace buffer is emptied while nothing is asked. It holds some hundred thousand events.
+const TAKE_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
+
 /// After so many cycles the trace buffer is emptied, which has room for some hundreds.
 const CYCLES_PER_READING: u32 = 16;
-
-/// What the host wants, and the number of the first record of the kernel's log that it does not know.
-#[derive(Debug)]
-pub(crate) struct Asked {
-    log_from: u64,
-    what: What,
-}
-
-#[derive(Debug)]
-enum What {
-    /// At all of it, or only at what changes at once.
-    Look(Depth),
-    /// The modules on the standard input, in their order.
-    Insert,
-    /// These, in their order.
-    Remove(Vec<String>),
-    /// The modules on the standard input, so often, and unload them in the opposite order.
-    Cycle(u32),
-    /// Show the log, and these trace events, as they come.
-    Follow(Vec<String>),
-}
 
 /// Why a module was not loaded or unloaded.
 struct Refused {
@@ -54,64 +40,98 @@ struct Refused {
     error: io::Error,
 }
 
+/// What the arguments name.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    /// Answer requests; records of the log count from this number on.
+    Serve(u64),
+    /// Show the log from this number on, and these trace events, as they come.
+    Follow(u64, Vec<String>),
+}
+
 impl Asked {
     pub(crate) fn of(what: &OsString, rest: &[OsString]) -> Option<Self> {
         let (from, rest) = rest.split_first()?;
-        let log_from = from.to_str()?.parse().ok()?;
-        let name = |name: &OsString| name.to_str().map(str::to_owned);
-        let what = match (what.as_bytes(), rest) {
-            (b"look", []) => What::Look(Depth::Whole),
-            (b"glance", []) => What::Look(Depth::Glance),
-            (b"insert", []) => What::Insert,
-            (b"remove", names) => What::Remove(names.iter().map(name).collect::<Option<_>>()?),
-            (b"cycle", [count]) => What::Cycle(count.to_str()?.parse().ok()?),
-            (b"follow", events) => What::Follow(events.iter().map(name).collect::<Option<_>>()?),
-            _ => return None,
-        };
-        Some(Self { log_from, what })
+        let from = from.to_str()?.parse().ok()?;
+        let text = |word: &OsString| word.to_str().map(str::to_owned);
+        match (what.as_bytes(), rest) {
+            (b"serve", []) => Some(Self::Serve(from)),
+            (b"follow", events) => {
+                Some(Self::Follow(from, events.iter().map(text).collect::<Option<_>>()?))
+            }
+            _ => None,
+        }
     }
 }
 
-/// Does what was asked, and writes how that went and what the guest is like now.
-pub(crate) fn answer(asked: &Asked, input: File, mut output: File) -> io::Result<()> {
-    if let What::Follow(events) = &asked.what {
-        return follow::follow(asked.log_from, events, input, output);
+/// Does what was asked, until the input ends.
+pub(crate) fn run(asked: Asked, input: File, output: File) -> io::Result<()> {
+    match asked {
+        Asked::Serve(from) => serve(from, input, output),
+        Asked::Follow(from, events) => follow::follow(from, &events, input, output),
     }
-    let mut answer = ModuleAnswer::default();
-    let mut tracked = Ok(());
-    let files = match asked.what {
-        What::Insert | What::Cycle(_) => {
-            let mut bytes = Vec::new();
-            input.take(MAX_FILES).read_to_end(&mut bytes)?;
-            tracked = allocations::begin();
-            ModuleFile::decode_all(&bytes).map_err(io::Error::other)?
+}
+
+fn serve(from: u64, mut input: File, mut output: File) -> io::Result<()> {
+    let mut log = Log::open(from)?;
+    let mut tracker = Tracker::default();
+    observe::clear_kmemleak();
+    loop {
+        // Meanwhile a command may keep the kernel busy.
+        let mut waited = [PollFd::new(&input, PollFlags::IN)];
+        if poll(&mut waited, Some(&TAKE_EVERY))? == 0 {
+            tracker.take();
+            continue;
         }
-        What::Look(_) | What::Remove(_) | What::Follow(_) => Vec::new(),
-    };
+        let Some(request) = next_request(&mut input)? else { return Ok(()) };
+        output.write_all(&answer(request, &mut log, &mut tracker).encode())?;
+    }
+}
+
+fn next_request(input: &mut File) -> io::Result<Option<ModuleRequest>> {
+    let mut length = [0; LENGTH];
+    match input.read_exact(&mut length) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(e) => return Err(e),
+    }
+    let length = u32::from_le_bytes(length);
+    if length > MAX_REQUEST {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut bytes = Vec::new();
+    input.take(length.into()).read_to_end(&mut bytes)?;
+    ModuleRequest::decode(&bytes).map(Some).map_err(io::Error::other)
+}
+
+/// Does what is asked, and says how that went and what the guest is like now.
+fn answer(request: ModuleRequest, log: &mut Log, tracker: &mut Tracker) -> ModuleAnswer {
+    let mut answer = ModuleAnswer::default();
+    if let ModuleRequest::Insert(_) | ModuleRequest::Cycle { .. } = request {
+        tracker.begin();
+    }
     let since = Instant::now();
     let mut loads = HashSet::new();
-    let done = match &asked.what {
-        What::Look(_) | What::Follow(_) => Ok(()),
-        What::Insert => insert(&files, &mut loads),
-        What::Remove(names) => remove(names.iter().map(String::as_str), Duration::ZERO),
-        What::Cycle(count) => cycle(&files, *count, &mut loads, &mut answer.cycles),
+    let (done, depth) = match &request {
+        ModuleRequest::Look => (Ok(()), Depth::Whole),
+        ModuleRequest::Glance => (Ok(()), Depth::Glance),
+        ModuleRequest::Insert(files) => (insert(files, &mut loads), Depth::Glance),
+        ModuleRequest::Remove(names) => {
+            (remove(names.iter().map(String::as_str), Duration::ZERO), Depth::Removed)
+        }
+        ModuleRequest::Cycle { files, count } => {
+            (cycle(files, *count, &mut loads, (&mut answer.cycles, tracker)), Depth::Removed)
+        }
     };
     answer.took_us = since.elapsed().as_micros() as u64;
     answer.loads = loads.into_iter().collect();
-    let depth = match (&asked.what, &done) {
-        (What::Look(depth), _) => *depth,
-        (What::Remove(_) | What::Cycle(_), Ok(())) => Depth::Removed,
-        _ => Depth::Glance,
-    };
+    answer.observation =
+        observe::look(log, tracker, if done.is_ok() { depth } else { Depth::Glance });
     if let Err(Refused { module, error }) = done {
         answer.errno = error.raw_os_error().unwrap_or(libc::EIO);
         answer.module = module;
     }
-    answer.observation = observe::look(asked.log_from, depth);
-    if let Err(error) = tracked {
-        answer.observation.untracked = Some(error.to_string());
-    }
-    output.write_all(&answer.encode())
+    answer
 }
 
 fn insert(files: &[ModuleFile], loads: &mut HashSet<Load>) -> Result<(), Refused> {
@@ -145,15 +165,14 @@ fn cycle(
     files: &[ModuleFile],
     count: u32,
     loads: &mut HashSet<Load>,
-    done: &mut u32,
+    (done, tracker): (&mut u32, &mut Tracker),
 ) -> Result<(), Refused> {
     while *done < count {
         insert(files, loads)?;
         remove(files.iter().rev().map(|file| file.name.as_str()), BUSY_TIME)?;
         *done += 1;
         if done.is_multiple_of(CYCLES_PER_READING) {
-            // What goes wrong with it is seen when it is read at the end.
-            let _ = allocations::unfreed();
+            tracker.take();
         }
     }
     Ok(())

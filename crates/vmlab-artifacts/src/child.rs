@@ -8,7 +8,7 @@ use rustix::process::Signal;
 
 /// Makes a command's process die with the *thread* that spawns it, however that ends. That thread
 /// has to wait for it.
-pub(crate) fn dies_with_us(command: &mut Command) {
+pub fn dies_with_us(command: &mut Command) {
     ends_with_us(command, Signal::KILL);
 }
 

@@ -29,6 +29,7 @@ mod version;
 
 pub use arch::Arch;
 pub use cache::{Cache, CacheEntry, CacheError, ContentKey, Digest, Manifest};
+pub use child::dies_with_us;
 pub use error::KernelError;
 pub use features::{Availability, Feature, Features};
 pub use host::{SYSTEM_DIRS, find_program};

@@ -24,6 +24,9 @@ use crate::{Bound, BuildTree, Cache, ContentKey, Kind, Progress};
 
 const MODULES: &str = "modules";
 
+/// How often a build begins anew since files were saved meanwhile.
+const TRIES: u32 = 5;
+
 /// How many builds are kept; each has as many files as modules, and debug information in them.
 const KEPT: usize = 256;
 
@@ -105,18 +108,32 @@ pub fn build(
     tree: &BuildTree,
     progress: &dyn Progress,
 ) -> Result<ModuleBuild, ModuleBuildError> {
-    let files = source.files()?;
+    for _ in 0..TRIES {
+        match build_once(cache, source, tree, progress) {
+            Err(ModuleBuildError::Changed { .. }) => {}
+            outcome => return outcome,
+        }
+    }
+    Err(ModuleBuildError::Changed { dir: source.dir().to_owned() })
+}
+
+fn build_once(
+    cache: &Cache,
+    source: &ModuleSource,
+    tree: &BuildTree,
+    progress: &dyn Progress,
+) -> Result<ModuleBuild, ModuleBuildError> {
     let toolchain = Toolchain::of(&tree.dir)?;
+    let mut files = Vec::new();
     let mut key = ContentKey::new("module-build-1")
         .field("dir", source.dir().as_os_str().as_encoded_bytes())
         .field("tree", &tree.key)
         .field("toolchain", toolchain.key(cache)?);
-    for file in &files {
-        let path = source.dir().join(file);
-        key = key
-            .field("name", file.as_os_str().as_encoded_bytes())
-            .known_file(cache, "file", &path)
-            .map_err(|e| ModuleBuildError::io("read", &path, e))?;
+    for file in source.files()? {
+        let path = source.dir().join(&file);
+        let digest = cache.digest(&path).map_err(|e| ModuleBuildError::io("read", &path, e))?;
+        key = key.field("name", file.as_os_str().as_encoded_bytes()).field("file", digest);
+        files.push((file, digest));
     }
     let key = key.finish();
     let mut fresh = false;

@@ -46,8 +46,8 @@ pub(crate) enum ModuleCommand {
     Test(Box<TestArgs>),
     /// Load and unload a directory's modules many times while a command uses them
     ///
-    /// The command runs again and again until that is done, and has to put up with the modules not being there. All
-    /// else is as for `test`.
+    /// The command runs again and again until that is done, and has to put up with the modules not being there. The
+    /// modules' own tests are not run. All else is as for `test`.
     #[command(after_help = exit::TEST_HELP)]
     Stress(Box<StressArgs>),
     /// Test a directory's modules, and again each time that a file there is saved
@@ -173,7 +173,8 @@ fn test(args: &TestArgs, cycles: Option<u32>, signals: &SignalThread) -> Result<
     module.show_log = args.show_log || args.dyndbg.is_some();
     module.dynamic_debug.clone_from(&args.dyndbg);
     module.trace.clone_from(&args.trace);
-    module.own_tests = args.command.is_empty();
+    // Beside cycles, a command has to put up with the modules not being there, and tests do not.
+    module.own_tests = args.command.is_empty() && cycles.is_none();
     for regex in &args.allow_log {
         module.allow_log(regex).context("--allow-log")?;
     }
@@ -294,18 +295,16 @@ fn watch(args: &TestArgs) -> Result<Code> {
             format!(", {took:.1} s after {} was saved", file.display())
         });
         output::stdout(format!("{word:<9} {}{after}\n", source.name()).as_bytes())?;
-        let mut now = source.state()?;
-        while now == state {
-            std::thread::sleep(WATCH_STEP);
-            now = source.state()?;
-        }
-        // Several files may be saved, or one in several steps.
+        // Several files may be saved, or one in several steps. A directory may be gone for a moment.
+        let look = || source.state().unwrap_or_else(|_| state.clone());
+        let mut now = look();
         loop {
             std::thread::sleep(WATCH_STEP);
-            let later = source.state()?;
-            if later == std::mem::replace(&mut now, later.clone()) {
+            let later = look();
+            if later != state && later == now {
                 break;
             }
+            now = later;
         }
         saved = now.last_change(&state).map(|(file, time)| (file.to_owned(), time));
         state = now;

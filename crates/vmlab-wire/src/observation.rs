@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::message::{self, MessageError};
 
 /// The most that an answer may have, in bytes.
-pub const MAX_ANSWER: u64 = 64 * 1024 * 1024;
+pub const MAX_ANSWER: u32 = 8 * 1024 * 1024;
 
-/// The most that the modules in a request may have, in bytes.
-pub const MAX_FILES: u64 = 1 << 30;
+/// The most that a request may have, in bytes, which is nearly all modules.
+pub const MAX_REQUEST: u32 = 1 << 30;
 
 /// A module that is to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,20 +23,49 @@ pub struct ModuleFile {
     pub content: Vec<u8>,
 }
 
-impl ModuleFile {
-    /// Modules as bytes, in the order in which they are loaded.
-    pub fn encode_all(files: &[Self]) -> Vec<u8> {
-        // Plain data can always be encoded.
-        postcard::to_stdvec(files).unwrap_or_default()
+/// What is asked of the agent's part that looks after modules. It answers one after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ModuleRequest {
+    /// Look at all that is in an observation.
+    Look,
+    /// Look at what changes at once and takes no time: the log, the taint and the list of modules.
+    Glance,
+    /// Load these, in their order, and glance.
+    Insert(Vec<ModuleFile>),
+    /// Unload these, in their order, and look.
+    Remove(Vec<String>),
+    /// Load these, in their order, and unload them in the opposite one, again and again, and look.
+    Cycle {
+        /// The modules.
+        files: Vec<ModuleFile>,
+        /// How often.
+        count: u32,
+    },
+}
+
+impl ModuleRequest {
+    /// As bytes, with their length in front.
+    pub fn encode(&self) -> Vec<u8> {
+        framed(self)
     }
 
-    /// From all of those bytes.
+    /// From the bytes behind the length.
     ///
     /// # Errors
-    /// When they are no modules.
-    pub fn decode_all(bytes: &[u8]) -> Result<Vec<Self>, MessageError> {
+    /// When they are no request.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
         message::decode(bytes)
     }
+}
+
+/// How many bytes the length in front of a request or an answer has; it is little-endian.
+pub const LENGTH: usize = 4;
+
+fn framed(value: &impl Serialize) -> Vec<u8> {
+    // Plain data can always be encoded.
+    let bytes = postcard::to_stdvec(value).unwrap_or_default();
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    [&length.to_le_bytes()[..], &bytes].concat()
 }
 
 /// The answer to what was asked of modules.
@@ -94,8 +123,10 @@ pub struct Observation {
     pub untracked: Option<String>,
     /// What kmemleak has found, where the kernel has that: a report each.
     pub kmemleak: Vec<String>,
-    /// Records of the kernel's log, as it gives them out.
+    /// Records of the kernel's log that are new since the last answer, as it gives them out.
     pub log: Vec<Vec<u8>>,
+    /// The number of the next record.
+    pub log_next: u64,
 }
 
 /// A line of `/proc/modules`.
@@ -141,17 +172,34 @@ pub struct Unfreed {
 }
 
 impl ModuleAnswer {
-    /// As bytes.
+    /// As bytes, with their length in front.
     pub fn encode(&self) -> Vec<u8> {
-        // Plain data can always be encoded.
-        postcard::to_stdvec(self).unwrap_or_default()
+        framed(self)
     }
 
-    /// From all of them.
+    /// From the bytes behind the length.
     ///
     /// # Errors
-    /// When they are no such answer.
+    /// When they are no answer.
     pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
         message::decode(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_and_answers_come_back_as_they_were() {
+        let file =
+            ModuleFile { name: "m".to_owned(), parameters: "a=1".to_owned(), content: vec![1, 2] };
+        let request = ModuleRequest::Cycle { files: vec![file], count: 3 };
+        let bytes = request.encode();
+        assert_eq!(bytes[..LENGTH], u32::to_le_bytes((bytes.len() - LENGTH) as u32));
+        assert_eq!(ModuleRequest::decode(&bytes[LENGTH..]).unwrap(), request);
+        let answer = ModuleAnswer { errno: 2, module: "m".to_owned(), ..ModuleAnswer::default() };
+        assert_eq!(ModuleAnswer::decode(&answer.encode()[LENGTH..]).unwrap(), answer);
+        ModuleAnswer::decode(&answer.encode()).unwrap_err();
     }
 }

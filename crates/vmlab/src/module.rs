@@ -5,6 +5,7 @@ mod checks;
 mod code;
 mod life;
 mod own_tests;
+mod session;
 mod tap;
 
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use regex::Regex;
 
 use tap::Tap;
 
-pub(crate) use life::{Life, Step, content_of};
+pub(crate) use life::{Before, Life, Step, content_of};
 pub(crate) use own_tests::{OwnTest, SKIPPED, build as build_own_tests};
 
 /// How long loading, unloading or a look may take unless set, as long as that is on an emulated processor.
@@ -88,6 +89,16 @@ impl ModuleSpec {
         Ok(())
     }
 
+    /// Parameters that are for none of these modules.
+    pub(crate) fn strangers(&self, modules: &[&str]) -> Vec<&str> {
+        let stranger = |parameter: &&String| {
+            let name = parameter.split('=').next().unwrap_or_default();
+            let of = name.split_once('.').map(|(of, _)| of.replace('-', "_"));
+            of.is_some_and(|of| !modules.contains(&of.as_str()))
+        };
+        self.parameters.iter().filter(stranger).map(String::as_str).collect()
+    }
+
     /// The parameters for a module, as the kernel takes them. `last` is the one that no other needs.
     pub(crate) fn parameters_of(&self, module: &str, last: bool) -> String {
         let own = self.parameters.iter().filter_map(|parameter| {
@@ -116,6 +127,8 @@ mod tests {
         assert_eq!(spec.parameters_of("top", true), "size=4 name=\"a.b c\"");
         assert_eq!(spec.parameters_of("my_base", false), "debug=1");
         assert_eq!(spec.parameters_of("other", false), "");
+        assert!(spec.strangers(&["top", "my_base"]).is_empty());
+        assert_eq!(spec.strangers(&["top"]), ["my-base.debug=1"]);
         spec.dynamic_debug = Some("file x.c +p".to_owned());
         assert_eq!(spec.parameters_of("other", false), "dyndbg=\"file x.c +p\"");
     }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -21,9 +21,10 @@ const INSTANCE: &str = "instances/vmlab-module";
 /// Its size for each processor, in KiB: two hundred thousand events.
 const BUFFER_KB: u32 = 8192;
 
-/// Where modules are loaded: `MODULES_VADDR` of x86-64. What the kernel itself allocates is none of theirs.
+/// Where modules may be loaded, and more: `MODULES_VADDR` of an x86-64 kernel without CONFIG_RANDOMIZE_BASE, which is below that
+/// of one with it. Most of what the kernel itself allocates is left out so.
 #[cfg(target_arch = "x86_64")]
-const MODULES: u64 = 0xffff_ffff_c000_0000;
+const MODULES: u64 = 0xffff_ffff_a000_0000;
 #[cfg(not(target_arch = "x86_64"))]
 const MODULES: u64 = 0;
 
@@ -32,16 +33,13 @@ const ALLOCATED: [&str; 4] =
     ["kmalloc", "kmalloc_node", "kmem_cache_alloc", "kmem_cache_alloc_node"];
 const FREED: [&str; 2] = ["kfree", "kmem_cache_free"];
 
-/// Files of what was found earlier, since reading the buffer empties it. In memory, for root alone.
-const KEPT: &str = "/run/vmlab-module-memory";
-
 /// Why it is not known what was not freed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Untracked {
     NoTracing,
     NoEvents,
     TooMany,
-    Io(io::Error),
+    Io(String),
 }
 
 impl fmt::Display for Untracked {
@@ -59,20 +57,20 @@ impl std::error::Error for Untracked {}
 
 impl From<io::Error> for Untracked {
     fn from(error: io::Error) -> Self {
-        Self::Io(error)
+        Self::Io(error.to_string())
     }
 }
 
 /// Where in an event's bytes its fields are.
 #[derive(Debug, Clone, Copy)]
-enum Event {
+pub(super) enum Event {
     Allocated { call_site: usize, pointer: usize, bytes: usize },
     Freed { pointer: usize },
 }
 
 /// Memory that is in use.
 #[derive(Debug, Clone, Copy)]
-struct Allocation {
+pub(super) struct Allocation {
     call_site: u64,
     bytes: u64,
 }
@@ -83,18 +81,69 @@ pub(super) fn tracing() -> Result<&'static Path, Untracked> {
     root.ok_or(Untracked::NoTracing)
 }
 
-fn instance() -> Result<PathBuf, Untracked> {
-    Ok(tracing()?.join(INSTANCE))
+/// Follows allocations from a moment on.
+#[derive(Debug, Default)]
+pub(super) enum Tracker {
+    /// It has not begun.
+    #[default]
+    Idle,
+    Following {
+        dir: PathBuf,
+        kinds: HashMap<u16, Event>,
+        /// Memory that is in use, by its address.
+        alive: HashMap<u64, Allocation>,
+    },
+    Failed(Untracked),
 }
 
-/// Begins to watch, if that has not begun yet.
-pub(super) fn begin() -> Result<(), Untracked> {
-    let dir = instance()?;
-    match fs::create_dir(&dir) {
-        Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-        Err(e) => return Err(e.into()),
+impl Tracker {
+    /// Begins, if that has not happened yet.
+    pub(super) fn begin(&mut self) {
+        if let Self::Idle = self {
+            *self = match follow() {
+                Ok(dir) => {
+                    let kinds = kinds(&dir);
+                    Self::Following { dir, kinds, alive: HashMap::new() }
+                }
+                Err(why) => Self::Failed(why),
+            };
+        }
     }
+
+    /// Takes what the kernel has noted, whose buffer would overflow in the end.
+    pub(super) fn take(&mut self) {
+        if let Self::Following { dir, kinds, alive } = self
+            && let Err(why) = take(dir, kinds, alive)
+        {
+            *self = Self::Failed(why);
+        }
+    }
+
+    /// What was allocated and not freed since it has begun, by the place of the call.
+    pub(super) fn unfreed(&mut self) -> Result<Vec<Unfreed>, Untracked> {
+        self.take();
+        let alive = match self {
+            Self::Idle => return Ok(Vec::new()),
+            Self::Following { alive, .. } => alive,
+            Self::Failed(why) => return Err(why.clone()),
+        };
+        let mut sites: HashMap<u64, Unfreed> = HashMap::new();
+        for Allocation { call_site, bytes } in alive.values() {
+            let new = Unfreed { call_site: *call_site, count: 0, bytes: 0 };
+            let site = sites.entry(*call_site).or_insert(new);
+            site.count += 1;
+            site.bytes += bytes;
+        }
+        let mut sites: Vec<Unfreed> = sites.into_values().collect();
+        sites.sort_by_key(|site| site.call_site);
+        Ok(sites)
+    }
+}
+
+/// Has the kernel note allocations, in a buffer of ours.
+fn follow() -> Result<PathBuf, Untracked> {
+    let dir = tracing()?.join(INSTANCE);
+    fs::create_dir(&dir)?;
     // The same clock for all processors, as memory may be freed by another one.
     fs::write(dir.join("trace_clock"), "global")?;
     fs::write(dir.join("buffer_size_kb"), BUFFER_KB.to_string())?;
@@ -112,17 +161,14 @@ pub(super) fn begin() -> Result<(), Untracked> {
             found = true;
         }
     }
-    if found { Ok(()) } else { Err(Untracked::NoEvents) }
+    if found { Ok(dir) } else { Err(Untracked::NoEvents) }
 }
 
-/// What was allocated and not freed since it has begun, by the place of the call; nothing if it has not begun.
-pub(super) fn unfreed() -> Result<Vec<Unfreed>, Untracked> {
-    let dir = instance()?;
-    if !dir.is_dir() {
-        return Ok(Vec::new());
-    }
-    let kinds = kinds(&dir);
-    let mut alive = kept()?;
+fn take(
+    dir: &Path,
+    kinds: &HashMap<u16, Event>,
+    alive: &mut HashMap<u64, Allocation>,
+) -> Result<(), Untracked> {
     let mut events = Vec::new();
     for item in fs::read_dir(dir.join("per_cpu"))?.flatten() {
         let statistics = fs::read_to_string(item.path().join("stats"))?;
@@ -133,7 +179,7 @@ pub(super) fn unfreed() -> Result<Vec<Unfreed>, Untracked> {
         if ["overrun:", "dropped events:"].into_iter().filter_map(lost).any(|count| count > 0) {
             return Err(Untracked::TooMany);
         }
-        read(&item.path().join("trace_pipe_raw"), &kinds, &mut events)?;
+        read(&item.path().join("trace_pipe_raw"), kinds, &mut events)?;
     }
     events.sort_by_key(|(time, ..)| *time);
     for (_, pointer, allocation) in events {
@@ -142,16 +188,7 @@ pub(super) fn unfreed() -> Result<Vec<Unfreed>, Untracked> {
             None => _ = alive.remove(&pointer),
         }
     }
-    keep(&alive)?;
-    let mut sites: HashMap<u64, Unfreed> = HashMap::new();
-    for Allocation { call_site, bytes } in alive.into_values() {
-        let site = sites.entry(call_site).or_insert(Unfreed { call_site, count: 0, bytes: 0 });
-        site.count += 1;
-        site.bytes += bytes;
-    }
-    let mut sites: Vec<Unfreed> = sites.into_values().collect();
-    sites.sort_by_key(|site| site.call_site);
-    Ok(sites)
+    Ok(())
 }
 
 /// The events by their numbers.
@@ -204,8 +241,8 @@ fn read(
     events: &mut Vec<Change>,
 ) -> Result<(), Untracked> {
     let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    // Sub-buffers are pages, unless somebody has made them larger.
-    let mut page = vec![0; 65536];
+    // Each read gives one sub-buffer, which is a page of the kernel's, or as large as somebody has made it.
+    let mut page = vec![0; LARGEST_PAGE];
     loop {
         let length = match file.read(&mut page) {
             Ok(0) => return Ok(()),
@@ -213,19 +250,16 @@ fn read(
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e.into()),
         };
-        for page in page[..length].chunks(PAGE) {
-            let found = ring_buffer::parse(page);
-            if found.missed {
-                return Err(Untracked::TooMany);
-            }
-            events
-                .extend(found.events.iter().filter_map(|(time, data)| change(*time, data, kinds)));
+        let found = ring_buffer::parse(&page[..length]);
+        if found.missed {
+            return Err(Untracked::TooMany);
         }
+        events.extend(found.events.iter().filter_map(|(time, data)| change(*time, data, kinds)));
     }
 }
 
-/// The size of what the kernel reads in one go.
-const PAGE: usize = 4096;
+/// The largest page of any architecture.
+const LARGEST_PAGE: usize = 64 * 1024;
 
 fn change(time: u64, data: &[u8], kinds: &HashMap<u16, Event>) -> Option<Change> {
     let id = u16::from_ne_bytes(data.get(..2)?.try_into().ok()?);
@@ -236,31 +270,6 @@ fn change(time: u64, data: &[u8], kinds: &HashMap<u16, Event>) -> Option<Change>
         }
         Event::Freed { pointer } => (time, word(data, pointer)?, None),
     })
-}
-
-/// What was alive when the buffer was read before.
-fn kept() -> io::Result<HashMap<u64, Allocation>> {
-    let bytes = match fs::read(KEPT) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(e) => return Err(e),
-    };
-    let one = |bytes: &[u8]| {
-        Some((word(bytes, 0)?, Allocation { call_site: word(bytes, 8)?, bytes: word(bytes, 16)? }))
-    };
-    Ok(bytes.chunks(24).filter_map(one).collect())
-}
-
-fn keep(alive: &HashMap<u64, Allocation>) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(alive.len() * 24);
-    for (pointer, Allocation { call_site, bytes: size }) in alive {
-        for word in [pointer, call_site, size] {
-            bytes.extend(word.to_ne_bytes());
-        }
-    }
-    let mut file: File =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(KEPT)?;
-    io::Write::write_all(&mut file, &bytes)
 }
 
 #[cfg(test)]

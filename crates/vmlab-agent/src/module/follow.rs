@@ -94,6 +94,9 @@ pub(super) fn follow(
             }
         }
         if last {
+            for event in events.iter().flat_map(|events| &events.missing) {
+                output.write_all(format!("there was no trace event {event}\n").as_bytes())?;
+            }
             return Ok(());
         }
         let mut waited = vec![

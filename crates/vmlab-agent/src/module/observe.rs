@@ -1,13 +1,14 @@
 //! What a guest is like. What it does not have is left out: a kernel may lack any of it.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vmlab_wire::observation::{Area, LoadedModule, Observation, SlabCache};
 
-use super::allocations;
+use super::allocations::Tracker;
 use crate::boot_log;
 
 /// More names than any guest has; a module that makes them without end does not fill memory.
@@ -17,6 +18,9 @@ const MAX_NAMES: usize = 100_000;
 const LOG_TIME: Duration = Duration::from_secs(5);
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+
+/// How old memory has to be that it tells of (`MSECS_MIN_AGE` in mm/kmemleak.c), and a little more.
+const KMEMLEAK_AGE: Duration = Duration::from_millis(5500);
 
 /// Directories whose entries modules make, and how deep they are looked at.
 const TREES: [(&str, usize); 15] = [
@@ -51,13 +55,56 @@ pub(super) enum Depth {
     Removed,
 }
 
-/// Looks; at the log from a record on.
-pub(super) fn look(log_from: u64, depth: Depth) -> Observation {
+/// The kernel's log. It stays open, as it can be read on, but not from a record on.
+pub(super) struct Log {
+    file: File,
+    buffer: Vec<u8>,
+    /// The number of the next record that counts.
+    next: u64,
+}
+
+impl Log {
+    /// Passes over all that is there before this number.
+    pub(super) fn open(from: u64) -> io::Result<Self> {
+        let mut log =
+            Self { file: boot_log::open()?, buffer: vec![0; boot_log::MAX_RECORD], next: 0 };
+        let early = log.records();
+        // Those that count already are for the first answer, and are read again for it.
+        if early.iter().any(|record| number_of(record).is_none_or(|number| number >= from)) {
+            log.file = boot_log::open()?;
+            log.next = from;
+        }
+        Ok(log)
+    }
+
+    /// The records that are new.
+    fn records(&mut self) -> Vec<Vec<u8>> {
+        let mut records = Vec::new();
+        let until = Instant::now() + LOG_TIME;
+        for _ in 0..boot_log::MAX_RECORDS {
+            let read = boot_log::next_record(&mut self.file, &mut self.buffer);
+            let Ok(Some(record)) = read else { break };
+            let number = number_of(record);
+            if number.is_none_or(|number| number >= self.next) {
+                records.push(record.to_vec());
+                self.next = number.map_or(self.next, |number| number + 1);
+            }
+            if Instant::now() >= until {
+                break;
+            }
+        }
+        records
+    }
+}
+
+/// Looks.
+pub(super) fn look(log: &mut Log, tracker: &mut Tracker, depth: Depth) -> Observation {
     let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let glance = Observation {
         taint: text("/proc/sys/kernel/tainted").trim().parse().unwrap_or(0),
         modules: text("/proc/modules").lines().filter_map(loaded_module).collect(),
-        log: log(log_from),
+        log: log.records(),
+        log_next: log.next,
         ..Observation::default()
     };
     if depth == Depth::Glance {
@@ -69,7 +116,7 @@ pub(super) fn look(log_from: u64, depth: Depth) -> Observation {
     }
     of_proc(&mut names);
     registrations(&mut names, &text);
-    let (unfreed, untracked) = match allocations::unfreed() {
+    let (unfreed, untracked) = match tracker.unfreed() {
         Ok(unfreed) => (unfreed, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
@@ -164,8 +211,17 @@ fn area(line: &str) -> Option<Area> {
     Some(Area { address, bytes, caller })
 }
 
-/// Has kmemleak look, twice, since it takes for lost only what it has seen so before.
+/// Has kmemleak forget what it has found so far, where the kernel has it.
+pub(super) fn clear_kmemleak() {
+    let _ = fs::write(KMEMLEAK, "clear");
+}
+
+/// Has kmemleak look, which tells only of memory that is not quite new.
 fn kmemleak() -> Vec<String> {
+    if !Path::new(KMEMLEAK).exists() {
+        return Vec::new();
+    }
+    std::thread::sleep(KMEMLEAK_AGE);
     for _ in 0..2 {
         if fs::write(KMEMLEAK, "scan").is_err() {
             return Vec::new();
@@ -183,24 +239,6 @@ fn kmemleak() -> Vec<String> {
         }
     }
     reports
-}
-
-/// The records of the kernel's log from a number on.
-fn log(from: u64) -> Vec<Vec<u8>> {
-    let mut records = Vec::new();
-    let Ok(mut log) = boot_log::open() else { return records };
-    let mut buffer = vec![0; boot_log::MAX_RECORD];
-    let until = Instant::now() + LOG_TIME;
-    for _ in 0..boot_log::MAX_RECORDS {
-        let Ok(Some(record)) = boot_log::next_record(&mut log, &mut buffer) else { break };
-        if number_of(record).is_none_or(|number| number >= from) {
-            records.push(record.to_vec());
-        }
-        if Instant::now() >= until {
-            break;
-        }
-    }
-    records
 }
 
 /// The number of a record: `6,339,5140900,-;text`.
@@ -245,9 +283,21 @@ mod tests {
 
     #[test]
     fn this_very_system_can_be_looked_at() {
-        let now = look(u64::MAX, Depth::Whole);
+        let mut log = Log::open(u64::MAX).unwrap();
+        let now = look(&mut log, &mut Tracker::Idle, Depth::Whole);
         assert!(now.names.contains("/dev/null") && now.names.contains("filesystem proc"));
         assert!(now.names.contains("/proc/meminfo") && now.names.contains("/sys/module/kernel"));
         assert!(!now.names.iter().any(|name| name.starts_with("/proc/1")), "{:?}", now.names);
+        assert!(look(&mut log, &mut Tracker::Idle, Depth::Glance).names.is_empty());
+    }
+
+    #[test]
+    fn the_log_is_read_on() {
+        let mut log = Log::open(u64::MAX).unwrap();
+        let next = log.next;
+        crate::kmsg::debug("a test of vmlab-agent's reads this");
+        let new = log.records();
+        assert!(new.iter().any(|record| String::from_utf8_lossy(record).contains("reads this")));
+        assert!(log.next > next && Log::open(next).unwrap().records().len() >= new.len());
     }
 }

@@ -57,6 +57,12 @@ pub enum ModuleBuildError {
         /// The sources.
         dir: PathBuf,
     },
+    /// Files were changed all the time.
+    #[error("the files in {} are being changed, so that they cannot be built", dir.display())]
+    Changed {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// What was built is no module.
     #[error("{} is no module", path.display())]
     NoModule {

@@ -1,15 +1,15 @@
 //! Running Kbuild in a directory that is kept for the next time.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{MODULES, ModuleBuildError, ModuleSource};
-use crate::{BuildTree, Cache, ContentKey, child, find_program};
+use crate::{BuildTree, Cache, ContentKey, Digest, child, find_program};
 
 /// Below the kind's directory: the directories that builds run in. They are no entries.
 const WORK: &str = ".work";
@@ -19,6 +19,9 @@ const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// The names of the sources in a work directory, a line each.
 const SOURCES: &str = ".vmlab-sources";
+
+/// What a build sees of the environment.
+const KEPT_VARIABLES: [&str; 5] = ["PATH", "HOME", "TMPDIR", "USER", "LOGNAME"];
 
 /// The most that is kept of what `make` says, in bytes.
 const MAX_LOG: u64 = 16 << 20;
@@ -123,31 +126,41 @@ impl Work {
         Ok(Self { dir, _lock: lock })
     }
 
-    /// Makes the sources what they are now. What has not changed keeps its time, so that it is not built again.
+    /// Makes the sources what they were when they were hashed. What has not changed keeps its time, so that it is not built
+    /// again.
+    ///
+    /// # Errors
+    /// [`ModuleBuildError::Changed`] when one was changed since.
     pub(super) fn take(
         &self,
         source: &ModuleSource,
-        files: &[PathBuf],
+        files: &[(PathBuf, Digest)],
     ) -> Result<(), ModuleBuildError> {
         let list = self.dir.join(SOURCES);
         let earlier = fs::read_to_string(&list).unwrap_or_default();
-        let now: BTreeSet<&str> = files.iter().filter_map(|file| file.to_str()).collect();
+        let now: BTreeSet<&str> = files.iter().filter_map(|(file, _)| file.to_str()).collect();
         for gone in earlier.lines().filter(|name| !now.contains(name)) {
             // One that is not there is gone already.
             let _ = fs::remove_file(self.dir.join(gone));
         }
-        for file in files {
+        for (file, digest) in files {
             let (from, to) = (source.dir().join(file), self.dir.join(file));
             let content = fs::read(&from).map_err(|e| ModuleBuildError::io("read", &from, e))?;
+            if Digest::of(&content) != *digest {
+                return Err(ModuleBuildError::Changed { dir: source.dir().to_owned() });
+            }
             if fs::read(&to).is_ok_and(|there| there == content) {
                 continue;
             }
             let parent = to.parent().unwrap_or(&self.dir);
             fs::create_dir_all(parent).map_err(|e| ModuleBuildError::io("make", parent, e))?;
-            // A script of a build has to stay one that can be run.
-            let mode = fs::metadata(&from).map(|meta| meta.permissions());
-            let written = fs::write(&to, &content);
-            let written = written.and_then(|()| fs::set_permissions(&to, mode?));
+            // One that could not be written to, or a directory, may be in its place.
+            let _ = fs::remove_file(&to).or_else(|_| fs::remove_dir_all(&to));
+            let written = fs::write(&to, &content).and_then(|()| {
+                // A script of a build has to stay one that can be run.
+                let executable = fs::metadata(&from)?.permissions().mode() & 0o111;
+                fs::set_permissions(&to, Permissions::from_mode(0o600 | executable))
+            });
             written.map_err(|e| ModuleBuildError::io("write", &to, e))?;
         }
         let names: String = now.iter().map(|name| format!("{name}\n")).collect();
@@ -164,31 +177,16 @@ impl Work {
         let jobs = std::thread::available_parallelism().map_or(1, usize::from);
         let mut command = Command::new(&toolchain.make);
         command.arg("-C").arg(&tree.dir).arg(format!("-j{jobs}")).arg("--no-print-directory");
-        let (work, dir) = (self.dir.display(), source.dir().display());
+        let work = self.dir.display();
         command.arg(format!("M={work}")).args(&toolchain.variables);
-        // Debug information names the user's files, not the copies.
-        let mut flags = format!("KCFLAGS=-ffile-prefix-map={work}={dir}");
-        for top in &tree.sources {
-            // As the kernel's own debug information has it: include/linux/slab.h. The last that fits counts.
-            let top = top.display();
-            flags.push_str(&format!(" -ffile-prefix-map={top}=. -ffile-prefix-map={top}/="));
-        }
-        command.arg(flags).arg("modules");
-        for (name, _) in std::env::vars_os() {
-            // Those of a `make` that runs vmlab are meant for its own tree.
-            let bytes = name.as_encoded_bytes();
-            if bytes.starts_with(b"MAKE") || bytes.starts_with(b"KBUILD") || bytes == b"MFLAGS" {
-                command.env_remove(&name);
-            }
-        }
+        command.arg(format!("KCFLAGS={}", self.prefix_maps(source, tree))).arg("modules");
+        // What else is in the environment may be meant for another build, and is no part of the key.
+        command.env_clear().env("LANG", "C");
+        command
+            .envs(KEPT_VARIABLES.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         let failed = |e| ModuleBuildError::io("run", &toolchain.make, e);
         let (reader, writer) = io::pipe().map_err(failed)?;
-        // Kbuild takes no notice of LC_ALL.
-        command
-            .stdin(Stdio::null())
-            .env("LANG", "C")
-            .env_remove("LC_CTYPE")
-            .env_remove("LC_MESSAGES");
+        command.stdin(Stdio::null());
         command.stdout(writer.try_clone().map_err(failed)?).stderr(writer);
         child::dies_with_us(&mut command);
         let mut child = command.spawn().map_err(failed)?;
@@ -208,6 +206,20 @@ impl Work {
             });
         }
         Ok(Log { warnings: warnings(&text), text })
+    }
+
+    /// Arguments for the compiler by which debug information names the user's files and not the copies, and headers as the
+    /// kernel's own does: include/linux/slab.h. The last that fits counts.
+    fn prefix_maps(&self, source: &ModuleSource, tree: &BuildTree) -> String {
+        let mut maps = vec![format!("{}={}", self.dir.display(), source.dir().display())];
+        for top in &tree.sources {
+            let top = top.display();
+            maps.extend([format!("{top}=."), format!("{top}/=")]);
+        }
+        // Kbuild has no way to quote them.
+        maps.retain(|map| !map.contains(|c: char| c.is_whitespace() || "'\"\\$#".contains(c)));
+        let flags = maps.iter().map(|map| format!("-ffile-prefix-map={map}"));
+        flags.collect::<Vec<String>>().join(" ")
     }
 
     /// Copies the modules that were built into `entry`, and gives their names.

@@ -19,6 +19,9 @@ const BUILT: [&str; 8] = [".o", ".ko", ".a", ".mod", ".mod.c", ".order", ".symve
 /// Directories of programs beside modules, with what was built there.
 const OTHER_DIRS: [&str; 2] = ["target", "node_modules"];
 
+/// The directory with programs that test a module, which are no part of it.
+const TESTS: &str = "tests";
+
 /// What a directory's files were at some time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceState {
@@ -69,14 +72,29 @@ impl ModuleSource {
     /// # Errors
     /// As for a build.
     pub fn state(&self) -> Result<SourceState, ModuleBuildError> {
-        let files = self.files()?.into_iter().map(|file| {
+        let mut files = self.files()?;
+        files.extend(self.test_sources());
+        let files = files.into_iter().map(|file| {
             let meta = self.dir.join(&file).metadata().ok();
             (file, meta.and_then(|meta| Some((meta.modified().ok()?, meta.len()))))
         });
         Ok(SourceState { files: files.collect() })
     }
 
-    /// The files that a build may depend on, relative and sorted. Hidden ones and what builds leave behind are none.
+    /// What tests of the module are made of, as far as names tell: what is built of it mostly has no ending.
+    fn test_sources(&self) -> Vec<PathBuf> {
+        let items = fs::read_dir(self.dir.join(TESTS)).into_iter().flatten().flatten();
+        let names = items.map(|item| Path::new(TESTS).join(item.file_name()));
+        let is_source = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let built = BUILT.iter().any(|end| name.ends_with(end)) || name == "Cargo.lock";
+            !built && !name.starts_with('.') && (name == "Makefile" || name.contains('.'))
+        };
+        names.filter(is_source).collect()
+    }
+
+    /// The files that a build may depend on, relative and sorted. Hidden ones, tests and what builds leave behind are
+    /// none.
     pub(super) fn files(&self) -> Result<Vec<PathBuf>, ModuleBuildError> {
         let mut files = Vec::new();
         let mut bytes = 0;
@@ -90,7 +108,7 @@ impl ModuleSource {
                 // A link counts as what it leads to. One that leads nowhere is no source.
                 let Ok(meta) = item.path().metadata() else { continue };
                 let name = name.to_string_lossy();
-                if name.starts_with('.') {
+                if name.starts_with('.') || path == Path::new(TESTS) {
                     continue;
                 }
                 if meta.is_dir() && !item.path().is_symlink() && !OTHER_DIRS.contains(&&*name) {
@@ -130,6 +148,7 @@ mod tests {
             "modules.order",
             "Module.symvers",
             "target/debug/x",
+            "tests/number.c",
             ".git/config",
         ] {
             let path = dir.path().join(name);
@@ -158,6 +177,12 @@ mod tests {
         assert_eq!(after.last_change(&before).unwrap().0, Path::new("a.c"));
         fs::remove_file(dir.path().join("a.c")).unwrap();
         let removed = source.state().unwrap();
+        fs::create_dir(dir.path().join("tests")).unwrap();
+        fs::write(dir.path().join("tests/number"), "built").unwrap();
+        assert_eq!(source.state().unwrap(), removed);
+        fs::write(dir.path().join("tests/number.c"), "source").unwrap();
+        let tested = source.state().unwrap();
+        assert_eq!(tested.last_change(&removed).unwrap().0, Path::new("tests/number.c"));
         assert!(removed != after && removed.last_change(&after).is_none());
     }
 

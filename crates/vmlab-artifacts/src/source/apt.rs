@@ -115,13 +115,13 @@ pub(crate) fn find(
 pub(crate) fn find_headers(
     cache_root: &Path,
     spec: &DistroSpec,
-    release: &str,
+    (release, version): (&str, &str),
     progress: &dyn Progress,
 ) -> Result<Parts, KernelError> {
     // The lists that are there may be from before the kernel was.
     let search = |fresh| Search { cache_root, spec, fresh, progress };
-    match search(false).headers(release) {
-        Err(KernelError::NoHeaders { .. }) => search(true).headers(release),
+    match search(false).headers(release, version) {
+        Err(KernelError::NoHeaders { .. }) => search(true).headers(release, version),
         found => found,
     }
 }
@@ -326,10 +326,10 @@ impl Search<'_> {
     }
 
     /// The headers for a release in the suite of the spec.
-    fn headers(&self, release: &str) -> Result<Parts, KernelError> {
+    fn headers(&self, release: &str, version: &str) -> Result<Parts, KernelError> {
         let Select::Suite(suite) = &self.spec.select else { return Err(self.no_headers(release)) };
         for Offer { root, index } in self.of_suite(&self.host_sources()?, suite)? {
-            let packages = packages::headers(release, &index.packages)
+            let packages = packages::headers(release, version, &index.packages)
                 .map_err(|part| lacking(&format!("the headers for {release}"), &root, &part))?;
             if !packages.is_empty() {
                 return Ok(Parts { root, packages });

@@ -107,7 +107,7 @@ impl KernelStore {
     ) -> Result<BuildTree, KernelError> {
         let key = sanitise(&format!("{release}_{version}_{}", spec.arch().debian()));
         let build = |dir: &Path| {
-            let parts = apt::find_headers(self.cache.root(), spec, release, progress)?;
+            let parts = apt::find_headers(self.cache.root(), spec, (release, version), progress)?;
             let debs_dir = dir.join("debs");
             fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
             for deb in parts.download(&debs_dir, progress)? {

@@ -296,6 +296,62 @@ fn a_module_that_hangs_is_told_with_where_it_does() {
     }
 }
 
+/// The only processor never comes back, so that nothing in the guest can be asked any more.
+#[test]
+fn a_module_that_keeps_the_processor_is_told_and_ends_the_vm() {
+    let site = site();
+    let dir = example(&site, "hangs");
+    let source = dir.join("hangs.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    let spin = "preempt_disable(); for (;;) cpu_relax();";
+    std::fs::write(&source, text.replace("wait_for_completion(&done);", spin)).unwrap();
+    let limit = ["--step-timeout", "3s"];
+    let arguments = ["module", "test", "hangs", "-k", DEBIAN_6_12].into_iter().chain(limit);
+    let outcome = site.vmlab(arguments).output();
+    outcome.expect_code(1);
+    let wanted = "unload: it took longer than 3 s, and the guest does not answer any more";
+    assert!(outcome.stdout_text().contains(wanted), "{}", outcome.stdout_text());
+}
+
+/// What is freed after a grace period is freed in bulk, of which there are no events.
+#[test]
+fn memory_that_cannot_be_followed_is_no_failure() {
+    let site = site();
+    let dir = example(&site, "good");
+    let source = dir.join("good.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    let text = text.replace(
+        "static int *number;",
+        "static int *number;\nstruct old { struct rcu_head head; int value; };",
+    );
+    let many = "{ int i; for (i = 0; i < 50; i++) { struct old *old = kmalloc(sizeof(*old), GFP_KERNEL); if (old) kfree_rcu(old, head); } }";
+    std::fs::write(&source, text.replace("*number = start;", &format!("*number = start; {many}")))
+        .unwrap();
+    let outcome =
+        site.vmlab(["module", "test", "good", "-k", DEBIAN_6_12, "--json", "out.json"]).output();
+    outcome.expect_code(0);
+}
+
+/// Kbuild cannot quote, and the sources may be read-only.
+#[test]
+fn odd_names_and_modes_do_not_matter() {
+    let site = site();
+    let dir = example(&site, "leaks");
+    let odd = site.cwd().join("it is odd");
+    std::fs::rename(&dir, &odd).unwrap();
+    let source = odd.join("leaks.c");
+    let text = std::fs::read_to_string(&source).unwrap();
+    for round in 0..2 {
+        std::fs::write(&source, text.replace("1000", &format!("{}", 1000 + round))).unwrap();
+        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o444))
+            .unwrap();
+        let outcome = site.vmlab(["module", "build", "it is odd", "-k", DEBIAN_6_12]).output();
+        outcome.expect_code(0).expect_stderr(&["built, "]);
+        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))
+            .unwrap();
+    }
+}
+
 #[test]
 fn a_corrupted_list_is_told_with_its_line() {
     let site = site();
@@ -359,6 +415,11 @@ fn what_the_kernel_logs_and_refuses_is_told() {
     let text = outcome.stdout_text();
     assert!(text.contains("load: the kernel does not load good: Invalid argument"), "{text}");
     assert!(text.contains("`x' invalid for parameter `start'"), "{text}");
+    let outcome = run(&["--param", "god.start=1", "--trace", "no:such"]);
+    outcome.expect_code(1);
+    let text = outcome.stdout_text();
+    assert!(text.contains("load: no module here takes `god.start=1`"), "{text}");
+    assert!(text.contains("there was no trace event no:such"), "{text}");
     run(&["--allow-log", "("]).expect_code(125).expect_stderr(&["`(` is no regular expression"]);
 }
 

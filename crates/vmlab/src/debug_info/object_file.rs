@@ -118,10 +118,12 @@ impl ObjectFile {
     pub(super) fn function_at(&self, address: u64) -> Option<(&str, u64, Vec<Location>)> {
         let all =
             self.functions.iter().flat_map(|(name, all)| all.iter().map(move |one| (name, one)));
-        let mut holding = all.filter(|(_, function)| {
+        let holding = all.filter(|(_, function)| {
             address.checked_sub(function.address).is_some_and(|offset| offset < function.size)
         });
-        let (name, function) = holding.next()?;
+        // A module's first and last function have these names beside their own.
+        let second = |name: &str| matches!(name, "init_module" | "cleanup_module");
+        let (name, function) = holding.min_by_key(|(name, _)| (second(name), *name))?;
         Some((name, address - function.address, self.lines_of(address).unwrap_or_default()))
     }
 

@@ -1,6 +1,6 @@
 //! What is wrong with a guest around the life of a module. All of it compares what the agent found.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use regex::Regex;
 use vmlab_wire::observation::{Observation, Unfreed};
@@ -23,11 +23,15 @@ const DAMAGE: [(u32, char, &str); 6] = [
     (14, 'L', "a processor was locked up"),
 ];
 
-/// What kernels say at warning level of modules that are as they should be, or of a slow host. Parts of lines.
-const USUAL: [&str; 9] = [
-    "loading out-of-tree module taints kernel",
-    "module verification failed: signature and/or required key missing",
+/// What kernels say at warning level of modules that are as they should be, behind the module's name.
+const USUAL_OF_MODULES: [&str; 3] = [
+    ": loading out-of-tree module taints kernel.",
+    ": module verification failed: signature and/or required key missing - tainting kernel",
     "' taints kernel.",
+];
+
+/// What they say of a slow host, and of what follows from the above.
+const USUAL: [&str; 6] = [
     "Disabling lock debugging due to kernel taint",
     "hrtimer: interrupt took",
     "perf: interrupt took too long",
@@ -36,8 +40,11 @@ const USUAL: [&str; 9] = [
     "workqueue: ",
 ];
 
+/// How what was not freed is told.
+pub(super) const NOT_FREED: &str = "not freed";
+
 /// The first names of a list, and how many more there are.
-fn listed(what: &str, mut items: Vec<String>) -> Vec<String> {
+pub(super) fn listed(what: &str, mut items: Vec<String>) -> Vec<String> {
     let more = items.len().saturating_sub(MAX_TOLD);
     items.truncate(MAX_TOLD);
     let mut told: Vec<String> = items.into_iter().map(|item| format!("{what}: {item}")).collect();
@@ -54,13 +61,18 @@ pub(super) fn complaints(records: &[LogRecord], allowed: &[Regex]) -> Vec<String
     for record in records.iter().filter(|record| record.facility == 0) {
         reader.feed(format!("{record}\r\n").as_bytes());
     }
-    if !reader.into_events().is_empty() {
-        return Vec::new();
-    }
+    let events = reader.into_events();
+    let reported: HashSet<&str> =
+        events.iter().flat_map(|event| &event.report).map(|line| line.trim()).collect();
+    let usual = |text: &str| {
+        USUAL.iter().any(|usual| text.starts_with(usual))
+            || USUAL_OF_MODULES.iter().any(|usual| text.ends_with(usual))
+    };
     let bad = records.iter().filter(|record| {
         record.facility == 0
             && record.level <= LogLevel::Warning
-            && !USUAL.iter().any(|usual| record.text.contains(usual))
+            && !usual(&record.text)
+            && !reported.contains(record.text.trim())
             && !allowed.iter().any(|regex| regex.is_match(&record.text))
     });
     listed("the kernel logged", bad.map(LogRecord::to_string).collect())
@@ -90,8 +102,9 @@ pub(super) fn is_loaded(now: &Observation, name: &str) -> bool {
 
 /// The modules that are there now and were not before.
 pub(super) fn newcomers<'a>(before: &Observation, now: &'a Observation) -> Vec<&'a str> {
-    let new = now.modules.iter().filter(|module| !is_loaded(before, &module.name));
-    new.map(|module| module.name.as_str()).collect()
+    let had: HashSet<&str> = before.modules.iter().map(|module| module.name.as_str()).collect();
+    let names = now.modules.iter().map(|module| module.name.as_str());
+    names.filter(|name| !had.contains(name)).collect()
 }
 
 /// Modules that have more users than before.
@@ -111,21 +124,26 @@ pub(super) fn left_behind(before: &Observation, now: &Observation) -> Vec<String
     if !newcomers(before, now).is_empty() {
         return Vec::new();
     }
-    let new = now.names.difference(&before.names).cloned().collect();
-    let had = |name: &String| before.caches.iter().any(|cache| cache.name == *name);
-    let caches = now.caches.iter().map(|cache| &cache.name).filter(|name| !had(name));
-    let caches = caches.map(|name| format!("slab cache {name}"));
-    listed("left behind", outermost(new).into_iter().chain(caches).collect())
+    let new = outermost(now.names.difference(&before.names));
+    let had: HashSet<&str> = before.caches.iter().map(|cache| cache.name.as_str()).collect();
+    let caches = now.caches.iter().filter(|cache| !had.contains(cache.name.as_str()));
+    let caches = caches.map(|cache| format!("slab cache {}", cache.name));
+    listed("left behind", new.into_iter().chain(caches).collect())
 }
 
-/// Names without those below others of them.
-fn outermost(names: Vec<String>) -> Vec<String> {
-    let below = |name: &String| {
-        names.iter().any(|other| {
-            name.strip_prefix(other.as_str()).is_some_and(|rest| rest.starts_with('/'))
-        })
-    };
-    names.iter().filter(|name| !below(name)).cloned().collect()
+/// Names, of which each comes before those below it, without those below others.
+fn outermost<'a>(names: impl Iterator<Item = &'a String>) -> Vec<String> {
+    let mut outer: HashSet<&str> = HashSet::new();
+    let mut kept = Vec::new();
+    for name in names {
+        let above = name.match_indices('/').map(|(at, _)| &name[..at]);
+        if above.into_iter().any(|above| outer.contains(above)) {
+            continue;
+        }
+        outer.insert(name);
+        kept.push(name.clone());
+    }
+    kept
 }
 
 /// Memory that modules have allocated and not freed.
@@ -135,11 +153,19 @@ pub(super) fn not_freed(
     code: &[LoadedCode],
 ) -> Vec<String> {
     let caller = |address: u64| code.iter().find_map(|code| code.caller(address));
-    let slabs = now.unfreed.iter().filter_map(|Unfreed { call_site, count, bytes }| {
-        let times = if *count == 1 { "once".to_owned() } else { format!("{count} times") };
-        Some(format!("{bytes} bytes, allocated {times} in {}", caller(*call_site)?))
+    // Calls of one place are one, wherever the module was loaded.
+    let mut calls: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+    for Unfreed { call_site, count, bytes } in &now.unfreed {
+        if let Some(caller) = caller(*call_site) {
+            let sum = calls.entry(caller).or_default();
+            *sum = (sum.0.saturating_add(*count), sum.1.saturating_add(*bytes));
+        }
+    }
+    let slabs = calls.into_iter().map(|(caller, (count, bytes))| {
+        let times = if count == 1 { "once".to_owned() } else { format!("{count} times") };
+        format!("{bytes} bytes, allocated {times} in {caller}")
     });
-    let earlier: Vec<u64> = before.areas.iter().map(|area| area.address).collect();
+    let earlier: HashSet<u64> = before.areas.iter().map(|area| area.address).collect();
     let areas = now.areas.iter().filter(|area| !earlier.contains(&area.address));
     let areas = areas.filter_map(|area| {
         let by_address = || u64::from_str_radix(area.caller.strip_prefix("0x")?, 16).ok();
@@ -150,7 +176,7 @@ pub(super) fn not_freed(
         };
         Some(format!("{} bytes of vmalloc, allocated in {caller}", area.bytes))
     });
-    listed("not freed", slabs.chain(areas).collect())
+    listed(NOT_FREED, slabs.chain(areas).collect())
 }
 
 /// The functions of the system call that loads or unloads a module, the innermost first, among the stacks in a log.
@@ -174,19 +200,15 @@ pub(super) fn frames_of_module_calls(lines: &[&str]) -> Vec<String> {
     stuck
 }
 
-/// What kmemleak has found since.
-pub(super) fn kmemleak(before: &Observation, now: &Observation) -> Vec<String> {
-    let new = now.kmemleak.iter().filter(|report| !before.kmemleak.contains(report));
-    listed("kmemleak", new.cloned().collect())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
     use std::time::Duration;
 
     use vmlab_wire::observation::{Area, LoadedModule, Section, SlabCache};
 
     use super::*;
+    use crate::debug_info::ModuleCode;
 
     fn record(level: LogLevel, facility: u32, text: &str) -> LogRecord {
         LogRecord {
@@ -228,7 +250,8 @@ mod tests {
             0,
             "WARNING: CPU: 0 PID: 1 at m.c:1 f+0x1/0x2 [m]",
         ));
-        assert!(complaints(&with_report, &[]).is_empty());
+        // What is no part of the report is still told.
+        assert_eq!(complaints(&with_report, &[]), complaints(&records, &[]));
         let many: Vec<LogRecord> = (0..15).map(|_| records[5].clone()).collect();
         assert_eq!(complaints(&many, &[]).last().unwrap(), "the kernel logged: 5 more");
     }
@@ -283,8 +306,11 @@ mod tests {
     #[test]
     fn memory_is_told_by_who_allocated_it() {
         // No debug information, and no ELF file at all: then addresses have no names, and there are no sections.
-        let code =
-            [LoadedCode::new("m", b"", &[Section { name: ".text".to_owned(), address: 0x1000 }])];
+        let code = [LoadedCode::new(
+            "m",
+            Rc::new(ModuleCode::read(b"")),
+            &[Section { name: ".text".to_owned(), address: 0x1000 }],
+        )];
         let area = |address, caller: &str| Area { address, bytes: 8192, caller: caller.to_owned() };
         let before =
             Observation { areas: vec![area(1, "f+0x1/0x2 [m]")], ..Observation::default() };

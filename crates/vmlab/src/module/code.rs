@@ -1,5 +1,7 @@
 //! The code of a loaded module: which addresses it has, and what is there in the sources.
 
+use std::rc::Rc;
+
 use vmlab_wire::observation::Section;
 
 use crate::debug_info::ModuleCode;
@@ -8,15 +10,14 @@ use crate::debug_info::ModuleCode;
 pub(super) struct LoadedCode {
     /// Its name.
     pub(super) name: String,
-    code: ModuleCode,
+    code: Rc<ModuleCode>,
     /// The start of each section with code, its name and its length in bytes.
     sections: Vec<(u64, String, u64)>,
 }
 
 impl LoadedCode {
     /// The code of a module's file, where the kernel has put it.
-    pub(super) fn new(name: &str, file: &[u8], places: &[Section]) -> Self {
-        let code = ModuleCode::read(file);
+    pub(super) fn new(name: &str, code: Rc<ModuleCode>, places: &[Section]) -> Self {
         let place = |name: &str| places.iter().find(|place| place.name == name);
         let sections = code.sections().filter_map(|(section, length)| {
             Some((place(section)?.address, section.to_owned(), length))

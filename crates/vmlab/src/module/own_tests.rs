@@ -5,10 +5,13 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use serde_json::Value;
+use vmlab_artifacts::dies_with_us;
 
 use crate::Error;
+use crate::sync::lock;
 
 /// The directory, in that of the module.
 const DIR: &str = "tests";
@@ -37,6 +40,9 @@ pub(crate) fn build(module: &Path) -> Result<Vec<OwnTest>, Error> {
     if !dir.is_dir() {
         return Ok(Vec::new());
     }
+    // One at a time: builds for several kernels are the same ones.
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _one = lock(&BUILDING);
     if dir.join("Makefile").is_file() {
         run(Command::new("make").arg("-C").arg(&dir), module)?;
     }
@@ -71,7 +77,9 @@ fn programs(dir: &Path) -> io::Result<Vec<OwnTest>> {
 /// The test programs of a crate.
 fn of_cargo(manifest: &Path, module: &Path) -> Result<Vec<OwnTest>, Error> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["test", "--no-run", "--message-format=json", "--manifest-path"]).arg(manifest);
+    cargo
+        .args(["test", "--no-run", "--message-format=json-render-diagnostics", "--manifest-path"])
+        .arg(manifest);
     let said = run(&mut cargo, module)?;
     let messages = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let test = |message: Value| {
@@ -88,6 +96,7 @@ fn run(command: &mut Command, module: &Path) -> Result<String, Error> {
     let program = command.get_program().to_string_lossy().into_owned();
     let failed = |words: String| Error::ModuleTests { program: program.clone(), words };
     command.env("VMLAB_MODULE_DIR", module).env_remove("MAKEFLAGS").env_remove("MAKELEVEL");
+    dies_with_us(command);
     let output = command.stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
     if !output.status.success() {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()));

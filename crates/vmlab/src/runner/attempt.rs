@@ -9,7 +9,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use vmlab_artifacts::Progress;
+use vmlab_artifacts::{Kernel, Progress};
 
 use super::keep::keep;
 use super::verdict::{End, judge};
@@ -20,6 +20,7 @@ use crate::error::chain;
 use crate::events::{KernelEvent, decode};
 use crate::hypervisor::ExitReason;
 use crate::kept::{self, Keeper};
+use crate::module::Before;
 use crate::report::Report;
 use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
@@ -207,24 +208,27 @@ impl Attempt<'_> {
             runner.group.add(self.key(), vm);
             self.watch.vm(vm);
         });
-        let module = building.map(|(spec, building)| match building.finish() {
-            Ok(built) => Ok((spec, self.built.get_or_init(|| built))),
-            Err(error) => Err(error),
-        });
-        // Nothing is known of a kernel that is an image's own.
-        if let Some(kernel) = &kernel {
-            let built = self.built.get().map(|built| built.modules.dir.clone());
-            let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
-            let cwd = runner.options.environment.cwd.clone();
-            let dirs = built.into_iter().chain([cwd]).chain(shares);
-            self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
-        }
-        let vm = started.map_err(|failed| {
-            record.phases = phases(&failed.report);
-            failed.error
-        })?;
-        let module = module.transpose()?;
-        if let Some((_, built)) = module {
+        let vm = match started {
+            Ok(vm) => vm,
+            Err(failed) => {
+                // Its thread is not left behind. What it came to does not matter any more.
+                let _ = building.map(|(_, building)| building.finish());
+                self.find_debug_info(kernel.as_ref());
+                record.phases = phases(&failed.report);
+                return Err(failed.error);
+            }
+        };
+        // What the guest is like without its modules is looked at while they are still being built.
+        let module = match building {
+            Some((spec, building)) => {
+                let before = Before::look(&vm, spec.step_time);
+                let built = building.finish()?;
+                Some((spec, self.built.get_or_init(|| built), before?))
+            }
+            None => None,
+        };
+        self.find_debug_info(kernel.as_ref());
+        if let Some((_, built, _)) = &module {
             record.build_ms = Some(millis(built.took));
             let warnings = built.modules.warnings.iter();
             record.notes.extend(warnings.map(|text| format!("building: {text}")));
@@ -234,12 +238,9 @@ impl Attempt<'_> {
         let keeper = Keeper::new(logs.file(kept::OUTPUT_FILE)?);
         let observer = Arc::clone(&runner.observer);
         let tee = Tee { keeper: Arc::new(Mutex::new(Some(keeper))), observer, index: self.index };
-        let end = match module {
-            Some((spec, build)) => {
-                self.around_module(&vm, (spec, build), &tee, logs.path(), record)
-            }
-            None => self.commands(&vm, &tee, logs.path(), record),
-        };
+        let around =
+            module.map(|module| self.around_module(&vm, module, &tee, logs.path(), record));
+        let end = around.unwrap_or_else(|| self.commands(&vm, &tee, logs.path(), record));
         let stopped = vm.shutdown();
         let warnings = vm.take_warnings();
         record.notes.extend(warnings.iter().map(|text| format!("warning from the guest: {text}")));
@@ -269,6 +270,16 @@ impl Attempt<'_> {
             (End::Exited(_), Err(error)) => Err(error),
             _ => Ok(end),
         }
+    }
+
+    /// Says where debug information is looked for, once that is known. Nothing is of a kernel that is an image's own.
+    fn find_debug_info(&self, kernel: Option<&Kernel>) {
+        let Some(kernel) = kernel else { return };
+        let built = self.built.get().map(|built| built.modules.dir.clone());
+        let cwd = self.run.runner.options.environment.cwd.clone();
+        let shares = self.target.vm.shares.iter().map(|share| share.host.clone());
+        let dirs = built.into_iter().chain([cwd]).chain(shares);
+        self.debug_info.get_or_init(|| DebugInfo::of(kernel, dirs));
     }
 
     /// What runs in the guest, in its order.

@@ -181,12 +181,17 @@ fn closure(first: &Package, packages: &[Package]) -> Result<Vec<Package>, String
     Ok(all)
 }
 
-/// All packages of the headers for a release; none where the suite has none for it.
+/// All packages of the headers for a release, of this version if there is that; none where the suite has none for it.
 ///
 /// # Errors
 /// The name of a part that the suite lacks.
-pub(super) fn headers(release: &str, packages: &[Package]) -> Result<Vec<Package>, String> {
-    match newest(packages, &format!("linux-headers-{release}"), None) {
+pub(super) fn headers(
+    release: &str,
+    version: &str,
+    packages: &[Package],
+) -> Result<Vec<Package>, String> {
+    let name = format!("linux-headers-{release}");
+    match newest(packages, &name, Some(version)).or_else(|| newest(packages, &name, None)) {
         Some(first) => closure(first, packages),
         None => Ok(Vec::new()),
     }

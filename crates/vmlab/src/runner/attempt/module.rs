@@ -14,7 +14,9 @@ use vmlab_artifacts::module_build::{self, ModuleBuild, ModuleSource};
 
 use super::{Attempt, KILL_TIME, SIGKILL, Tee, execute};
 use crate::error::chain;
-use crate::module::{Life, OwnTest, SKIPPED, Step, build_own_tests, content_of, failures_of_tap};
+use crate::module::{
+    Before, Life, OwnTest, SKIPPED, Step, build_own_tests, content_of, failures_of_tap,
+};
 use crate::results::{AttemptResult, explanation};
 use crate::runner::verdict::End;
 use crate::sync::lock;
@@ -166,12 +168,12 @@ impl Attempt<'_> {
     pub(super) fn around_module(
         &self,
         vm: &Vm,
-        (spec, built): (&ModuleSpec, &Built),
+        (spec, built, before): (&ModuleSpec, &Built, Before<'_>),
         tee: &Tee,
         dir: &Path,
         record: &mut AttemptResult,
     ) -> Result<End, Error> {
-        let mut life = Life::begin(vm, spec, &built.modules, self.debug_info.get())?;
+        let mut life = Life::new(before, spec, &built.modules, self.debug_info.get());
         let following =
             life.follower().map(|command| Following::begin(command, tee)).transpose()?;
         let (end, steps) = match spec.cycles {
@@ -264,20 +266,20 @@ impl Attempt<'_> {
         let done = AtomicBool::new(false);
         let nothing = self.target.run.command == TargetCommand::Nothing;
         std::thread::scope(|scope| {
-            let cycles = scope.spawn(|| {
-                let step = life.cycle(count, limit);
-                done.store(true, Ordering::Release);
-                step
-            });
-            let mut end = Ok(End::Exited(ExitStatus::of_nothing()));
-            while !nothing && matches!(&end, Ok(End::Exited(status)) if status.success()) {
-                end = self.commands(vm, tee, dir, record);
-                if done.load(Ordering::Acquire) {
-                    break;
+            let using = scope.spawn(|| {
+                let mut end = Ok(End::Exited(ExitStatus::of_nothing()));
+                while !nothing && matches!(&end, Ok(End::Exited(status)) if status.success()) {
+                    end = self.commands(vm, tee, dir, record);
+                    if done.load(Ordering::Acquire) {
+                        break;
+                    }
                 }
-            }
-            let step = cycles.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok((end?, vec![step]))
+                end
+            });
+            let step = life.cycle(count, limit);
+            done.store(true, Ordering::Release);
+            let end = using.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok((end, vec![step?]))
         })
     }
 }
