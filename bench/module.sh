@@ -48,18 +48,18 @@ byhand
 loaded
 for round in $(seq "$runs"); do
     save "$round"
-    begun=$(now) && module && echo "test $(($(now) - begun))" >>times
+    begun=$(now) && module && echo "test $(($(now) - begun))" >>samples
     python3 -c '
 import json, sys
 attempt = json.load(open(sys.argv[1]))["targets"][0]["attempts"][0]
-print("build", attempt["build_ms"])' out.json >>times
-    begun=$(now) && module && echo "vm $(($(now) - begun))" >>times
+print("build", attempt["build_ms"])' out.json >>samples
+    begun=$(now) && module && echo "vm $(($(now) - begun))" >>samples
     sed -i "s/the number is %d now[^\\\\]*/the number is %d now, $round/" byhand/good.c
-    begun=$(now) && byhand && echo "make $(($(now) - begun))" >>times
-    loaded && echo "byhand $(($(now) - begun))" >>times
+    begun=$(now) && byhand && echo "make $(($(now) - begun))" >>samples
+    loaded && echo "byhand $(($(now) - begun))" >>samples
 done
 
-python3 - times <<'PYTHON' >rows
+python3 - samples <<'PYTHON' >rows
 import statistics, sys
 times = {}
 for line in open(sys.argv[1]):

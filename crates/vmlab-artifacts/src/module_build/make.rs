@@ -36,6 +36,8 @@ pub(super) struct Toolchain {
     compiler: PathBuf,
     /// Variables on the command line of `make`.
     variables: Vec<String>,
+    /// The compiler that the kernel was built with, if it is not here.
+    missing: Option<String>,
 }
 
 impl Toolchain {
@@ -48,6 +50,7 @@ impl Toolchain {
         let usual = if clang { "clang" } else { "gcc" };
         let named = compiler_of(&config).filter(|name| find_program(name).is_some());
         let name = named.unwrap_or(usual);
+        let another = named.is_none();
         let find = |program: &str, package: &str| {
             let (name, package) = (program.to_owned(), package.to_owned());
             find_program(program).ok_or(ModuleBuildError::Tool { program: name, package })
@@ -56,11 +59,33 @@ impl Toolchain {
             true => vec!["LLVM=1".to_owned()],
             false => vec![format!("CC={name}")],
         };
+        // An older compiler may not have what the kernel's has. Kbuild knows another way where this is not set.
+        if another {
+            variables.push("CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT=".to_owned());
+        }
         // Types of the module for BPF need a program that a module does without.
         if find_program("pahole").is_none() {
             variables.push("CONFIG_DEBUG_INFO_BTF_MODULES=".to_owned());
         }
-        Ok(Self { make: find("make", "make")?, compiler: find(name, usual)?, variables })
+        let missing = compiler_of(&config).filter(|_| another).map(str::to_owned);
+        Ok(Self { make: find("make", "make")?, compiler: find(name, usual)?, variables, missing })
+    }
+
+    /// What to do about a host that is older than the kernel's distribution, where that is why.
+    fn hint(&self, said: &str) -> String {
+        if said.contains("GLIBC_") && said.contains("' not found") {
+            return "\nThe programs of these headers need a newer C library than this host has: build on the \
+                kernel's own distribution, or take an older kernel"
+                .to_owned();
+        }
+        match &self.missing {
+            Some(missing) if said.contains("unrecognized command-line option") => {
+                format!(
+                    "\nThe kernel was built with {missing}, which is not here: apt-get install {missing}"
+                )
+            }
+            _ => String::new(),
+        }
     }
 
     /// Changes when the compiler does.
@@ -202,7 +227,7 @@ impl Work {
             return Err(ModuleBuildError::Failed {
                 dir: source.dir().to_owned(),
                 tree: tree.dir.clone(),
-                words: shown(&text),
+                words: shown(&text) + &toolchain.hint(&text),
             });
         }
         Ok(Log { warnings: warnings(&text), text })
@@ -305,8 +330,7 @@ fn shown(text: &str) -> String {
 mod tests {
     use super::*;
 
-    const SAID: &str = "\
-  CC [M]  /m/a.o
+    const SAID: &str = "  CC [M]  /m/a.o
 /m/a.c: In function 'f':
 /m/a.c:5:9: warning: unused variable 'x' [-Wunused-variable]
     5 |     int x;
@@ -332,6 +356,18 @@ WARNING: modpost: missing MODULE_DESCRIPTION() in /m/a.o
         assert!(shown(SAID).starts_with("/m/a.c: In function"), "{}", shown(SAID));
         assert!(!shown(SAID).contains("CC [M]"));
         assert!(shown(&"x\n".repeat(100)).ends_with("\n(40 more lines)"));
+    }
+
+    #[test]
+    fn hosts_that_are_too_old_are_told() {
+        let missing = Some("gcc-16".to_owned());
+        let (make, compiler) = ("make".into(), "gcc".into());
+        let toolchain = Toolchain { make, compiler, variables: Vec::new(), missing };
+        let hint = toolchain.hint("gcc: error: unrecognized command-line option '-fnew'");
+        assert!(hint.contains("apt-get install gcc-16"), "{hint}");
+        let hint = toolchain.hint("objtool: libc.so.6: version `GLIBC_2.38' not found");
+        assert!(hint.contains("newer C library"), "{hint}");
+        assert_eq!(toolchain.hint("error: x"), "");
     }
 
     #[test]

@@ -191,9 +191,10 @@ fn finish(dir: &Path, tree: &Path) -> Result<(), KernelError> {
         .map_err(|e| KernelError::cache_io("describe the headers in", &path, e))
 }
 
-/// A Makefile of Debian's, which includes that of the common headers where they are when they are installed.
+/// A Makefile of Debian's, which names itself and that of the common headers where they are when they are installed. Both are
+/// in the same directory.
 fn relative(makefile: &str) -> String {
-    makefile.replace("include /usr/src/", "include $(dir $(lastword $(MAKEFILE_LIST)))../")
+    makefile.replace("/usr/src/", "$(dir $(lastword $(MAKEFILE_LIST)))../")
 }
 
 #[cfg(test)]
@@ -205,6 +206,10 @@ mod tests {
         assert_eq!(
             relative("include /usr/src/linux-headers-6.1.0-57-common/Makefile\n"),
             "include $(dir $(lastword $(MAKEFILE_LIST)))../linux-headers-6.1.0-57-common/Makefile\n"
+        );
+        assert_eq!(
+            relative("KBUILD_OUTPUT=/usr/src/linux-headers-7.2.13+deb14-amd64\n"),
+            "KBUILD_OUTPUT=$(dir $(lastword $(MAKEFILE_LIST)))../linux-headers-7.2.13+deb14-amd64\n"
         );
     }
 }
