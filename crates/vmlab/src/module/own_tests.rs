@@ -77,9 +77,10 @@ fn programs(dir: &Path) -> io::Result<Vec<OwnTest>> {
 /// The test programs of a crate.
 fn of_cargo(manifest: &Path, module: &Path) -> Result<Vec<OwnTest>, Error> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo
-        .args(["test", "--no-run", "--message-format=json-render-diagnostics", "--manifest-path"])
-        .arg(manifest);
+    cargo.args(["test", "--no-run", "--message-format=json-render-diagnostics"]);
+    // Beside the tests, whatever the environment says: there the guest sees it.
+    let target = manifest.with_file_name("target");
+    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(target);
     let said = run(&mut cargo, module)?;
     let messages = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let test = |message: Value| {

@@ -129,15 +129,14 @@ impl<'vm> Following<'vm> {
         Ok(Self { child, copied })
     }
 
-    /// Ends it, once it has shown what there is.
-    fn end(mut self) -> Result<(), Error> {
+    /// Ends it, once it has shown what there is. Where the VM has ended, others say why.
+    fn end(mut self) {
         drop(self.child.stdin.take());
-        if self.child.wait_until(Some(Instant::now() + KILL_TIME))?.is_none() {
+        if let Ok(None) = self.child.wait_until(Some(Instant::now() + KILL_TIME)) {
             self.child.control().signal(SIGKILL);
         }
         // What ends the wait is that the sender is dropped.
         let _ = self.copied.recv_timeout(KILL_TIME);
-        Ok(())
     }
 }
 
@@ -181,7 +180,7 @@ impl Attempt<'_> {
             None => self.while_loaded(&mut life, &built.own_tests, (vm, tee, dir), record)?,
         };
         if let Some(following) = following {
-            following.end()?;
+            following.end();
         }
         let mut problems = Vec::new();
         for step in steps {
