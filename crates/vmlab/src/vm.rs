@@ -44,6 +44,9 @@ const POWER_OFF_TIME: Duration = Duration::from_secs(120);
 /// How long the guest may take to read its kernel's log. Without it, timings say less.
 const BOOT_LOG_TIME: Duration = Duration::from_secs(5);
 
+/// After so long its power button is pressed again: early in a boot, nobody may listen to that yet.
+const BUTTON_TIME: Duration = Duration::from_secs(5);
+
 /// Lines of the console that are shown with a failure.
 const SHOWN_LINES: usize = 30;
 
@@ -281,8 +284,17 @@ impl Vm {
 
     /// Has the guest's own system end everything and unmount its disks.
     fn power_off(&self) -> Result<(), Error> {
-        self.handle.shutdown()?;
-        match self.handle.wait(Some(Instant::now() + POWER_OFF_TIME)) {
+        let deadline = Instant::now() + POWER_OFF_TIME;
+        let ended = loop {
+            let pressed = self.handle.shutdown();
+            let until = deadline.min(Instant::now() + BUTTON_TIME);
+            let ended = self.handle.wait(Some(until));
+            if ended.is_some() || Instant::now() >= deadline {
+                break ended;
+            }
+            pressed?;
+        };
+        match ended {
             Some(ExitReason::Shutdown) => Ok(()),
             Some(reason) => {
                 let console = evidence(&*self.handle, self.came_up);

@@ -217,7 +217,9 @@ fn the_agent_comes_in_by_cloud_init_and_by_credentials() {
 fn what_a_system_writes_stays_only_if_that_is_asked_for() {
     let site = Site::new();
     let image = copy(&site, &image(DEBIAN_12), "own.raw");
-    let script = "test ! -e /root/made && echo kept > /root/made";
+    // As early in a boot, nobody listens to the power button at first.
+    let script = "test ! -e /root/made && echo kept > /root/made && systemctl stop systemd-logind && \
+        systemd-run --on-active=8 systemctl start systemd-logind";
     let run = |options: &[&str]| {
         let args = [&["run", "-q", "--image", text(&image)], options].concat();
         let outcome = site.vmlab([&args[..], &["--", "sh", "-c", script]].concat());
