@@ -171,6 +171,10 @@ once_only=(
     images::the_agent
     images::uefi_starts
     images::what_a_system
+    modules::a_corrupted_list
+    modules::a_module_that_keeps
+    modules::a_modules_own_tests
+    modules::modules_are_loaded
     native::
     nested::
     new_disks::a_full_disk

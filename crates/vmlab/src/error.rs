@@ -347,7 +347,7 @@ pub enum Error {
     #[error(transparent)]
     ModuleBuild(#[from] ModuleBuildError),
     /// A module's own tests cannot be built.
-    #[error("the module's tests cannot be built: {program} says:\n{words}")]
+    #[error("the module's tests cannot be built by {program}:\n{words}")]
     ModuleTests {
         /// The program.
         program: String,

@@ -98,7 +98,10 @@ fn run(command: &mut Command, module: &Path) -> Result<String, Error> {
     let failed = |words: String| Error::ModuleTests { program: program.clone(), words };
     command.env("VMLAB_MODULE_DIR", module).env_remove("MAKEFLAGS").env_remove("MAKELEVEL");
     dies_with_us(command);
-    let output = command.stdin(Stdio::null()).output().map_err(|e| failed(e.to_string()))?;
+    let output = command.stdin(Stdio::null()).output().map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => failed("it is not here; it has to be in PATH".to_owned()),
+        _ => failed(e.to_string()),
+    })?;
     if !output.status.success() {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()));
     }
