@@ -1,5 +1,6 @@
 //! What the kernel's log says of its boot.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
@@ -49,7 +50,7 @@ fn read_log() -> io::Result<BootLog> {
     for _ in 0..MAX_RECORDS {
         let Some(record) = next_record(&mut log, &mut buffer)? else { break };
         let record = String::from_utf8_lossy(record);
-        if let Some((time_us, text)) = parse(&record) {
+        if let Some(Record { time_us, text, .. }) = Record::parse(&record) {
             found.take(time_us, text);
             if text.ends_with(MARK) {
                 return Ok(found.on_clock(time_us, now_ns));
@@ -76,11 +77,35 @@ pub(crate) fn next_record<'a>(
     Ok((count > 0).then(|| &buffer[..count]))
 }
 
-/// A record's time in microseconds and its first line (`Documentation/ABI/testing/dev-kmsg`).
-fn parse(record: &str) -> Option<(u64, &str)> {
-    let (head, text) = record.split_once(';')?;
-    let time_us = head.split(',').nth(2)?.parse().ok()?;
-    Some((time_us, text.lines().next().unwrap_or_default()))
+/// A record of the log (`Documentation/ABI/testing/dev-kmsg`). It is shown as `dmesg` does.
+pub(crate) struct Record<'a> {
+    /// Whether the kernel has written it, and no program.
+    pub(crate) of_kernel: bool,
+    /// Its number since the kernel's start.
+    pub(crate) number: u64,
+    time_us: u64,
+    /// Its first line; behind it are properties of a device.
+    text: &'a str,
+}
+
+impl<'a> Record<'a> {
+    /// Reads one; `None` for what is none.
+    pub(crate) fn parse(record: &'a str) -> Option<Self> {
+        let (head, text) = record.split_once(';')?;
+        let mut fields = head.split(',').map(str::parse::<u64>);
+        let mut field = || fields.next()?.ok();
+        let (priority, number, time_us) = (field()?, field()?, field()?);
+        // The facility is above the three bits of the level; the kernel's is 0.
+        let of_kernel = priority >> 3 == 0;
+        Some(Self { of_kernel, number, time_us, text: text.lines().next().unwrap_or_default() })
+    }
+}
+
+impl fmt::Display for Record<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { time_us, text, .. } = self;
+        write!(f, "[{:5}.{:06}] {text}", time_us / 1_000_000, time_us % 1_000_000)
+    }
 }
 
 /// The first message of each part, with its time on the log's clock.
@@ -128,8 +153,8 @@ mod tests {
 
     fn milestones() -> Milestones {
         let mut found = Milestones::default();
-        for (time, text) in LOG.iter().filter_map(|record| parse(record)) {
-            found.take(time, text);
+        for record in LOG.iter().filter_map(|record| Record::parse(record)) {
+            found.take(record.time_us, record.text);
         }
         found
     }

@@ -3,6 +3,8 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 
+use crate::boot_log::Record;
+
 /// What the host reads.
 const CONSOLE: &str = "ttyS0";
 
@@ -44,16 +46,8 @@ fn copy(mut log: File, mut console: File) -> io::Result<()> {
 
 /// A record of the log as the kernel prints it on a console; `None` for what is no message of the kernel's.
 fn as_printed(record: &str) -> Option<String> {
-    let (head, text) = record.split_once(';')?;
-    let mut fields = head.split(',');
-    let priority: u32 = fields.next()?.parse().ok()?;
-    let us: u64 = fields.nth(1)?.parse().ok()?;
-    // The facility is above the three bits of the level; the kernel's is 0.
-    if priority >> 3 != 0 {
-        return None;
-    }
-    let text = text.lines().next().unwrap_or_default();
-    Some(format!("[{:5}.{:06}] {text}\r\n", us / 1_000_000, us % 1_000_000))
+    let record = Record::parse(record).filter(|record| record.of_kernel)?;
+    Some(format!("{record}\r\n"))
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmlab_wire::message;
 use vmlab_wire::observation::{
-    LENGTH, Load, MAX_REQUEST, ModuleAnswer, ModuleFile, ModuleRequest, Section,
+    LENGTH, Load, MAX_REQUEST, ModuleAnswer, ModuleFile, ModuleRequest, Section, framed,
 };
 
 use crate::sys;
@@ -84,7 +85,7 @@ fn serve(from: u64, mut input: File, mut output: File) -> io::Result<()> {
             continue;
         }
         let Some(request) = next_request(&mut input)? else { return Ok(()) };
-        output.write_all(&answer(request, &mut log, &mut tracker).encode())?;
+        output.write_all(&framed(&answer(request, &mut log, &mut tracker)))?;
     }
 }
 
@@ -101,7 +102,7 @@ fn next_request(input: &mut File) -> io::Result<Option<ModuleRequest>> {
     }
     let mut bytes = Vec::new();
     input.take(length.into()).read_to_end(&mut bytes)?;
-    ModuleRequest::decode(&bytes).map(Some).map_err(io::Error::other)
+    message::decode(&bytes).map(Some).map_err(io::Error::other)
 }
 
 /// Does what is asked, and says how that went and what the guest is like now.

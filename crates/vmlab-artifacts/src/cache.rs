@@ -359,7 +359,7 @@ fn make_dirs(dir: &Path) -> Result<(), CacheError> {
         .map_err(|e| CacheError::io("make the cache directory", dir, e))
 }
 
-fn open_lock_file(path: &Path) -> io::Result<File> {
+pub(crate) fn open_lock_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 

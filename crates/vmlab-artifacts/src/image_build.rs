@@ -26,6 +26,7 @@ pub use error::ImageBuildError;
 pub use recipe::{BootFirmware, DEFAULT_SIZE, ImageRecipe, MAX_SIZE, MIN_SIZE, RecipeError};
 
 use crate::cache::Leases;
+use crate::progress::waiting;
 use crate::source::apt::{self, SuiteSources};
 use crate::{Bound, Cache, ContentKey, Kind, Progress};
 
@@ -101,10 +102,7 @@ fn make(
     })?;
     let key = recipe_key(recipe).field("archive", &sources.state);
     let key = format!("{}-{}-{}", recipe.distribution, recipe.suite, &key.finish()[..24]);
-    let on_wait = |pid: Option<u32>| {
-        let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
-        progress.note(&format!("waiting for {who}, which is building the same image"));
-    };
+    let on_wait = waiting(progress, "building the same image");
     let build = |dir: &Path| build_entry(dir, &key, recipe, &sources, progress);
     let (dir, lease) = cache.get_or_build_leased(IMAGES, &key, entry::verify, build, on_wait)?;
     let leases = Leases::default();

@@ -20,6 +20,7 @@ use make::{Log, Toolchain};
 pub use sources::{ModuleSource, SourceState};
 
 use crate::cache::{Flaw, Lease, Manifest};
+use crate::progress::waiting;
 use crate::{Bound, BuildTree, Cache, ContentKey, Kind, Progress};
 
 const MODULES: &str = "modules";
@@ -145,10 +146,7 @@ fn build_once(
         let log = work.make(source, tree, &toolchain)?;
         describe(entry, &work.collect(source, entry)?, &log)
     };
-    let on_wait = |pid: Option<u32>| {
-        let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
-        progress.note(&format!("waiting for {who}, which is building the same module"));
-    };
+    let on_wait = waiting(progress, "building the same module");
     let (dir, lease) = cache.get_or_build_unflushed(MODULES, &key, verify, make, on_wait, None)?;
     let read = Description::read(&dir);
     let Description { mut modules, warnings, .. } = read.map_err(|flaw| {

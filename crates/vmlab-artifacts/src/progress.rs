@@ -15,6 +15,14 @@ pub trait Progress: Sync {
     fn download(&self, _done: u64, _total: Option<u64>) {}
 }
 
+/// Says which process is waited for that makes the same thing; `doing` as in `fetching the same kernel`.
+pub(crate) fn waiting(progress: &dyn Progress, doing: &str) -> impl Fn(Option<u32>) {
+    move |pid| {
+        let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
+        progress.note(&format!("waiting for {who}, which is {doing}"));
+    }
+}
+
 /// Reports nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;

@@ -8,6 +8,7 @@ use std::sync::atomic::{self, AtomicU64};
 use serde::Serialize;
 
 use crate::cache::{Flaw, Leases};
+use crate::progress::waiting;
 use crate::source::{apt, deb, local};
 use crate::{
     Arch, Bound, Cache, CacheError, ContentKey, Distro, DistroSpec, Kernel, KernelError,
@@ -350,12 +351,7 @@ impl KernelStore {
         }
         let key = entry::sanitise(&key);
         self.build_entry(&key, progress, |dir| {
-            let debs_dir = dir.join("debs");
-            fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
-            let debs = found.parts.download(&debs_dir, progress)?;
-            entry::unpack(dir, &debs, progress)?;
-            fs::remove_dir_all(&debs_dir)
-                .map_err(|e| KernelError::cache_io("remove", &debs_dir, e))?;
+            entry::fetch(dir, &found.parts, deb::unpack, progress)?;
             entry::finish(
                 dir,
                 &image.name,
@@ -394,7 +390,7 @@ impl KernelStore {
         }
         let key = format!("deb-{}", &key.finish()[..32]);
         self.build_entry(&key, progress, |dir| {
-            entry::unpack(dir, &debs, progress)?;
+            entry::unpack(dir, &debs, deb::unpack, progress)?;
             if local::images_in(dir).is_empty() {
                 return Err(KernelError::NoKernelInDeb { path: path.clone() });
             }
@@ -417,10 +413,7 @@ impl KernelStore {
         progress: &dyn Progress,
         build: impl FnOnce(&Path) -> Result<(), KernelError>,
     ) -> Result<(), KernelError> {
-        let on_wait = |pid: Option<u32>| {
-            let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
-            progress.note(&format!("waiting for {who}, which is fetching the same kernel"));
-        };
+        let on_wait = waiting(progress, "fetching the same kernel");
         self.cache.get_or_build_noting(KERNELS, key, entry::verify, build, on_wait)?;
         Ok(())
     }

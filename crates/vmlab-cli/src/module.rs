@@ -252,19 +252,16 @@ fn again(
         Some(cycles) => words.extend(["stress".to_owned(), format!("--cycles={cycles}")]),
     }
     words.push(dir.to_string_lossy().into_owned());
-    let mut option = |name: &str, value: &str| words.push(format!("--{name}={value}"));
-    let one = |name, value: &Option<String>| value.clone().map(|value| (name, value));
-    let many = |name, values: &[String]| {
-        values.iter().map(|value| (name, value.clone())).collect::<Vec<_>>()
-    };
-    let given = [("kernel", kernel.cloned())].into_iter();
-    let given = given.filter_map(|(name, value)| Some((name, value?)));
-    let given = given.chain(many("param", &args.param)).chain(many("allow-log", &args.allow_log));
-    let given = given.chain(one("dyndbg", &args.dyndbg)).chain(many("trace", &args.trace));
-    let given = given.chain(one("step-timeout", &args.step_timeout));
-    given.for_each(|(name, value)| option(name, &value));
-    option("command-timeout", &args.command_timeout);
-    option("memory", &args.memory.to_string());
+    let mut given: Vec<(&str, &str)> = Vec::new();
+    given.extend(kernel.map(|kernel| ("kernel", kernel.as_str())));
+    given.extend(args.param.iter().map(|param| ("param", param.as_str())));
+    given.extend(args.allow_log.iter().map(|regex| ("allow-log", regex.as_str())));
+    given.extend(args.dyndbg.iter().map(|query| ("dyndbg", query.as_str())));
+    given.extend(args.trace.iter().map(|event| ("trace", event.as_str())));
+    given.extend(args.step_timeout.iter().map(|limit| ("step-timeout", limit.as_str())));
+    let memory = args.memory.to_string();
+    given.extend([("command-timeout", args.command_timeout.as_str()), ("memory", &memory)]);
+    words.extend(given.into_iter().map(|(name, value)| format!("--{name}={value}")));
     if args.show_log {
         words.push("--show-log".to_owned());
     }

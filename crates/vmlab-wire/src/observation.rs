@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::message::{self, MessageError};
+#[cfg(doc)]
+use crate::message;
 
 /// The most that an answer may have, in bytes.
 pub const MAX_ANSWER: u32 = 8 * 1024 * 1024;
@@ -43,25 +44,11 @@ pub enum ModuleRequest {
     },
 }
 
-impl ModuleRequest {
-    /// As bytes, with their length in front.
-    pub fn encode(&self) -> Vec<u8> {
-        framed(self)
-    }
-
-    /// From the bytes behind the length.
-    ///
-    /// # Errors
-    /// When they are no request.
-    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
-        message::decode(bytes)
-    }
-}
-
 /// How many bytes the length in front of a request or an answer has; it is little-endian.
 pub const LENGTH: usize = 4;
 
-fn framed(value: &impl Serialize) -> Vec<u8> {
+/// A request or an answer as bytes, with their length in front. What is behind that, [`message::decode`] reads.
+pub fn framed(value: &impl Serialize) -> Vec<u8> {
     // Plain data can always be encoded.
     let bytes = postcard::to_stdvec(value).unwrap_or_default();
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
@@ -110,11 +97,9 @@ pub struct Observation {
     pub taint: u64,
     /// The modules that are loaded.
     pub modules: Vec<LoadedModule>,
-    /// What has a name and is made by modules: nodes of `/dev`, `/proc` and `/sys`, and registrations such as
-    /// `filesystem ext4`.
+    /// What has a name and is made by modules: nodes of `/dev`, `/proc` and `/sys`, registrations such as
+    /// `filesystem ext4`, and caches of objects such as `slab cache ext4_inode_cache`.
     pub names: BTreeSet<String>,
-    /// Caches of objects of one kind.
-    pub caches: Vec<SlabCache>,
     /// Memory that is there by vmalloc for code of modules.
     pub areas: Vec<Area>,
     /// Memory that code of modules has allocated since the first module was loaded, and that was not freed.
@@ -136,17 +121,6 @@ pub struct LoadedModule {
     pub name: String,
     /// How many users it has; -1 where it cannot be unloaded.
     pub users: i64,
-}
-
-/// A line of `/proc/slabinfo`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SlabCache {
-    /// Its name.
-    pub name: String,
-    /// Objects in use, of which some may be free ones that a processor keeps for itself.
-    pub objects: u64,
-    /// The size of each, in bytes.
-    pub object_size: u64,
 }
 
 /// A line of `/proc/vmallocinfo`.
@@ -171,35 +145,22 @@ pub struct Unfreed {
     pub bytes: u64,
 }
 
-impl ModuleAnswer {
-    /// As bytes, with their length in front.
-    pub fn encode(&self) -> Vec<u8> {
-        framed(self)
-    }
-
-    /// From the bytes behind the length.
-    ///
-    /// # Errors
-    /// When they are no answer.
-    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
-        message::decode(bytes)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::decode;
 
     #[test]
     fn requests_and_answers_come_back_as_they_were() {
         let file =
             ModuleFile { name: "m".to_owned(), parameters: "a=1".to_owned(), content: vec![1, 2] };
         let request = ModuleRequest::Cycle { files: vec![file], count: 3 };
-        let bytes = request.encode();
+        let bytes = framed(&request);
         assert_eq!(bytes[..LENGTH], u32::to_le_bytes((bytes.len() - LENGTH) as u32));
-        assert_eq!(ModuleRequest::decode(&bytes[LENGTH..]).unwrap(), request);
+        assert_eq!(decode::<ModuleRequest>(&bytes[LENGTH..]).unwrap(), request);
         let answer = ModuleAnswer { errno: 2, module: "m".to_owned(), ..ModuleAnswer::default() };
-        assert_eq!(ModuleAnswer::decode(&answer.encode()[LENGTH..]).unwrap(), answer);
-        ModuleAnswer::decode(&answer.encode()).unwrap_err();
+        let bytes = framed(&answer);
+        assert_eq!(decode::<ModuleAnswer>(&bytes[LENGTH..]).unwrap(), answer);
+        decode::<ModuleAnswer>(&bytes).unwrap_err();
     }
 }

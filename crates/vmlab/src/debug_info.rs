@@ -3,14 +3,14 @@
 
 mod object_file;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use vmlab_artifacts::{Kernel, Origin, modules};
 
-use crate::events::{Location, Place, Symbols};
+use crate::events::{Location, Place, Symbols, with_places};
 use object_file::ObjectFile;
 
 /// Where distributions' packages of debug information are unpacked.
@@ -120,15 +120,17 @@ impl DebugInfo {
 
 /// The code in a module's file, by its sections, which have no addresses before the module is loaded.
 pub(crate) struct ModuleCode {
-    file: Option<ObjectFile>,
+    content: Vec<u8>,
+    /// Its debug information, once that is wanted: of most modules it never is.
+    file: OnceCell<Option<ObjectFile>>,
     sections: Vec<(String, u64, u64)>,
 }
 
 impl ModuleCode {
     /// That of a file. What is no module has none.
-    pub(crate) fn read(content: &[u8]) -> Self {
-        let file = ObjectFile::of_module(content);
-        Self { file, sections: object_file::code_sections(content) }
+    pub(crate) fn new(content: Vec<u8>) -> Self {
+        let sections = object_file::code_sections(&content);
+        Self { content, file: OnceCell::new(), sections }
     }
 
     /// The sections with code and their lengths in bytes.
@@ -140,13 +142,9 @@ impl ModuleCode {
     /// file does not tell.
     pub(crate) fn function_at(&self, section: &str, offset: u64) -> Option<String> {
         let (.., place) = self.sections.iter().find(|(name, ..)| name == section)?;
-        let (name, offset, lines) = self.file.as_ref()?.function_at(place.checked_add(offset)?)?;
-        let shown: Vec<String> = lines.iter().map(Location::to_string).collect();
-        let name = format!("{name}+{offset:#x}");
-        Some(match shown.is_empty() {
-            true => name,
-            false => format!("{name} ({})", shown.join(", inlined at ")),
-        })
+        let file = self.file.get_or_init(|| ObjectFile::of_module(&self.content)).as_ref()?;
+        let (name, offset, lines) = file.function_at(place.checked_add(offset)?)?;
+        Some(with_places(&format!("{name}+{offset:#x}"), &lines))
     }
 }
 

@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use kinds::GROUPS;
 pub use kinds::{UnknownKind, default_kinds, parse_kinds};
 pub use reader::EventReader;
+pub(crate) use symbols::with_places;
 pub use symbols::{Location, Place, Symbols, decode};
 
 /// What happened to a kernel.

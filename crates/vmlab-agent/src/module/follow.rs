@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::allocations;
-use crate::boot_log;
+use crate::boot_log::{self, Record};
 
 /// Our own buffer, beside that of allocations.
 const INSTANCE: &str = "instances/vmlab-events";
@@ -115,13 +115,8 @@ pub(super) fn follow(
 /// A record as `dmesg` shows it; `None` for earlier ones, and for those of programs.
 fn shown(record: &[u8], from: u64) -> Option<String> {
     let text = String::from_utf8_lossy(record);
-    let (head, text) = text.split_once(';')?;
-    let mut fields = head.split(',').map(str::parse::<u64>);
-    let mut number = || fields.next()?.ok();
-    let (priority, sequence, us) = (number()?, number()?, number()?);
-    let line = text.lines().next().unwrap_or_default();
-    let ours = priority >> 3 == 0 && sequence >= from;
-    ours.then(|| format!("[{:5}.{:06}] {line}\n", us / 1_000_000, us % 1_000_000))
+    let record = Record::parse(&text)?;
+    (record.of_kernel && record.number >= from).then(|| format!("{record}\n"))
 }
 
 #[cfg(test)]

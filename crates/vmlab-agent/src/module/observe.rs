@@ -6,10 +6,10 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vmlab_wire::observation::{Area, LoadedModule, Observation, SlabCache};
+use vmlab_wire::observation::{Area, LoadedModule, Observation};
 
 use super::allocations::Tracker;
-use crate::boot_log;
+use crate::boot_log::{self, Record};
 
 /// More names than any guest has; a module that makes them without end does not fill memory.
 const MAX_NAMES: usize = 100_000;
@@ -116,13 +116,13 @@ pub(super) fn look(log: &mut Log, tracker: &mut Tracker, depth: Depth) -> Observ
     }
     of_proc(&mut names);
     registrations(&mut names, &text);
+    names.extend(text("/proc/slabinfo").lines().filter_map(slab_cache));
     let (unfreed, untracked) = match tracker.unfreed() {
         Ok(unfreed) => (unfreed, None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     Observation {
         names,
-        caches: text("/proc/slabinfo").lines().filter_map(slab_cache).collect(),
         areas: text("/proc/vmallocinfo").lines().filter_map(area).collect(),
         unfreed,
         untracked,
@@ -186,12 +186,12 @@ fn loaded_module(line: &str) -> Option<LoadedModule> {
 }
 
 /// `kmalloc-64 1024 1024 64 64 1 : tunables …`, behind two lines of headings.
-fn slab_cache(line: &str) -> Option<SlabCache> {
+fn slab_cache(line: &str) -> Option<String> {
     let mut words = line.split_whitespace();
-    let name = words.next()?.to_owned();
-    let objects = words.next()?.parse().ok()?;
-    let object_size = words.nth(1)?.parse().ok()?;
-    Some(SlabCache { name, objects, object_size })
+    let name = words.next()?;
+    // How many objects are in use.
+    words.next()?.parse::<u64>().ok()?;
+    Some(format!("slab cache {name}"))
 }
 
 /// `0xffffc90000000000-0xffffc90000002000    8192 f+0x12/0x34 [mymod] pages=1 vmalloc`. Only what is for modules:
@@ -241,10 +241,9 @@ fn kmemleak() -> Vec<String> {
     reports
 }
 
-/// The number of a record: `6,339,5140900,-;text`.
+/// The number of a record; `None` for what is none.
 fn number_of(record: &[u8]) -> Option<u64> {
-    let number = record.split(|byte| *byte == b',').nth(1)?;
-    std::str::from_utf8(number).ok()?.parse().ok()
+    Some(Record::parse(&String::from_utf8_lossy(record))?.number)
 }
 
 #[cfg(test)]
@@ -256,12 +255,8 @@ mod tests {
         let module = loaded_module("ext4 1003520 2 - Live 0x0000000000000000").unwrap();
         assert_eq!((module.name.as_str(), module.users), ("ext4", 2));
         assert_eq!(loaded_module("x 4096 - - Live 0x0").unwrap().users, -1);
-        let cache =
-            slab_cache("kmalloc-64   1000   1024     64   64    1 : tunables    0").unwrap();
-        assert_eq!(
-            (cache.name.as_str(), cache.objects, cache.object_size),
-            ("kmalloc-64", 1000, 64)
-        );
+        let line = "kmalloc-64   1000   1024     64   64    1 : tunables    0";
+        assert_eq!(slab_cache(line).unwrap(), "slab cache kmalloc-64");
         assert_eq!(slab_cache("slabinfo - version: 2.1"), None);
         assert_eq!(slab_cache("# name            <active_objs> <num_objs> <objsize>"), None);
         let line =

@@ -1,14 +1,15 @@
 //! Running Kbuild in a directory that is kept for the next time.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{MODULES, ModuleBuildError, ModuleSource};
+use crate::cache::open_lock_file;
 use crate::{BuildTree, Cache, ContentKey, Digest, child, find_program};
 
 /// Below the kind's directory: the directories that builds run in. They are no entries.
@@ -140,9 +141,7 @@ impl Work {
         let dir = all.join(&key[..24]);
         let path = all.join(format!("{}.lock", &key[..24]));
         let failed = |e| ModuleBuildError::io("lock", &path, e);
-        let mut options = OpenOptions::new();
-        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let lock = lock.map_err(failed)?;
+        let lock = open_lock_file(&path).map_err(failed)?;
         lock.lock().map_err(failed)?;
         // Its time says when it was used last.
         lock.set_modified(std::time::SystemTime::now()).map_err(failed)?;

@@ -167,7 +167,11 @@ fn placed(name: &Path) -> Option<PathBuf> {
 }
 
 /// Unpacks the headers in a package as they are: files and links below `usr/src` and `usr/lib`.
-pub(crate) fn unpack_headers(path: &Path, dest: &Path) -> Result<(), KernelError> {
+pub(crate) fn unpack_headers(
+    path: &Path,
+    dest: &Path,
+    progress: &dyn Progress,
+) -> Result<(), KernelError> {
     let mut left = MAX_UNPACKED;
     each_entry(path, "data.tar", |name, entry| {
         let kind = entry.header().entry_type();
@@ -178,6 +182,7 @@ pub(crate) fn unpack_headers(path: &Path, dest: &Path) -> Result<(), KernelError
         left = left.checked_sub(entry.size()).ok_or_else(|| {
             io::Error::other(format!("it unpacks to more than {MAX_UNPACKED} bytes"))
         })?;
+        progress.download(MAX_UNPACKED - left, None);
         // It leaves out what links would lead out of the directory.
         entry.unpack_in(dest).map(drop)
     })

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot_image::BootImage;
 use crate::cache::{Flaw, Manifest};
 use crate::source::deb::{self, Control};
-use crate::source::local;
+use crate::source::{apt, local};
 use crate::{Arch, ContentKey, Distro, KernelError, Progress, modules};
 
 /// Raised when the layout changes; entries of other formats are fetched anew.
@@ -73,16 +73,34 @@ pub(super) fn verify_all(dir: &Path) -> Result<(), Flaw> {
     Ok(files.check(dir)?)
 }
 
+/// Takes out of a package what belongs into a directory.
+type Unpack = fn(&Path, &Path, &dyn Progress) -> Result<(), KernelError>;
+
+/// Downloads packages and unpacks them over each other.
+pub(super) fn fetch(
+    dir: &Path,
+    parts: &apt::Parts,
+    unpack_one: Unpack,
+    progress: &dyn Progress,
+) -> Result<(), KernelError> {
+    let debs_dir = dir.join("debs");
+    fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
+    let debs = parts.download(&debs_dir, progress)?;
+    unpack(dir, &debs, unpack_one, progress)?;
+    fs::remove_dir_all(&debs_dir).map_err(|e| KernelError::cache_io("remove", &debs_dir, e))
+}
+
 /// Unpacks packages over each other.
 pub(super) fn unpack(
     dir: &Path,
     debs: &[PathBuf],
+    unpack_one: Unpack,
     progress: &dyn Progress,
 ) -> Result<(), KernelError> {
     for deb in debs {
         let name = deb.file_name().unwrap_or_default().to_string_lossy();
         progress.phase(&format!("unpack {name}"));
-        deb::unpack(deb, dir, progress)?;
+        unpack_one(deb, dir, progress)?;
     }
     Ok(())
 }
@@ -136,12 +154,16 @@ pub(super) fn finish(
     write_json(dir, ENTRY, &entry)
 }
 
-fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), KernelError> {
+pub(super) fn write_json(
+    dir: &Path,
+    name: &str,
+    value: &impl Serialize,
+) -> Result<(), KernelError> {
     let path = dir.join(name);
     serde_json::to_vec(value)
         .map_err(std::io::Error::from)
         .and_then(|json| fs::write(&path, json))
-        .map_err(|e| KernelError::cache_io("describe the kernel in", &path, e))
+        .map_err(|e| KernelError::cache_io("describe what was fetched in", &path, e))
 }
 
 /// A `.deb` and the packages beside it that hold other parts of its kernel.

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::KernelStore;
-use super::entry::{Entry, sanitise};
+use super::entry::{self, Entry, sanitise};
 use crate::cache::{Flaw, Leases, Manifest};
+use crate::progress::waiting;
 use crate::source::{apt, deb};
 use crate::{Bound, DistroSpec, Kernel, KernelError, Kind, Origin, Progress, Select};
 
@@ -108,23 +109,12 @@ impl KernelStore {
         let key = sanitise(&format!("{release}_{version}_{}", spec.arch().debian()));
         let build = |dir: &Path| {
             let parts = apt::find_headers(self.cache.root(), spec, (release, version), progress)?;
-            let debs_dir = dir.join("debs");
-            fs::create_dir(&debs_dir).map_err(|e| KernelError::cache_io("make", &debs_dir, e))?;
-            for deb in parts.download(&debs_dir, progress)? {
-                let name = deb.file_name().unwrap_or_default().to_string_lossy();
-                progress.phase(&format!("unpack {name}"));
-                deb::unpack_headers(&deb, dir)?;
-            }
-            let remove = fs::remove_dir_all(&debs_dir);
-            remove.map_err(|e| KernelError::cache_io("remove", &debs_dir, e))?;
+            entry::fetch(dir, &parts, deb::unpack_headers, progress)?;
             finish(dir, &Path::new(SOURCES).join(&parts.first().name))
         };
-        let on_wait = |pid: Option<u32>| {
-            let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
-            progress.note(&format!("waiting for {who}, which is fetching the same headers"));
-        };
-        let made = self.cache.get_or_build_leased(HEADERS, &key, verify, build, on_wait);
-        let (entry, lease) = made?;
+        let on_wait = waiting(progress, "fetching the same headers");
+        let (entry, lease) =
+            self.cache.get_or_build_leased(HEADERS, &key, verify, build, on_wait)?;
         let headers = Headers::read(&entry).map_err(|flaw| {
             let path = entry.join(DESCRIPTION);
             KernelError::cache_io("read", &path, std::io::Error::other(flaw))
@@ -185,10 +175,7 @@ fn finish(dir: &Path, tree: &Path) -> Result<(), KernelError> {
     };
     let sources = list().map_err(|e| KernelError::cache_io("list", &dir.join(top), e))?;
     let headers = Headers { tree: tree.to_owned(), sources, key_files: Manifest { files } };
-    let path = dir.join(DESCRIPTION);
-    let json = serde_json::to_vec(&headers).map_err(std::io::Error::from);
-    json.and_then(|json| fs::write(&path, json))
-        .map_err(|e| KernelError::cache_io("describe the headers in", &path, e))
+    entry::write_json(dir, DESCRIPTION, &headers)
 }
 
 /// A Makefile of Debian's, which names itself and that of the common headers where they are when they are installed. Both are

@@ -59,6 +59,12 @@ fn line_of(site: &Site, name: &str, text: &str) -> usize {
     source.lines().position(|line| line.contains(text)).unwrap() + 1
 }
 
+/// How that line is named in reports.
+fn place_of(site: &Site, name: &str, text: &str) -> String {
+    let dir = site.cwd().canonicalize().unwrap();
+    format!("{}/{name}/{name}.c:{})", dir.display(), line_of(site, name, text))
+}
+
 #[test]
 fn a_module_that_is_as_it_should_be_passes() {
     let site = site();
@@ -235,8 +241,7 @@ fn a_saved_file_is_tested_again() {
 fn what_is_not_given_back_is_told_with_the_line_that_took_it() {
     let site = site();
     test(&site, "leaks", &[]).expect_code(1);
-    let line = line_of(&site, "leaks", "kmalloc(1000");
-    let place = format!("{}/leaks/leaks.c:{line})", site.cwd().canonicalize().unwrap().display());
+    let place = place_of(&site, "leaks", "kmalloc(1000");
     for attempt in attempts(&site) {
         assert_eq!(attempt["failure"]["kind"], "module");
         let how: Vec<&str> = attempt["failure"]["how"].as_str().unwrap().lines().collect();
@@ -262,11 +267,7 @@ fn an_oops_at_loading_is_told_with_its_line() {
     let site = site();
     let outcome = test(&site, "oopses", &[]);
     outcome.expect_code(1);
-    let line = line_of(&site, "oopses", "settings->size = 1");
-    let place = format!(
-        "[oopses] ({}/oopses/oopses.c:{line})",
-        site.cwd().canonicalize().unwrap().display()
-    );
+    let place = format!("[oopses] ({}", place_of(&site, "oopses", "settings->size = 1"));
     for attempt in attempts(&site) {
         assert_eq!(attempt["failure"]["kind"], "event");
         let title = "BUG: unable to handle kernel NULL pointer dereference in oopses_configure";
@@ -285,9 +286,7 @@ fn an_oops_at_loading_is_told_with_its_line() {
 fn a_module_that_hangs_is_told_with_where_it_does() {
     let site = site();
     test(&site, "hangs", &["--step-timeout", "8s"]).expect_code(1);
-    let line = line_of(&site, "hangs", "wait_for_completion(");
-    let place =
-        format!("[hangs] ({}/hangs/hangs.c:{line})", site.cwd().canonicalize().unwrap().display());
+    let place = format!("[hangs] ({}", place_of(&site, "hangs", "wait_for_completion("));
     for attempt in attempts(&site) {
         assert_eq!(attempt["failure"]["kind"], "module");
         let how = attempt["failure"]["how"].as_str().unwrap();

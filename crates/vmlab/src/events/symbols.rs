@@ -45,6 +45,16 @@ pub trait Symbols {
     fn locate(&self, place: &Place<'_>) -> Vec<Location>;
 }
 
+/// A text with the place in the sources of the function in it behind it, if that is known: `f+0x1 (f.h:2 in g, inlined
+/// at f.c:3)`.
+pub(crate) fn with_places(text: &str, locations: &[Location]) -> String {
+    let shown: Vec<String> = locations.iter().map(Location::to_string).collect();
+    match shown.is_empty() {
+        true => text.to_owned(),
+        false => format!("{text} ({})", shown.join(", inlined at ")),
+    }
+}
+
 /// A report with the place in the sources behind each function that `symbols` knows.
 pub fn decode(report: &[String], symbols: &dyn Symbols) -> Vec<String> {
     let decoded = report.iter().map(|line| {
@@ -56,8 +66,7 @@ pub fn decode(report: &[String], symbols: &dyn Symbols) -> Vec<String> {
         };
         let Frame { symbol: function, size, module, .. } = frame;
         let locations = symbols.locate(&Place { function, offset, size, module });
-        let shown: Vec<String> = locations.iter().map(Location::to_string).collect();
-        (!shown.is_empty()).then(|| format!("{line} ({})", shown.join(", inlined at ")))
+        (!locations.is_empty()).then(|| with_places(line, &locations))
     });
     decoded.zip(report).map(|(decoded, line)| decoded.unwrap_or_else(|| line.clone())).collect()
 }

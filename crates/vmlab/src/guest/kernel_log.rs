@@ -122,18 +122,23 @@ impl KernelLog {
 
     /// What the kernel reports of itself in it: panics, oopses, warnings and others.
     pub fn events(&self) -> Vec<KernelEvent> {
-        let mut reader = EventReader::all();
-        for record in self.records.iter().filter(|record| record.facility == 0) {
-            reader.feed(format!("{record}\r\n").as_bytes());
-        }
-        reader.finish();
-        reader.into_events()
+        events_of(&self.records)
     }
 
     fn filtered(&self, wanted: impl Fn(&LogRecord) -> bool) -> Self {
         let records = self.records.iter().filter(|record| wanted(record)).cloned().collect();
         Self { records, end: self.end }
     }
+}
+
+/// What the kernel reports of itself in these records.
+pub(crate) fn events_of(records: &[LogRecord]) -> Vec<KernelEvent> {
+    let mut reader = EventReader::all();
+    for record in records.iter().filter(|record| record.facility == 0) {
+        reader.feed(format!("{record}\r\n").as_bytes());
+    }
+    reader.finish();
+    reader.into_events()
 }
 
 /// As `dmesg` prints it, a line for each line of a message.

@@ -12,8 +12,8 @@ pub use command::{Child, ChildControl, Command, ExitStatus, Output, Stdio};
 pub use copy::CopySide;
 pub(crate) use copy::shown;
 pub use environment::{Environment, GuestUser};
-pub(crate) use kernel_log::parse as parse_log_record;
 pub use kernel_log::{KernelLog, LogLevel, LogMark, LogRecord};
+pub(crate) use kernel_log::{events_of, parse as parse_log_record};
 pub use streams::{ChildStderr, ChildStdin, ChildStdout};
 pub use vmlab_wire::message::TerminalSize;
 

@@ -6,8 +6,7 @@ use regex::Regex;
 use vmlab_wire::observation::{Observation, Unfreed};
 
 use super::code::LoadedCode;
-use crate::events::EventReader;
-use crate::guest::{LogLevel, LogRecord};
+use crate::guest::{LogLevel, LogRecord, events_of};
 
 /// How many names are told of what was left behind, and how many calls of what was not freed.
 const MAX_TOLD: usize = 10;
@@ -57,11 +56,7 @@ pub(super) fn listed(what: &str, mut items: Vec<String>) -> Vec<String> {
 /// Messages of the kernel's at warning level or worse that nobody expects. What belongs to a report of an oops, a
 /// warning and so on is not told here, as that is an event.
 pub(super) fn complaints(records: &[LogRecord], allowed: &[Regex]) -> Vec<String> {
-    let mut reader = EventReader::all();
-    for record in records.iter().filter(|record| record.facility == 0) {
-        reader.feed(format!("{record}\r\n").as_bytes());
-    }
-    let events = reader.into_events();
+    let events = events_of(records);
     let reported: HashSet<&str> =
         events.iter().flat_map(|event| &event.report).map(|line| line.trim()).collect();
     let usual = |text: &str| {
@@ -124,11 +119,7 @@ pub(super) fn left_behind(before: &Observation, now: &Observation) -> Vec<String
     if !newcomers(before, now).is_empty() {
         return Vec::new();
     }
-    let new = outermost(now.names.difference(&before.names));
-    let had: HashSet<&str> = before.caches.iter().map(|cache| cache.name.as_str()).collect();
-    let caches = now.caches.iter().filter(|cache| !had.contains(cache.name.as_str()));
-    let caches = caches.map(|cache| format!("slab cache {}", cache.name));
-    listed("left behind", new.into_iter().chain(caches).collect())
+    listed("left behind", outermost(now.names.difference(&before.names)))
 }
 
 /// Names, of which each comes before those below it, without those below others.
@@ -205,7 +196,7 @@ mod tests {
     use std::rc::Rc;
     use std::time::Duration;
 
-    use vmlab_wire::observation::{Area, LoadedModule, Section, SlabCache};
+    use vmlab_wire::observation::{Area, LoadedModule, Section};
 
     use super::*;
     use crate::debug_info::ModuleCode;
@@ -284,8 +275,7 @@ mod tests {
         // ext4 was loaded by what the command did, and cannot be unloaded.
         let after = named(with_modules(&[("ext4", 1)]), &["/dev/null", "/proc/fs/ext4"]);
         assert!(left_behind(&before, &after).is_empty());
-        let mut after = named(with_modules(&[]), &["/dev/null"]);
-        after.caches.push(SlabCache { name: "m_cache".to_owned(), objects: 1, object_size: 8 });
+        let after = named(with_modules(&[]), &["/dev/null", "slab cache m_cache"]);
         assert_eq!(left_behind(&before, &after), ["left behind: slab cache m_cache"]);
     }
 
@@ -308,7 +298,7 @@ mod tests {
         // No debug information, and no ELF file at all: then addresses have no names, and there are no sections.
         let code = [LoadedCode::new(
             "m",
-            Rc::new(ModuleCode::read(b"")),
+            Rc::new(ModuleCode::new(Vec::new())),
             &[Section { name: ".text".to_owned(), address: 0x1000 }],
         )];
         let area = |address, caller: &str| Area { address, bytes: 8192, caller: caller.to_owned() };

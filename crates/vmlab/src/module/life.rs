@@ -272,7 +272,7 @@ impl<'a> Life<'a> {
             };
             let file = match self.files.get(&module.name) {
                 Some(file) => Rc::clone(file),
-                None => Rc::new(ModuleCode::read(&content_of(module)?)),
+                None => Rc::new(ModuleCode::new(content_of(module)?)),
             };
             self.files.insert(module.name.clone(), Rc::clone(&file));
             self.code.push(LoadedCode::new(&module.name, file, &load.sections));

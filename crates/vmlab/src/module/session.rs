@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use vmlab_wire::observation::{LENGTH, MAX_ANSWER, ModuleAnswer, ModuleRequest, Observation};
+use vmlab_wire::message;
+use vmlab_wire::observation::{
+    LENGTH, MAX_ANSWER, ModuleAnswer, ModuleRequest, Observation, framed,
+};
 
 use crate::Error;
 use crate::guest::{Child, Command, ExitStatus, GuestUser, Stdio};
@@ -70,10 +73,10 @@ impl<'vm> Session<'vm> {
     /// Asks, and waits for the answer for so long.
     pub(super) fn ask(&mut self, request: &ModuleRequest, limit: Duration) -> Result<Reply, Error> {
         // That nobody takes it any more is seen below.
-        let _ = self.requests.send(request.encode());
+        let _ = self.requests.send(framed(request));
         match self.answers.recv_timeout(limit) {
             Ok(bytes) => {
-                let answer = ModuleAnswer::decode(&bytes).ok().filter(is_bounded);
+                let answer = message::decode(&bytes).ok().filter(is_bounded);
                 let odd = || Error::ModuleLook { how: "its answer makes no sense".to_owned() };
                 Ok(Reply::Answer(Box::new(answer.ok_or_else(odd)?)))
             }
@@ -98,8 +101,8 @@ fn next_answer(from: &mut impl Read) -> Option<Vec<u8>> {
 
 fn is_bounded(answer: &ModuleAnswer) -> bool {
     let ModuleAnswer { loads, observation, .. } = answer;
-    let Observation { modules, names, caches, areas, unfreed, kmemleak, log, .. } = observation;
-    let counts = [modules.len(), names.len(), caches.len(), areas.len(), kmemleak.len(), log.len()];
+    let Observation { modules, names, areas, unfreed, kmemleak, log, .. } = observation;
+    let counts = [modules.len(), names.len(), areas.len(), kmemleak.len(), log.len()];
     loads.len() <= MAX_LOADS
         && unfreed.len() <= MAX_SITES
         && counts.iter().all(|count| *count <= MAX_ITEMS)
@@ -146,9 +149,9 @@ mod tests {
         answer.loads.clear();
         answer.observation.log = vec![Vec::new(); MAX_ITEMS + 1];
         assert!(!is_bounded(&answer));
-        let framed = ModuleAnswer::default().encode();
+        let framed = framed(&ModuleAnswer::default());
         let read = next_answer(&mut framed.as_slice()).unwrap();
-        assert_eq!(ModuleAnswer::decode(&read).unwrap(), ModuleAnswer::default());
+        assert_eq!(message::decode::<ModuleAnswer>(&read).unwrap(), ModuleAnswer::default());
         assert_eq!(next_answer(&mut &framed[..framed.len() - 1]), None);
         assert_eq!(next_answer(&mut &u32::MAX.to_le_bytes()[..]), None);
     }

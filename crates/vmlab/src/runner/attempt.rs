@@ -5,7 +5,7 @@ mod module;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ use crate::results::{AttemptResult, Failure};
 use crate::sync::lock;
 use crate::targets::{Target, TargetCommand, script_words};
 use crate::timings::millis;
-use crate::{DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
+use crate::{Child, DebugInfo, Error, ExitStatus, RunDir, Stdio, Vm, VmBuilder};
 use module::{Building, Built};
 
 /// Variables that tell a command what it is.
@@ -385,22 +385,13 @@ fn execute(
 ) -> Result<Option<ExitStatus>, Error> {
     let mut child =
         vm.command(&command[0]).args(&command[1..]).stdin(Stdio::Null).merge_stderr().spawn()?;
-    let (done, copied) = channel::<()>();
-    if let Some(mut stdout) = child.stdout.take() {
-        let mut tee = tee.clone();
-        std::thread::spawn(move || {
-            // The keeper never fails, so it is the VM that has ended, which the wait reports.
-            let _ = stdout.copy_to(&mut tee);
-            drop((tee, done));
-        });
-    }
+    let copied = copy_output(&mut child, tee);
     let Some(status) = child.wait_until(deadline)? else {
         child.control().signal(SIGKILL);
         child.wait_until(Some(Instant::now() + KILL_TIME))?;
         return Ok(None);
     };
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    // Nothing is ever sent: what ends the wait is that the sender is dropped.
     match left {
         None => _ = copied.recv(),
         Some(left) => {
@@ -410,6 +401,21 @@ fn execute(
         }
     }
     Ok(Some(status))
+}
+
+/// Copies what a command writes until there is no more. Nothing is ever sent: what ends the wait for that is that the
+/// sender is dropped.
+fn copy_output(child: &mut Child<'_>, tee: &(impl Write + Clone + Send + 'static)) -> Receiver<()> {
+    let (done, copied) = channel();
+    if let Some(mut stdout) = child.stdout.take() {
+        let mut tee = tee.clone();
+        std::thread::spawn(move || {
+            // The keeper never fails, so it is the VM that has ended, which the wait for the command reports.
+            let _ = stdout.copy_to(&mut tee);
+            drop((tee, done));
+        });
+    }
+    copied
 }
 
 fn phases(report: &Report) -> Vec<(String, f64)> {

@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vmlab_artifacts::KernelStore;
 use vmlab_artifacts::module_build::{self, ModuleBuild, ModuleSource};
 
-use super::{Attempt, KILL_TIME, SIGKILL, Tee, execute};
+use super::{Attempt, KILL_TIME, SIGKILL, Tee, copy_output, execute};
 use crate::error::chain;
 use crate::module::{
     Before, Life, OwnTest, SKIPPED, Step, build_own_tests, content_of, failures_of_tap,
@@ -117,15 +117,7 @@ struct Following<'vm> {
 impl<'vm> Following<'vm> {
     fn begin(command: Command<'vm>, tee: &Tee) -> Result<Self, Error> {
         let mut child = command.spawn()?;
-        let (done, copied) = channel();
-        if let Some(mut stdout) = child.stdout.take() {
-            let mut tee = tee.clone();
-            std::thread::spawn(move || {
-                // As in `execute`.
-                let _ = stdout.copy_to(&mut tee);
-                drop((tee, done));
-            });
-        }
+        let copied = copy_output(&mut child, tee);
         Ok(Self { child, copied })
     }
 
@@ -135,7 +127,6 @@ impl<'vm> Following<'vm> {
         if let Ok(None) = self.child.wait_until(Some(Instant::now() + KILL_TIME)) {
             self.child.control().signal(SIGKILL);
         }
-        // What ends the wait is that the sender is dropped.
         let _ = self.copied.recv_timeout(KILL_TIME);
     }
 }
